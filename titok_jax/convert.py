@@ -1,0 +1,276 @@
+"""Names and layouts of the published weights against ours: one table per model, read in both directions.
+
+Our parameters are a nested dict; "path" is its keys joined by "/", e.g. `encoder/transformer/attn/qkv/kernel`. A table is
+a list of `Rule`s; the first whose pattern matches a path gives the published name and the change of layout. Stacked blocks
+(a leading layer axis here) are numbered in the published names: "{layer}" in the name says so.
+
+Everything is strict: a path without a rule, a published name that is missing, surplus or misshapen is an error, and all
+of them are listed at once. torch is never imported here.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Params = dict[str, Any]  # nested dict of arrays (or of ShapeDtypeStructs)
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit the model; the message lists every difference."""
+
+
+class Layout(NamedTuple):
+    """A change of layout between one of our arrays and one or more published ones."""
+
+    publish: Callable[[Any], tuple]  # ours -> published arrays
+    load: Callable[[tuple], Any]  # published arrays -> ours
+
+
+def _single(publish: Callable, load: Callable) -> Layout:
+    return Layout(lambda a: (publish(a),), lambda arrays: load(arrays[0]))
+
+
+SAME = _single(lambda a: a, lambda a: a)
+ROW = _single(lambda a: a[None], lambda a: a[0])  # [...] <-> [1, ...]
+LINEAR = _single(lambda a: a.T, lambda a: a.T)  # [in, out] <-> [out, in]
+CONV = _single(lambda a: a.transpose(3, 2, 0, 1), lambda a: a.transpose(2, 3, 1, 0))  # HWIO <-> OIHW
+CONV1X1 = _single(lambda a: a.T[:, :, None, None], lambda a: a[:, :, 0, 0].T)  # [in, out] <-> [out, in, 1, 1]
+# [D, 3, D] <-> [3 D, D], query, key and value stacked along the output
+QKV = _single(
+    lambda a: a.transpose(1, 2, 0).reshape(3 * a.shape[2], a.shape[0]),
+    lambda a: a.reshape(3, a.shape[0] // 3, a.shape[1]).transpose(2, 0, 1),
+)
+QKV_BIAS = _single(lambda a: a.reshape(-1), lambda a: a.reshape(3, -1))
+# The same three as separate tensors
+SPLIT_QKV = Layout(
+    lambda a: tuple(a[:, i].T for i in range(3)),
+    lambda arrays: np.stack([a.T for a in arrays], axis=1),
+)
+SPLIT_QKV_BIAS = Layout(lambda a: tuple(a[i] for i in range(3)), lambda arrays: np.stack(arrays))
+
+
+def patches(patch_size: int) -> Layout:
+    """[p p 3, D] of a patchify matmul (pixel order row, column, channel) <-> [D, 3, p, p] of the strided convolution."""
+    p = patch_size
+    return _single(
+        lambda a: a.reshape(p, p, 3, a.shape[1]).transpose(3, 2, 0, 1),
+        lambda a: a.transpose(2, 3, 1, 0).reshape(p * p * 3, a.shape[0]),
+    )
+
+
+class Rule(NamedTuple):
+    pattern: str  # regular expression that matches a whole path
+    names: str | tuple[str, ...]  # published name(s); \1 refers to the pattern's groups, {layer} to the stacked layer
+    layout: Layout = SAME
+
+
+Table = list[Rule]
+
+
+def flatten(params: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {path: leaf}."""
+    flat = {}
+    for key, value in params.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, path + "/") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """{path: leaf} -> nested dict."""
+    nested: Params = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = nested
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return nested
+
+
+class _Entry(NamedTuple):
+    names: list[tuple[str, ...]]  # per layer (one entry if not stacked): the published names
+    layout: Layout
+    stacked: bool
+
+
+def _entry(table: Table, path: str, shape: tuple[int, ...]) -> _Entry:
+    for rule in table:
+        match = re.fullmatch(rule.pattern, path)
+        if match:
+            names = rule.names if isinstance(rule.names, tuple) else (rule.names,)
+            names = tuple(match.expand(name) for name in names)
+            stacked = "{layer}" in names[0]
+            layers = range(shape[0] if stacked else 1)
+            return _Entry([tuple(n.replace("{layer}", str(i)) for n in names) for i in layers], rule.layout, stacked)
+    raise WeightsError(f"no rule gives parameter {path!r} a published name")
+
+
+def published_names(table: Table, params: Params) -> dict[str, str]:
+    """{path: published name}, the first one where a parameter has several (layers, query/key/value).
+    What a rule by name says of it (weight decay) holds for all of them."""
+    return {path: _entry(table, path, leaf.shape).names[0][0] for path, leaf in flatten(params).items()}
+
+
+def published_shapes(table: Table, params: Params) -> dict[str, tuple[int, ...]]:
+    """{published name: shape in the published layout} of arrays or ShapeDtypeStructs."""
+    shapes = {}
+    for path, leaf in flatten(params).items():
+        entry = _entry(table, path, leaf.shape)
+        one = jax.ShapeDtypeStruct(leaf.shape[1:] if entry.stacked else leaf.shape, leaf.dtype)
+        outputs = jax.eval_shape(entry.layout.publish, one)
+        for names in entry.names:
+            shapes.update({name: out.shape for name, out in zip(names, outputs, strict=True)})
+    return shapes
+
+
+def to_published(table: Table, params: Params) -> dict[str, np.ndarray]:
+    """Our parameters -> {published name: array in the published layout}."""
+    weights = {}
+    for path, leaf in flatten(params).items():
+        entry = _entry(table, path, leaf.shape)
+        array = np.asarray(leaf)
+        for names, one in zip(entry.names, array if entry.stacked else [array], strict=True):
+            for name, out in zip(names, entry.layout.publish(one), strict=True):
+                weights[name] = np.ascontiguousarray(out)
+    return weights
+
+
+def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], source: str) -> None:
+    """Raises WeightsError with every missing, surplus and misshapen name."""
+    problems = [f"missing: {n} {list(expected[n])}" for n in expected if n not in found]
+    problems += [f"surplus: {n} {list(found[n])}" for n in found if n not in expected]
+    problems += [
+        f"shape of {n}: {list(found[n])}, expected {list(expected[n])}"
+        for n in expected
+        if n in found and tuple(found[n]) != tuple(expected[n])
+    ]
+    if problems:
+        raise WeightsError(f"{source}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
+
+
+def from_published(
+    table: Table,
+    abstract: Params,
+    weights: Mapping[str, Any],
+    *,
+    source: str,
+    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+) -> Params:
+    """{published name: array} -> our parameters, the exact inverse of `to_published`.
+
+    Args:
+      abstract: the model's parameters as arrays or ShapeDtypeStructs; gives shapes and dtypes.
+      weights: a mapping whose values have `.shape` and become arrays by `np.asarray`, so it may read lazily; one of our
+        parameters at a time is held beside what `place` returned.
+      source: what to call the weights in errors (a file name).
+      place: (path, array) -> array on its device; the default keeps numpy.
+
+    Raises:
+      WeightsError: naming every missing, surplus, misshapen or non-float tensor.
+    """
+    check_shapes(published_shapes(table, abstract), {n: tuple(w.shape) for n, w in weights.items()}, source)
+    flat = {}
+    for path, leaf in flatten(abstract).items():
+        entry = _entry(table, path, leaf.shape)
+        layers = [entry.layout.load(tuple(_float(weights[n], n, source) for n in names)) for names in entry.names]
+        array = np.stack(layers) if entry.stacked else layers[0]
+        flat[path] = place(path, np.ascontiguousarray(array, dtype=leaf.dtype))
+    return unflatten(flat)
+
+
+def _float(value: Any, name: str, source: str) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise WeightsError(f"{source}: tensor {name} has dtype {array.dtype}, expected a floating-point type")
+    return array
+
+
+def decay_mask(table: Table, params: Params, exempt: Iterable[str]) -> Params:
+    """True where weight decay applies, by the published rule: a tensor of two or more axes in the *published* layout
+    whose published name contains none of the `exempt` words."""
+    shapes = published_shapes(table, params)
+    names = published_names(table, params)
+    flat = {p: len(shapes[n]) >= 2 and not any(word in n for word in exempt) for p, n in names.items()}
+    return unflatten(flat)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+
+def _norm(ours: str, published: str) -> list[Rule]:
+    return [Rule(ours + "/scale", published + ".weight"), Rule(ours + "/bias", published + ".bias")]
+
+
+def _linear(ours: str, published: str, layout: Layout = LINEAR) -> list[Rule]:
+    return [Rule(ours + "/kernel", published + ".weight", layout), Rule(ours + "/bias", published + ".bias")]
+
+
+def titok_table(patch_size: int) -> Table:
+    """TiTok, all variants; the stage 2 form includes the pixel decoder (`pixel_quantize`, `pixel_decoder`)."""
+    tower, block = r"(encoder|decoder)", r"(encoder|decoder)/transformer"
+    return [
+        Rule(r"latent_tokens", "latent_tokens"),
+        Rule(tower + r"/(class_embedding|positional_embedding|latent_token_positional_embedding|mask_token)", r"\1.\2"),
+        *_linear(r"encoder/patch_embed", "encoder.patch_embed", patches(patch_size)),
+        *_linear(r"decoder/decoder_embed", "decoder.decoder_embed"),
+        *_norm(tower + r"/(ln_pre|ln_post)", r"\1.\2"),
+        *_norm(block + r"/norm(\d)", r"\1.transformer.{layer}.ln_\2"),
+        Rule(block + r"/attn/qkv/kernel", r"\1.transformer.{layer}.attn.in_proj_weight", QKV),
+        Rule(block + r"/attn/qkv/bias", r"\1.transformer.{layer}.attn.in_proj_bias", QKV_BIAS),
+        *_linear(block + r"/attn/proj", r"\1.transformer.{layer}.attn.out_proj"),
+        *_linear(block + r"/mlp/fc1", r"\1.transformer.{layer}.mlp.c_fc"),
+        *_linear(block + r"/mlp/fc2", r"\1.transformer.{layer}.mlp.c_proj"),
+        *_linear(r"encoder/conv_out", "encoder.conv_out", CONV1X1),
+        *_linear(r"decoder/ffn_(\d)", r"decoder.ffn.\1", CONV1X1),
+        *_linear(r"decoder/conv_out", "decoder.conv_out", CONV),
+        Rule(r"(quantize|pixel_quantize)/embedding", r"\1.embedding.weight"),
+        *vqgan_rules(r"(pixel_decoder)"),
+    ]
+
+
+def vit_generator_table() -> Table:
+    """The BERT-style generator."""
+    emb, layer = "model.embeddings.", "model.encoder.layer.{layer}."
+    separate = tuple(layer + f"attention.self.{n}" for n in ("query", "key", "value"))
+    return [
+        Rule(r"embeddings/(word_embeddings|position_embeddings|token_type_embeddings)", emb + r"\1.weight"),
+        *_norm(r"embeddings/norm", emb + "LayerNorm"),
+        Rule(r"layers/attn/qkv/kernel", tuple(n + ".weight" for n in separate), SPLIT_QKV),
+        Rule(r"layers/attn/qkv/bias", tuple(n + ".bias" for n in separate), SPLIT_QKV_BIAS),
+        *_linear(r"layers/attn/proj", layer + "attention.output.dense"),
+        *_norm(r"layers/norm1", layer + "attention.output.LayerNorm"),
+        *_linear(r"layers/mlp/fc1", layer + "intermediate.dense"),
+        *_linear(r"layers/mlp/fc2", layer + "output.dense"),
+        *_norm(r"layers/norm2", layer + "output.LayerNorm"),
+        *_linear(r"lm_head", "model.lm_head"),
+    ]
+
+
+def uvit_generator_table() -> Table:
+    """The U-ViT generator."""
+    rules = [Rule(r"pos_embed", "pos_embed", ROW), Rule(r"embeddings", "embeddings.weight")]
+    for ours, published in ((r"(in_blocks|out_blocks)", r"\1.{layer}"), (r"(mid_block)", r"\1")):
+        rules += [
+            *_norm(ours + r"/norm(\d)", published + r".norm\2"),
+            Rule(ours + r"/attn/qkv/kernel", published + ".attn.qkv.weight", QKV),
+            *_linear(ours + r"/attn/proj", published + ".attn.proj"),
+            *_linear(ours + r"/mlp/fc(\d)", published + r".mlp.fc\2"),
+            *_linear(ours + r"/skip_linear", published + ".skip_linear"),
+        ]
+    return [*rules, *_norm(r"norm", "norm"), *_linear(r"lm_head", "lm_head")]
+
+
+def vqgan_rules(tower: str) -> list[Rule]:
+    """Encoder or decoder of the MaskGIT-VQGAN; `tower` is a pattern with one group, its name."""
+    conv = r"/((?:down|up)/\d+/block/\d+|mid/\d+)/(conv\d|nin_shortcut)"
+    del conv
+    return []
+
+
+def maskgit_vqgan_table() -> Table:
+    """MaskGIT-VQGAN in its PyTorch form."""
+    return [*vqgan_rules(r"(encoder|decoder)"), Rule(r"quantize/embedding", "quantize.embedding.weight")]
