@@ -1,0 +1,249 @@
+"""Masked token generators (MaskGIT, Chang et al., arXiv 2202.04200): a bidirectional transformer that fills in masked tokens
+given a class. Two published forms: ViT, a BERT with post-norm blocks, and U-ViT (Bao et al., arXiv 2209.12152), pre-norm with
+long skips.
+
+The vocabulary is [0, K) codes, K the mask, K + 1 + label a class, K + 1 + num_classes "no class"; the output has K entries.
+The class is position 0 of the sequence.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, run_stack, trunc_normal
+
+GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are sampled unless the caller says otherwise; see `titok_jax.decoding`.
+
+    Attributes:
+      num_steps: decoding steps.
+      guidance_scale, guidance_schedule: of classifier-free guidance.
+      temperature: of the Gumbel noise in the first step; falls to 0 (published name: randomize_temperature).
+      softmax_temperature_annealing: divide the logits by 0.5 + 0.8 (1 - ratio), as the published sampling script does.
+    """
+
+    num_steps: int = 8
+    guidance_scale: float = 3.0
+    guidance_schedule: str = "linear"
+    temperature: float = 2.0
+    softmax_temperature_annealing: bool = True
+
+    def __post_init__(self):
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"guidance schedule is {self.guidance_schedule!r}, expected one of {GUIDANCE_SCHEDULES}")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """Architecture of a generator.
+
+    Attributes:
+      model_type: "ViT" or "UViT".
+      num_tokens, codebook_size: of the tokenizer whose tokens it generates.
+      num_classes: labels are 0 .. num_classes - 1.
+      dropout, attn_dropout: rates in training; of the ViT only (the published U-ViT ignores them).
+      class_label_dropout: how often training drops the label.
+    """
+
+    model_type: str = "ViT"
+    num_tokens: int = 32
+    codebook_size: int = 4096
+    num_classes: int = 1000
+    hidden_size: int = 768
+    num_layers: int = 24
+    num_heads: int = 16
+    intermediate_size: int = 3072
+    dropout: float = 0.1
+    attn_dropout: float = 0.1
+    class_label_dropout: float = 0.1
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self):
+        if self.model_type not in ("ViT", "UViT"):
+            raise ValueError(f"model_type is {self.model_type!r}, expected 'ViT' or 'UViT'")
+
+    @property
+    def mask_id(self) -> int:
+        return self.codebook_size
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.codebook_size + self.num_classes + 2
+
+    # The published config.json <-> this class.
+
+    @classmethod
+    def from_published(cls, config: Mapping[str, Any]) -> "GeneratorConfig":
+        """From the published `config.json` with its interpolations resolved.
+
+        Raises:
+          ValueError: for a missing section or key, an unknown key or a bad value.
+        """
+        try:
+            generator = dict(config["model"]["generator"])
+            codebook_size = int(config["model"]["vq_model"]["codebook_size"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a generator configuration: no {error} in it") from None
+        sampling = {ours: generator.pop(key) for key, ours in _SAMPLING_KEYS.items() if key in generator}
+        fields = {ours: generator.pop(key) for key, ours in _GENERATOR_KEYS.items() if key in generator}
+        if generator:
+            raise ValueError(f"unknown keys in model.generator: {sorted(generator)}")
+        missing = [k for k in ("model_type", "hidden_size", "num_hidden_layers", "image_seq_len", "condition_num_classes")
+                   if _GENERATOR_KEYS[k] not in fields]
+        if missing:
+            raise ValueError(f"generator configuration lacks model.generator.{{{', '.join(missing)}}}")
+        return cls(codebook_size=codebook_size, sampling=SamplingConfig(**sampling), **fields)
+
+    def to_published(self) -> dict[str, Any]:
+        """The published form of `config.json`; `from_published` reads it back to an equal configuration."""
+        generator = {key: getattr(self, ours) for key, ours in _GENERATOR_KEYS.items()}
+        generator |= {key: getattr(self.sampling, ours) for key, ours in _SAMPLING_KEYS.items()}
+        vq = {"codebook_size": self.codebook_size, "num_latent_tokens": self.num_tokens}
+        return {"model": {"vq_model": vq, "generator": generator}}
+
+
+_GENERATOR_KEYS = {
+    "model_type": "model_type",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "dropout": "dropout",
+    "attn_drop": "attn_dropout",
+    "class_label_dropout": "class_label_dropout",
+    "image_seq_len": "num_tokens",
+    "condition_num_classes": "num_classes",
+}
+_SAMPLING_KEYS = {
+    "num_steps": "num_steps",
+    "randomize_temperature": "temperature",
+    "guidance_scale": "guidance_scale",
+    "guidance_decay": "guidance_schedule",
+    "softmax_temperature_annealing": "softmax_temperature_annealing",
+}
+
+
+class PostNormBlock(nnx.Module):
+    """norm1(x + attn(x)), then norm2(x + mlp(x)): a BERT layer."""
+
+    def __init__(self, config: GeneratorConfig, *, dtype, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.dropout_rate = config.dropout
+        self.attn = Attention(width, config.num_heads, qkv_init=trunc_normal, dropout_rate=config.attn_dropout, dtype=dtype, rngs=rngs)
+        self.norm1 = LayerNorm(width, epsilon=1e-12, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(width, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(width, epsilon=1e-12, dtype=dtype, rngs=rngs)
+
+    def attention(self, x: jax.Array, keys=(None, None)) -> jax.Array:
+        """The first half of the block."""
+        return self.norm1(x + dropout(self.attn(x, keys[0]), self.dropout_rate, keys[1]))
+
+    def __call__(self, x: jax.Array, skip: None = None, *, key: jax.Array | None = None) -> jax.Array:
+        """x [B, L, D] -> [B, L, D], with dropout if a key is given. `skip` is for the sake of `run_stack`."""
+        del skip
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        x = self.attention(x, keys[:2])
+        return self.norm2(x + dropout(self.mlp(x), self.dropout_rate, keys[2]))
+
+
+class BertEmbeddings(nnx.Module):
+    """Word, position and (constant) token type embeddings, summed and normalised."""
+
+    def __init__(self, config: GeneratorConfig, *, dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        width = config.hidden_size
+        self.word_embeddings = nnx.Param(trunc_normal(rngs.params(), (config.vocabulary_size, width), jnp.float32))
+        self.position_embeddings = nnx.Param(trunc_normal(rngs.params(), (config.num_tokens + 1, width), jnp.float32))
+        self.token_type_embeddings = nnx.Param(trunc_normal(rngs.params(), (2, width), jnp.float32))
+        self.norm = LayerNorm(width, epsilon=1e-12, dtype=dtype, rngs=rngs)
+
+    def sum(self, ids: jax.Array) -> jax.Array:
+        """ids [B, L] -> [B, L, D], before the LayerNorm."""
+        x = self.word_embeddings[...][ids] + self.position_embeddings[...] + self.token_type_embeddings[...][0]
+        return x.astype(self.dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.norm(self.sum(ids))
+
+
+class ViTGenerator(nnx.Module):
+    """The BERT-style generator."""
+
+    def __init__(self, config: GeneratorConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+        self.config, self.remat = config, remat
+        self.embeddings = BertEmbeddings(config, dtype=dtype, rngs=rngs)
+        self.layers = make_stack(lambda rngs: PostNormBlock(config, dtype=dtype, rngs=rngs), config.num_layers, rngs)
+        self.lm_head = nnx.Linear(config.hidden_size, config.codebook_size, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+
+    def logits(self, ids: jax.Array, labels: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """See `make_generator`."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = self.embeddings(with_class(ids, labels, self.config))
+        x = dropout(x, self.config.dropout, keys[0])
+        x, _ = run_stack(self.layers, x, key=keys[1], remat=self.remat)
+        return self.lm_head(x[:, 1:]).astype(jnp.float32)
+
+
+class UViTGenerator(nnx.Module):
+    """The U-ViT generator: num_layers // 2 blocks in, one in the middle, num_layers // 2 out, with long skips."""
+
+    def __init__(self, config: GeneratorConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        width = config.hidden_size
+
+        def block(rngs, skip=False):
+            return PreNormBlock(width, config.num_heads, config.intermediate_size, qkv_bias=False, qkv_init=trunc_normal,
+                                skip=skip, dtype=dtype, rngs=rngs)
+
+        self.embeddings = nnx.Param(trunc_normal(rngs.params(), (config.vocabulary_size, width), jnp.float32))
+        self.pos_embed = nnx.Param(trunc_normal(rngs.params(), (config.num_tokens + 1, width), jnp.float32))
+        self.in_blocks = make_stack(block, config.num_layers // 2, rngs)
+        self.mid_block = block(rngs)
+        self.out_blocks = make_stack(lambda rngs: block(rngs, skip=True), config.num_layers // 2, rngs)
+        self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.lm_head = nnx.Linear(width, config.codebook_size, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """ids [B, L] -> [B, L, D], positions added."""
+        return (self.embeddings[...][ids] + self.pos_embed[...]).astype(self.dtype)
+
+    def logits(self, ids: jax.Array, labels: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """See `make_generator`; there is no dropout in this one."""
+        del key
+        x = self.embed(with_class(ids, labels, self.config))
+        x, skips = run_stack(self.in_blocks, x, remat=self.remat)
+        x = self.mid_block(x)
+        x, _ = run_stack(self.out_blocks, x, skips=jnp.flip(skips, 0), remat=self.remat)
+        return self.lm_head(self.norm(x[:, 1:])).astype(jnp.float32)
+
+
+def with_class(ids: jax.Array, labels: jax.Array, config: GeneratorConfig) -> jax.Array:
+    """ids [B, N], labels [B] in 0 .. num_classes -> [B, 1 + N] with the class's entry of the vocabulary in front."""
+    return jnp.concatenate([(labels + config.codebook_size + 1)[:, None], ids], axis=1)
+
+
+def make_generator(
+    config: GeneratorConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
+) -> ViTGenerator | UViTGenerator:
+    """The generator that `config.model_type` names.
+
+    Its method `logits(ids, labels, key=None)` takes ids int [B, N] in 0 .. codebook_size (the last is the mask) and labels
+    int [B] in 0 .. num_classes (the last means unconditional), and gives float32 [B, N, codebook_size]. With a key it
+    applies dropout.
+
+    Args:
+      dtype: computation dtype; parameters are float32.
+      remat: recompute each block's activations in the backward pass.
+    """
+    cls = ViTGenerator if config.model_type == "ViT" else UViTGenerator
+    return cls(config, dtype=dtype, remat=remat, rngs=rngs)

@@ -1,0 +1,111 @@
+"""The two bottlenecks of TiTok: a vector quantizer and a diagonal Gaussian. Both compute in float32 always."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class QuantizerOutput:
+    """What the vector quantizer makes of latents z [B, N, C].
+
+    Attributes:
+      quantized: [B, N, C] the chosen code vectors, straight-through: their gradient goes to z.
+      tokens: [B, N] int32 indices of the codes.
+      commitment_loss, codebook_loss, quantizer_loss: scalars; the last is the sum that training minimises.
+    """
+
+    quantized: jax.Array
+    tokens: jax.Array
+    commitment_loss: jax.Array
+    codebook_loss: jax.Array
+    quantizer_loss: jax.Array
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """x / max(|x|, 1e-12) along the last axis, as torch's `normalize`."""
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    # The maximum is taken of the square so that a zero vector has gradient 0, not NaN.
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def codebook_distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Squared distances [..., K] of vectors z [..., C] to every row of a codebook [K, C], in float32 by
+    |z|^2 + |e|^2 - 2 z.e (the published form; the rounding decides near ties)."""
+    z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
+    dots = jnp.einsum("...c,kc->...k", z, codebook, precision="highest")
+    return jnp.sum(z * z, axis=-1, keepdims=True) + jnp.sum(codebook * codebook, axis=-1) - 2.0 * dots
+
+
+class VectorQuantizer(nnx.Module):
+    """Nearest code by Euclidean distance, after L2 normalisation of both sides if `use_l2_norm` (van den Oord et al.
+    2017; Yu et al. 2022 for the normalised form)."""
+
+    def __init__(self, codebook_size: int, token_size: int, *, commitment_cost: float = 0.25, use_l2_norm: bool = False,
+                 rngs: nnx.Rngs):
+        self.commitment_cost, self.use_l2_norm = commitment_cost, use_l2_norm
+        bound = 1.0 / codebook_size
+        init = jax.random.uniform(rngs.params(), (codebook_size, token_size), jnp.float32, -bound, bound)
+        self.embedding = nnx.Param(init)
+
+    def codebook(self) -> jax.Array:
+        """The code vectors as they are compared and looked up: [K, C] float32, normalised if so configured."""
+        codebook = self.embedding[...].astype(jnp.float32)
+        return l2_normalize(codebook) if self.use_l2_norm else codebook
+
+    def normalized(self, z: jax.Array) -> jax.Array:
+        """z in float32 as it is compared with the codebook."""
+        z = z.astype(jnp.float32)
+        return l2_normalize(z) if self.use_l2_norm else z
+
+    def distances(self, z: jax.Array) -> jax.Array:
+        """z [..., C] -> [..., K]."""
+        return codebook_distances(self.normalized(z), self.codebook())
+
+    def __call__(self, z: jax.Array) -> QuantizerOutput:
+        """z [B, N, C] -> QuantizerOutput. The lowest index wins a tie."""
+        z, codebook = self.normalized(z), self.codebook()
+        tokens = jnp.argmin(codebook_distances(z, codebook), axis=-1).astype(jnp.int32)
+        codes = codebook[tokens]
+        commitment = self.commitment_cost * jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
+        codebook_loss = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
+        quantized = z + jax.lax.stop_gradient(codes - z)
+        return QuantizerOutput(quantized, tokens, commitment, codebook_loss, commitment + codebook_loss)
+
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        """tokens int [B, N] -> code vectors [B, N, C]."""
+        return self.codebook()[tokens]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class DiagonalGaussian:
+    """The VAE's posterior over latents: independent normals.
+
+    Attributes:
+      mean, logvar: [B, N, C] float32; logvar is clamped to [-30, 20].
+    """
+
+    mean: jax.Array
+    logvar: jax.Array
+
+    @classmethod
+    def from_moments(cls, moments: jax.Array) -> "DiagonalGaussian":
+        """moments [B, N, 2 C]: the means, then the log variances."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, -30.0, 20.0))
+
+    @property
+    def std(self) -> jax.Array:
+        return jnp.exp(0.5 * self.logvar)
+
+    def sample(self, noise: jax.Array) -> jax.Array:
+        """mean + std noise, with standard normal noise [B, N, C]."""
+        return self.mean + self.std * noise
+
+    def kl(self) -> jax.Array:
+        """KL divergence to the standard normal, summed over channels: [B, N], in nats per token."""
+        return 0.5 * jnp.sum(jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar, axis=-1)

@@ -1,0 +1,366 @@
+"""TiTok: an image as a short 1D sequence of tokens (Yu et al., "An Image is Worth 32 Tokens", arXiv 2406.07550, section 3).
+
+Encoder: patches and K latent tokens go through a transformer, the latent tokens come out. Bottleneck: vector quantizer or
+diagonal Gaussian. Decoder: the latents and a grid of mask tokens go through a transformer, the grid comes out, as pixels
+or, in the legacy two-stage models, as 1024 logits per cell: the codes of a MaskGIT-VQGAN, which stage 2 turns into pixels.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from titok_jax.models.layers import LayerNorm, PreNormBlock, make_stack, normal_init, run_stack, trunc_normal
+from titok_jax.models.maskgit_vqgan import Decoder as PixelDecoder
+from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
+from titok_jax.models.quantizer import DiagonalGaussian, QuantizerOutput, VectorQuantizer
+
+PROXY_CODES = 1024  # codebook of the MaskGIT-VQGAN that legacy decoders predict
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerSize:
+    width: int
+    num_layers: int
+    num_heads: int
+
+
+TRANSFORMER_SIZES = {
+    "small": TransformerSize(512, 8, 8),
+    "base": TransformerSize(768, 12, 12),
+    "large": TransformerSize(1024, 24, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TiTokConfig:
+    """Architecture of a TiTok tokenizer.
+
+    Attributes:
+      image_size: height and width of the images in pixels.
+      patch_size: pixels per side of a patch of the encoder, and of a cell of the decoder's grid.
+      num_latent_tokens: tokens per image.
+      token_size: channels of a latent.
+      quantize_mode: "vq" (discrete tokens) or "vae" (continuous ones).
+      codebook_size, use_l2_norm, commitment_cost: of the vector quantizer; unused by a VAE.
+      encoder, decoder: sizes of the transformers.
+      is_legacy: the published two-stage models (L-32, B-64, S-128): latents reshaped without transposing, and a decoder
+        that predicts VQGAN codes. False: the single-stage models, whose decoder predicts pixels.
+      finetune_decoder: of a legacy model: True is stage 2, with the VQGAN's pixel decoder; False is stage 1, whose
+        output are logits.
+      pixel_decoder: the VQGAN whose decoder stage 2 has.
+    """
+
+    image_size: int = 256
+    patch_size: int = 16
+    num_latent_tokens: int = 32
+    token_size: int = 12
+    quantize_mode: str = "vq"
+    codebook_size: int = 4096
+    use_l2_norm: bool = True
+    commitment_cost: float = 0.25
+    encoder: TransformerSize = TRANSFORMER_SIZES["base"]
+    decoder: TransformerSize = TRANSFORMER_SIZES["base"]
+    is_legacy: bool = True
+    finetune_decoder: bool = True
+    pixel_decoder: MaskgitVQGANConfig = MaskgitVQGANConfig()
+
+    def __post_init__(self):
+        if self.quantize_mode not in ("vq", "vae"):
+            raise ValueError(f"quantize_mode is {self.quantize_mode!r}, expected 'vq' or 'vae'")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.is_legacy and self.quantize_mode == "vae":
+            raise ValueError("a legacy TiTok is a vq model; a vae needs is_legacy False")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def predicts_codes(self) -> bool:
+        """Whether the output are logits of VQGAN codes (stage 1) instead of an image."""
+        return self.is_legacy and not self.finetune_decoder
+
+    # The published config.json <-> this class.
+
+    @classmethod
+    def from_published(cls, config: Mapping[str, Any]) -> "TiTokConfig":
+        """From the published `config.json`; the defaults for missing keys are the published code's.
+
+        A transformer of another size than small, base or large is given in our own models as
+        `{"width": ., "num_layers": ., "num_heads": .}` in the place of its name.
+
+        Raises:
+          ValueError: for a missing section or key, an unknown key or a bad value.
+        """
+        try:
+            vq = dict(config["model"]["vq_model"])
+            image_size = int(config["dataset"]["preprocessing"]["crop_size"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a tokenizer configuration: no {error} in it") from None
+        names = {
+            "num_latent_tokens": "num_latent_tokens",
+            "token_size": "token_size",
+            "quantize_mode": "quantize_mode",
+            "codebook_size": "codebook_size",
+            "use_l2_norm": "use_l2_norm",
+            "commitment_cost": "commitment_cost",
+            "is_legacy": "is_legacy",
+            "finetune_decoder": "finetune_decoder",
+        }
+        required = ["num_latent_tokens", "token_size", "vit_enc_model_size", "vit_dec_model_size", "vit_enc_patch_size"]
+        if vq.get("quantize_mode", "vq") == "vq":
+            required.append("codebook_size")
+        missing = [key for key in required if key not in vq]
+        if missing:
+            raise ValueError(f"tokenizer configuration lacks model.vq_model.{{{', '.join(missing)}}}")
+        fields: dict[str, Any] = {ours: vq.pop(key) for key, ours in names.items() if key in vq}
+        fields["encoder"] = _size(vq.pop("vit_enc_model_size"))
+        fields["decoder"] = _size(vq.pop("vit_dec_model_size"))
+        fields["patch_size"] = int(vq.pop("vit_enc_patch_size"))
+        if vq.pop("vit_dec_patch_size", fields["patch_size"]) != fields["patch_size"]:
+            raise ValueError("vit_enc_patch_size and vit_dec_patch_size differ; one size for both is supported")
+        if "pixel_decoder" in vq:
+            fields["pixel_decoder"] = MaskgitVQGANConfig(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in vq.pop("pixel_decoder").items()}
+            )
+        if vq:
+            raise ValueError(f"unknown keys in model.vq_model: {sorted(vq)}")
+        return cls(image_size=image_size, **fields)
+
+    def to_published(self) -> dict[str, Any]:
+        """The published form of `config.json`; `from_published` reads it back to an equal configuration."""
+        vq: dict[str, Any] = {
+            "quantize_mode": self.quantize_mode,
+            "token_size": self.token_size,
+            "vit_enc_model_size": _size_name(self.encoder),
+            "vit_dec_model_size": _size_name(self.decoder),
+            "vit_enc_patch_size": self.patch_size,
+            "vit_dec_patch_size": self.patch_size,
+            "num_latent_tokens": self.num_latent_tokens,
+            "finetune_decoder": self.finetune_decoder,
+            "is_legacy": self.is_legacy,
+        }
+        if self.quantize_mode == "vq":
+            vq |= {
+                "codebook_size": self.codebook_size,
+                "use_l2_norm": self.use_l2_norm,
+                "commitment_cost": self.commitment_cost,
+            }
+        if self.pixel_decoder != MaskgitVQGANConfig():
+            pixel = dataclasses.asdict(self.pixel_decoder)
+            vq["pixel_decoder"] = {k: list(v) if isinstance(v, tuple) else v for k, v in pixel.items()}
+        return {"model": {"vq_model": vq}, "dataset": {"preprocessing": {"crop_size": self.image_size}}}
+
+
+def _size(value: Any) -> TransformerSize:
+    if isinstance(value, str) and value in TRANSFORMER_SIZES:
+        return TRANSFORMER_SIZES[value]
+    if isinstance(value, Mapping) and set(value) == {"width", "num_layers", "num_heads"}:
+        return TransformerSize(**value)
+    raise ValueError(f"transformer size is {value!r}, expected one of {sorted(TRANSFORMER_SIZES)} or "
+                     "{'width': int, 'num_layers': int, 'num_heads': int}")
+
+
+def _size_name(size: TransformerSize) -> str | dict[str, int]:
+    for name, known in TRANSFORMER_SIZES.items():
+        if size == known:
+            return name
+    return dataclasses.asdict(size)
+
+
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H/p W/p, p p C], patches row by row; a matmul on this is the strided convolution."""
+    b, h, w, c = images.shape
+    p = patch_size
+    x = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(x: jax.Array, patch_size: int) -> jax.Array:
+    """[B, h, w, p p C] -> [B, h p, w p, C], pixel order (row, column, channel) within a patch."""
+    b, h, w, d = x.shape
+    p = patch_size
+    x = x.reshape(b, h, w, p, p, d // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * p, w * p, d // (p * p))
+
+
+def legacy_reshape(latents: jax.Array) -> jax.Array:
+    """[B, N, D] -> [B, N, D], wrong on purpose.
+
+    The published legacy encoder reinterprets the row-major [N, D] block of each image as [D, N] where it should
+    transpose it, so that "token n, channel d" of the result is element d N + n of the block. The weights of L-32, B-64 and
+    S-128 were trained with this.
+    """
+    b, n, d = latents.shape
+    return latents.reshape(b, d, n).transpose(0, 2, 1)
+
+
+class Encoder(nnx.Module):
+    """Image and latent tokens -> latents."""
+
+    def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        size, grid = config.encoder, config.grid_size
+        init = normal_init(size.width**-0.5)
+        self.patch_embed = nnx.Linear(3 * config.patch_size**2, size.width, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+        self.class_embedding = nnx.Param(init(rngs.params(), (1, size.width)))
+        self.positional_embedding = nnx.Param(init(rngs.params(), (grid**2 + 1, size.width)))
+        self.latent_token_positional_embedding = nnx.Param(init(rngs.params(), (config.num_latent_tokens, size.width)))
+        self.ln_pre = LayerNorm(size.width, dtype=dtype, rngs=rngs)
+        self.transformer = make_stack(
+            lambda rngs: PreNormBlock(size.width, size.num_heads, 4 * size.width, dtype=dtype, rngs=rngs), size.num_layers, rngs
+        )
+        self.ln_post = LayerNorm(size.width, dtype=dtype, rngs=rngs)
+        channels = config.token_size * (2 if config.quantize_mode == "vae" else 1)
+        self.conv_out = nnx.Linear(size.width, channels, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+
+    def embed(self, images: jax.Array, latent_tokens: jax.Array) -> jax.Array:
+        """images [B, H, W, 3], latent tokens [N, D] -> [B, 1 + patches + N, D]: class, patches, latents with positions."""
+        b = images.shape[0]
+        patches = self.patch_embed(patchify(images.astype(self.dtype), self.config.patch_size))
+        width = patches.shape[-1]
+        cls = jnp.broadcast_to(self.class_embedding[...], (b, 1, width)).astype(self.dtype)
+        x = jnp.concatenate([cls, patches], axis=1) + self.positional_embedding[...].astype(self.dtype)
+        latents = (latent_tokens + self.latent_token_positional_embedding[...]).astype(self.dtype)
+        return jnp.concatenate([x, jnp.broadcast_to(latents, (b, *latents.shape))], axis=1)
+
+    def readout(self, x: jax.Array) -> jax.Array:
+        """Transformer output [B, 1 + patches + N, D] -> the input of `conv_out` [B, N, D]."""
+        latents = self.ln_post(x[:, -self.config.num_latent_tokens :])
+        return legacy_reshape(latents) if self.config.is_legacy else latents
+
+    def __call__(self, images: jax.Array, latent_tokens: jax.Array) -> jax.Array:
+        """-> latents [B, N, token_size], or [B, N, 2 token_size] (mean, logvar) of a VAE; float32."""
+        x = self.ln_pre(self.embed(images, latent_tokens))
+        x, _ = run_stack(self.transformer, x, remat=self.remat)
+        return self.conv_out(self.readout(x)).astype(jnp.float32)
+
+
+class Decoder(nnx.Module):
+    """Latents -> grid of mask tokens filled in: 1024 logits per cell (legacy) or pixels."""
+
+    def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        size, grid = config.decoder, config.grid_size
+        init = normal_init(size.width**-0.5)
+
+        def linear(inputs, outputs):
+            return nnx.Linear(inputs, outputs, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+
+        self.decoder_embed = linear(config.token_size, size.width)
+        self.class_embedding = nnx.Param(init(rngs.params(), (1, size.width)))
+        self.positional_embedding = nnx.Param(init(rngs.params(), (grid**2 + 1, size.width)))
+        self.mask_token = nnx.Param(init(rngs.params(), (1, 1, size.width)))
+        self.latent_token_positional_embedding = nnx.Param(init(rngs.params(), (config.num_latent_tokens, size.width)))
+        self.ln_pre = LayerNorm(size.width, dtype=dtype, rngs=rngs)
+        self.transformer = make_stack(
+            lambda rngs: PreNormBlock(size.width, size.num_heads, 4 * size.width, dtype=dtype, rngs=rngs), size.num_layers, rngs
+        )
+        self.ln_post = LayerNorm(size.width, dtype=dtype, rngs=rngs)
+        if config.is_legacy:
+            self.ffn_0 = linear(size.width, 2 * size.width)
+            self.ffn_2 = linear(2 * size.width, PROXY_CODES)
+        else:
+            self.ffn_0 = linear(size.width, 3 * config.patch_size**2)
+            self.conv_out = nnx.Conv(3, 3, (3, 3), padding="SAME", kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+
+    def embed(self, z: jax.Array) -> jax.Array:
+        """z [B, N, token_size] -> [B, 1 + cells + N, D]: class, mask tokens, latents with positions."""
+        b, cells = z.shape[0], self.config.grid_size**2
+        latents = self.decoder_embed(z.astype(self.dtype))
+        width = latents.shape[-1]
+        cls = jnp.broadcast_to(self.class_embedding[...], (b, 1, width))
+        grid = jnp.broadcast_to(self.mask_token[...], (b, cells, width))
+        x = jnp.concatenate([cls, grid], axis=1) + self.positional_embedding[...]
+        latents = latents + self.latent_token_positional_embedding[...].astype(self.dtype)
+        return jnp.concatenate([x.astype(self.dtype), latents], axis=1)
+
+    def readout(self, x: jax.Array) -> jax.Array:
+        """Transformer output [B, 1 + cells + N, D] -> the grid [B, h, w, D]."""
+        grid = self.config.grid_size
+        x = self.ln_post(x[:, 1 : 1 + grid**2])
+        return x.reshape(x.shape[0], grid, grid, x.shape[-1])
+
+    def ffn(self, x: jax.Array) -> jax.Array:
+        """Grid [B, h, w, D] -> logits [B, h, w, 1024] (legacy) or pixels [B, H, W, 3] before the last convolution."""
+        if self.config.is_legacy:
+            return self.ffn_2(jnp.tanh(self.ffn_0(x)))
+        return unpatchify(self.ffn_0(x), self.config.patch_size)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """-> logits [B, h, w, 1024] (legacy) or images [B, H, W, 3], not clamped; float32."""
+        x = self.ln_pre(self.embed(z))
+        x, _ = run_stack(self.transformer, x, remat=self.remat)
+        x = self.ffn(self.readout(x))
+        if not self.config.is_legacy:
+            x = self.conv_out(x)
+        return x.astype(jnp.float32)
+
+
+class _Embedding(nnx.Module):
+    """A bare table, so that its published name ends in `embedding.weight`."""
+
+    def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(trunc_normal(rngs.params(), (rows, width), jnp.float32))
+
+
+class TiTok(nnx.Module):
+    """The tokenizer. Images are NHWC float32 in [0, 1], latents [B, N, C] float32, tokens [B, N] int32."""
+
+    def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+        """
+        Args:
+          dtype: computation dtype; parameters are float32, the bottleneck computes in float32 always.
+          remat: recompute each block's activations in the backward pass.
+        """
+        self.config = config
+        self.encoder = Encoder(config, dtype=dtype, remat=remat, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, remat=remat, rngs=rngs)
+        width = config.encoder.width
+        self.latent_tokens = nnx.Param(normal_init(width**-0.5)(rngs.params(), (config.num_latent_tokens, width)))
+        if config.quantize_mode == "vq":
+            self.quantize = VectorQuantizer(
+                config.codebook_size,
+                config.token_size,
+                commitment_cost=config.commitment_cost,
+                use_l2_norm=config.use_l2_norm,
+                rngs=rngs,
+            )
+        if config.is_legacy and config.finetune_decoder:
+            self.pixel_quantize = _Embedding(config.pixel_decoder.codebook_size, config.pixel_decoder.z_channels, rngs)
+            self.pixel_decoder = PixelDecoder(config.pixel_decoder, dtype=dtype, rngs=rngs)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """images [B, H, W, 3] -> what enters the bottleneck: [B, N, token_size] (VAE: [B, N, 2 token_size])."""
+        return self.encoder(images, self.latent_tokens[...])
+
+    def quantized(self, images: jax.Array) -> QuantizerOutput:
+        """Encode and quantize; of a vq model."""
+        return self.quantize(self.encode(images))
+
+    def posterior(self, images: jax.Array) -> DiagonalGaussian:
+        """Encode; of a VAE."""
+        return DiagonalGaussian.from_moments(self.encode(images))
+
+    def soft_codes(self, logits: jax.Array) -> jax.Array:
+        """Stage 2: logits [B, h, w, 1024] -> mixture of VQGAN code vectors [B, h, w, 256]."""
+        weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        return jnp.einsum("bhwk,kc->bhwc", weights, self.pixel_quantize.embedding[...])
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """Latents [B, N, token_size] after the bottleneck -> images [B, H, W, 3], not clamped; a stage 1 model gives
+        logits [B, h, w, 1024]."""
+        x = self.decoder(z)
+        if self.config.is_legacy and self.config.finetune_decoder:
+            return self.pixel_decoder(self.soft_codes(x)).astype(jnp.float32)
+        return x
+
+    def decode_tokens(self, tokens: jax.Array) -> jax.Array:
+        """tokens int [B, N] -> as `decode`; of a vq model."""
+        return self.decode(self.quantize.lookup(tokens))
