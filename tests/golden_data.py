@@ -1,0 +1,136 @@
+"""What the golden tests share: the seeded weights and inputs that the published code was run with, and the comparison
+with what it gave.
+
+tests/golden holds arrays only, made by running the published PyTorch and JAX code in float32 with seeded weights. A weight
+depends on its published name and shape alone, so any model here can be filled with the same ones. Layouts in the files
+are the published ones (images NCHW); ours are turned before they are compared.
+"""
+
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from titok_jax import convert
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def seeded_array(name: str, shape: tuple[int, ...], salt: str = "") -> np.ndarray:
+    """The float32 weight that the golden runs used for the published tensor `name`: standard normals seeded by the name's
+    CRC-32; embeddings halved (codebooks whole), norm scales 1 + 0.1 w, biases 0.1 w, kernels over the root of the fan-in."""
+    w = np.random.default_rng(zlib.crc32((salt + name).encode())).standard_normal(shape).astype(np.float32)
+    leaf = name.split(".")[-1]
+
+    def has(*words):
+        return any(word in name for word in words)
+
+    if leaf == "running_mean":
+        return 0.1 * w
+    if leaf == "running_var":
+        return 1 + 0.1 * np.abs(w)
+    if w.ndim >= 2 and has("embed", "mask_token", "latent_tokens") and not has("patch_embed", "decoder_embed"):
+        return w if has("quantize") else 0.5 * w
+    if w.ndim <= 1:
+        return 1 + 0.1 * w if leaf in ("weight", "gamma", "scale") else 0.1 * w
+    return w * np.float32(np.prod(shape[1:]) ** -0.5)
+
+
+def seeded_weights(shapes: Mapping[str, tuple[int, ...]], prefix: str = "", salt: str = "") -> dict[str, np.ndarray]:
+    """{published name: shape} -> {published name: seeded array}. `prefix` goes before the names that seed: golden runs
+    seeded some models as a part of a larger one, e.g. "discriminator."."""
+    return {name: seeded_array(prefix + name, tuple(shape), salt) for name, shape in shapes.items()}
+
+
+def seeded_params(table: convert.Table, abstract_params: convert.Params, prefix: str = "", salt: str = "") -> convert.Params:
+    """A model's parameters (nested dict of numpy arrays) from seeded published weights, loaded as any published file."""
+    weights = seeded_weights(convert.published_shapes(table, abstract_params), prefix, salt)
+    return convert.from_published(table, abstract_params, weights, source="seeded weights")
+
+
+def abstract_model(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, convert.Params]:
+    """(graphdef, nested dict of ShapeDtypeStructs) of the module that `make()` builds; nothing is computed."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def seeded_model(
+    make: Callable[[], nnx.Module], table: convert.Table, prefix: str = ""
+) -> tuple[nnx.GraphDef, convert.Params]:
+    """(graphdef, seeded parameters) of the module that `make()` builds: `nnx.merge(graphdef, params)` is the model."""
+    graphdef, abstract = abstract_model(make)
+    return graphdef, seeded_params(table, abstract, prefix)
+
+
+def images(batch: int, size: int, seed: int) -> np.ndarray:
+    """The golden inputs: [batch, size, size, 3] float32 in [0, 1], 8x8 blocks with fine noise on them. (The files speak of
+    the same pictures as NCHW.)"""
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((batch, 3, size // 8, size // 8)).repeat(8, axis=2).repeat(8, axis=3)
+    fine = rng.random((batch, 3, size, size))
+    return np.ascontiguousarray((0.75 * coarse + 0.25 * fine).astype(np.float32).transpose(0, 2, 3, 1))
+
+
+def nchw(x: Any) -> np.ndarray:
+    """[B, H, W, C] -> [B, C, H, W], the layout of the golden files."""
+    return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+def load(path: str) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file; `path` is relative to tests/golden, e.g. "tiny/tiny_vae.npz"."""
+    with np.load(GOLDEN / path) as file:
+        return dict(file)
+
+
+def load_json(path: str) -> Any:
+    """A .json file; `path` is relative to tests/golden."""
+    return json.loads((GOLDEN / path).read_text())
+
+
+def published_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """{published name: shape} of a `.shapes.json` file."""
+    return {name: tuple(shape) for name, shape in load_json(path)["tensors"].items()}
+
+
+def compare(golden: Mapping[str, np.ndarray], name: str, ours: Any, tolerance: float) -> float:
+    """Asserts that `ours`, a whole array in the published layout, is the golden array `name`.
+
+    Large golden arrays are strided slices with the mean, population standard deviation and largest magnitude of the whole
+    beside them (`.stride`, `.shape`, `.stats`); both are checked. `tolerance` is relative to the largest magnitude: if no
+    element is off by more, none of the three statistics can be.
+
+    Returns:
+      the largest error of the slice, relative to the largest magnitude.
+    """
+    full = np.asarray(ours, dtype=np.float64)
+    if name + ".flat2d" in golden:
+        flat = full.reshape(full.shape[0], -1)
+        got, want = flat[tuple(slice(None, None, max(1, size // 64)) for size in flat.shape)], golden[name + ".flat2d"]
+    else:
+        want = golden[name]
+        got = full[tuple(slice(None, None, int(step)) for step in golden.get(name + ".stride", ()))]
+    shape = tuple(int(n) for n in golden[name + ".shape"]) if name + ".shape" in golden else None
+    assert shape is None or full.shape == shape, f"{name}: shape {full.shape}, expected {shape}"
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+    assert np.isfinite(full).all(), f"{name}: not finite"
+
+    stats = golden.get(name + ".stats")
+    largest = float(np.abs(want).max() if stats is None else stats[2])
+    difference = np.abs(got - want)
+    error = float(difference.max() / largest) if largest else float(difference.max())
+    worst = np.unravel_index(difference.argmax(), difference.shape)
+    assert error <= tolerance, (
+        f"{name}: largest error {error:.2e} of max |x| = {largest:.4g}, tolerance {tolerance:.0e}; "
+        f"at {tuple(map(int, worst))} of the stored slice {got[worst]:.7g}, expected {want[worst]:.7g}"
+    )
+    if stats is not None:
+        found = np.array([full.mean(), full.std(), np.abs(full).max()])
+        assert (np.abs(found - stats) <= tolerance * largest).all(), (
+            f"{name}: the slice agrees, but (mean, std, max) of the whole are {found}, "
+            f"expected {stats}, tolerance {tolerance:.0e}"
+        )
+    return error
