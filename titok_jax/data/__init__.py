@@ -1,0 +1,1 @@
+"""Data: random-access sources, transforms in numpy and Pillow, and the loader. Imports no model."""
