@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from titok_jax.models.discriminator import BLUR_TAPS
+
 Params = dict[str, Any]  # nested dict of arrays (or of ShapeDtypeStructs)
 
 
@@ -264,13 +266,45 @@ def uvit_generator_table() -> Table:
     return [*rules, *_norm(r"norm", "norm"), *_linear(r"lm_head", "lm_head")]
 
 
-def vqgan_rules(tower: str) -> list[Rule]:
+def vqgan_rules(tower: str) -> Table:
     """Encoder or decoder of the MaskGIT-VQGAN; `tower` is a pattern with one group, its name."""
-    conv = r"/((?:down|up)/\d+/block/\d+|mid/\d+)/(conv\d|nin_shortcut)"
-    del conv
-    return []
+    rules = []
+    for ours, published in ((r"/(down|up)/(\d+)/block/(\d+)", r"\1.\2.\3.block.\4"), (r"/mid/(\d+)", r"\1.mid.\2")):
+        for n in "12":
+            rules += _norm(f"{tower}{ours}/norm{n}", f"{published}.norm{n}")
+            rules += _linear(f"{tower}{ours}/conv{n}", f"{published}.conv{n}", CONV)
+        rules += _linear(f"{tower}{ours}/nin_shortcut", f"{published}.nin_shortcut", CONV1X1)
+    return [
+        *rules,
+        *_linear(tower + r"/up/(\d+)/upsample_conv", r"\1.up.\2.upsample_conv", CONV),
+        *_linear(tower + r"/(conv_in|conv_out)", r"\1.\2", CONV),
+        *_norm(tower + r"/norm_out", r"\1.norm_out"),
+    ]
 
 
 def maskgit_vqgan_table() -> Table:
     """MaskGIT-VQGAN in its PyTorch form."""
-    return [*vqgan_rules(r"(encoder|decoder)"), Rule(r"quantize/embedding", "quantize.embedding.weight")]
+    return [
+        *_linear(r"encoder/conv_out", "encoder.conv_out", CONV1X1),  # before the rule for the decoder's, which is 3x3
+        *vqgan_rules(r"(encoder|decoder)"),
+        Rule(r"quantize/embedding", "quantize.embedding.weight"),
+    ]
+
+
+def discriminator_table() -> Table:
+    """The discriminator's parameters. Its constant blur kernels are no parameters here: `discriminator_buffers`."""
+    return [
+        *_linear(r"block_in", "block_in.0", CONV),
+        *_linear(r"blocks/(\d+)/conv", r"blocks.\1.0", CONV),
+        *_norm(r"blocks/(\d+)/norm", r"blocks.\1.2"),
+        *_linear(r"to_logits_0", "to_logits.0", CONV1X1),
+        *_linear(r"to_logits_2", "to_logits.2", CONV),
+    ]
+
+
+def discriminator_buffers(num_stages: int) -> dict[str, np.ndarray]:
+    """The blur kernels [1, 1, 4, 4] that a published state dict of the discriminator holds besides its parameters: to be
+    added to what is published, and left out of what is loaded."""
+    taps = np.asarray(BLUR_TAPS, np.float32)
+    kernel = np.outer(taps, taps) / np.square(taps.sum())
+    return {f"blocks.{i}.1.kernel": kernel[None, None] for i in range(num_stages)}
