@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from titok_jax import models
 from titok_jax.models.discriminator import BLUR_TAPS
 
 Params = dict[str, Any]  # nested dict of arrays (or of ShapeDtypeStructs)
@@ -203,6 +204,7 @@ def decay_mask(table: Table, params: Params, exempt: Iterable[str]) -> Params:
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables
 
+
 def _norm(ours: str, published: str) -> list[Rule]:
     return [Rule(ours + "/scale", published + ".weight"), Rule(ours + "/bias", published + ".bias")]
 
@@ -308,3 +310,14 @@ def discriminator_buffers(num_stages: int) -> dict[str, np.ndarray]:
     taps = np.asarray(BLUR_TAPS, np.float32)
     kernel = np.outer(taps, taps) / np.square(taps.sum())
     return {f"blocks.{i}.1.kernel": kernel[None, None] for i in range(num_stages)}
+
+
+def table_for(config: models.Config) -> Table:
+    """The table of the model that `config` describes."""
+    if isinstance(config, models.TiTokConfig):
+        return titok_table(config.patch_size)
+    if isinstance(config, models.GeneratorConfig):
+        return vit_generator_table() if config.model_type == "ViT" else uvit_generator_table()
+    if isinstance(config, models.MaskgitVQGANConfig):
+        return maskgit_vqgan_table()
+    return discriminator_table()

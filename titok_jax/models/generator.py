@@ -98,8 +98,11 @@ class GeneratorConfig:
         fields = {ours: generator.pop(key) for key, ours in _GENERATOR_KEYS.items() if key in generator}
         if generator:
             raise ValueError(f"unknown keys in model.generator: {sorted(generator)}")
-        missing = [k for k in ("model_type", "hidden_size", "num_hidden_layers", "image_seq_len", "condition_num_classes")
-                   if _GENERATOR_KEYS[k] not in fields]
+        missing = [
+            k
+            for k in ("model_type", "hidden_size", "num_hidden_layers", "image_seq_len", "condition_num_classes")
+            if _GENERATOR_KEYS[k] not in fields
+        ]
         if missing:
             raise ValueError(f"generator configuration lacks model.generator.{{{', '.join(missing)}}}")
         return cls(codebook_size=codebook_size, sampling=SamplingConfig(**sampling), **fields)
@@ -139,7 +142,9 @@ class PostNormBlock(nnx.Module):
     def __init__(self, config: GeneratorConfig, *, dtype, rngs: nnx.Rngs):
         width = config.hidden_size
         self.dropout_rate = config.dropout
-        self.attn = Attention(width, config.num_heads, qkv_init=trunc_normal, dropout_rate=config.attn_dropout, dtype=dtype, rngs=rngs)
+        self.attn = Attention(
+            width, config.num_heads, qkv_init=trunc_normal, dropout_rate=config.attn_dropout, dtype=dtype, rngs=rngs
+        )
         self.norm1 = LayerNorm(width, epsilon=1e-12, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, config.intermediate_size, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(width, epsilon=1e-12, dtype=dtype, rngs=rngs)
@@ -202,8 +207,16 @@ class UViTGenerator(nnx.Module):
         width = config.hidden_size
 
         def block(rngs, skip=False):
-            return PreNormBlock(width, config.num_heads, config.intermediate_size, qkv_bias=False, qkv_init=trunc_normal,
-                                skip=skip, dtype=dtype, rngs=rngs)
+            return PreNormBlock(
+                width,
+                config.num_heads,
+                config.intermediate_size,
+                qkv_bias=False,
+                qkv_init=trunc_normal,
+                skip=skip,
+                dtype=dtype,
+                rngs=rngs,
+            )
 
         self.embeddings = nnx.Param(trunc_normal(rngs.params(), (config.vocabulary_size, width), jnp.float32))
         self.pos_embed = nnx.Param(trunc_normal(rngs.params(), (config.num_tokens + 1, width), jnp.float32))

@@ -86,8 +86,18 @@ class LayerNorm(nnx.LayerNorm):
 class Attention(nnx.Module):
     """Multi-head self-attention. `qkv` keeps its kernel as [D, 3, D], so that heads stay whole when it is sharded."""
 
-    def __init__(self, width: int, num_heads: int, *, qkv_bias: bool = True, qkv_init: Callable = _xavier_qkv,
-                 kernel_init: Callable = trunc_normal, dropout_rate: float = 0.0, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        qkv_init: Callable = _xavier_qkv,
+        kernel_init: Callable = trunc_normal,
+        dropout_rate: float = 0.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         if width % num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
@@ -120,8 +130,18 @@ class MLP(nnx.Module):
 class PreNormBlock(nnx.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)). With `skip`, a long skip enters first: Linear([x, skip]) (U-ViT)."""
 
-    def __init__(self, width: int, num_heads: int, hidden: int, *, qkv_bias: bool = True, qkv_init: Callable = _xavier_qkv,
-                 skip: bool = False, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        hidden: int,
+        *,
+        qkv_bias: bool = True,
+        qkv_init: Callable = _xavier_qkv,
+        skip: bool = False,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         if skip:
             self.skip_linear = nnx.Linear(2 * width, width, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
         self.norm1 = LayerNorm(width, dtype=dtype, rngs=rngs)
@@ -149,8 +169,9 @@ def make_stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rn
     return create(rngs)
 
 
-def run_stack(stack: nnx.Module, x: jax.Array, *, key: jax.Array | None = None, skips: jax.Array | None = None,
-              remat: bool = False) -> tuple[jax.Array, jax.Array]:
+def run_stack(
+    stack: nnx.Module, x: jax.Array, *, key: jax.Array | None = None, skips: jax.Array | None = None, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Scan x [B, L, D] through a stack of n blocks.
 
     `key` gives each layer its own dropout key; `skips` [n, B, L, D] enter the layers as second input. Returns the last

@@ -44,8 +44,15 @@ class VectorQuantizer(nnx.Module):
     """Nearest code by Euclidean distance, after L2 normalisation of both sides if `use_l2_norm` (van den Oord et al.
     2017; Yu et al. 2022 for the normalised form)."""
 
-    def __init__(self, codebook_size: int, token_size: int, *, commitment_cost: float = 0.25, use_l2_norm: bool = False,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        codebook_size: int,
+        token_size: int,
+        *,
+        commitment_cost: float = 0.25,
+        use_l2_norm: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.commitment_cost, self.use_l2_norm = commitment_cost, use_l2_norm
         bound = 1.0 / codebook_size
         init = jax.random.uniform(rngs.params(), (codebook_size, token_size), jnp.float32, -bound, bound)

@@ -163,8 +163,10 @@ def _size(value: Any) -> TransformerSize:
         return TRANSFORMER_SIZES[value]
     if isinstance(value, Mapping) and set(value) == {"width", "num_layers", "num_heads"}:
         return TransformerSize(**value)
-    raise ValueError(f"transformer size is {value!r}, expected one of {sorted(TRANSFORMER_SIZES)} or "
-                     "{'width': int, 'num_layers': int, 'num_heads': int}")
+    raise ValueError(
+        f"transformer size is {value!r}, expected one of {sorted(TRANSFORMER_SIZES)} or "
+        "{'width': int, 'num_layers': int, 'num_heads': int}"
+    )
 
 
 def _size_name(size: TransformerSize) -> str | dict[str, int]:
@@ -214,7 +216,9 @@ class Encoder(nnx.Module):
         self.latent_token_positional_embedding = nnx.Param(init(rngs.params(), (config.num_latent_tokens, size.width)))
         self.ln_pre = LayerNorm(size.width, dtype=dtype, rngs=rngs)
         self.transformer = make_stack(
-            lambda rngs: PreNormBlock(size.width, size.num_heads, 4 * size.width, dtype=dtype, rngs=rngs), size.num_layers, rngs
+            lambda rngs: PreNormBlock(size.width, size.num_heads, 4 * size.width, dtype=dtype, rngs=rngs),
+            size.num_layers,
+            rngs,
         )
         self.ln_post = LayerNorm(size.width, dtype=dtype, rngs=rngs)
         channels = config.token_size * (2 if config.quantize_mode == "vae" else 1)
@@ -260,7 +264,9 @@ class Decoder(nnx.Module):
         self.latent_token_positional_embedding = nnx.Param(init(rngs.params(), (config.num_latent_tokens, size.width)))
         self.ln_pre = LayerNorm(size.width, dtype=dtype, rngs=rngs)
         self.transformer = make_stack(
-            lambda rngs: PreNormBlock(size.width, size.num_heads, 4 * size.width, dtype=dtype, rngs=rngs), size.num_layers, rngs
+            lambda rngs: PreNormBlock(size.width, size.num_heads, 4 * size.width, dtype=dtype, rngs=rngs),
+            size.num_layers,
+            rngs,
         )
         self.ln_post = LayerNorm(size.width, dtype=dtype, rngs=rngs)
         if config.is_legacy:

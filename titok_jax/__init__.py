@@ -1,0 +1,24 @@
+"""TiTok in JAX: compact 1D image tokenizers and masked image generators.
+
+import jax, titok_jax
+tokenizer, generator = titok_jax.load_tokenizer("digits"), titok_jax.load_generator("digits")
+ids = titok_jax.generate(generator, [3, 1, 4], jax.random.key(0))
+images = tokenizer.decode(ids)  # [3, 32, 32, 3] float32 in [0, 1]
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from titok_jax.inference import Generator, Tokenizer, generate, load_generator, load_pair, load_tokenizer
+
+__version__ = "0.1.0"
+__all__ = ["Generator", "Tokenizer", "generate", "load_generator", "load_pair", "load_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that data workers and `--help` do not pay for importing JAX.
+    if name in __all__:
+        from titok_jax import inference
+
+        return getattr(inference, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,276 @@
+"""Trained models as people use them: load by name or folder, images to tokens, tokens to images, labels to tokens."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from titok_jax import convert, decoding, models, pretrained, zoo
+from titok_jax.models.generator import GeneratorConfig
+from titok_jax.models.titok import TiTokConfig
+
+
+class Tokenizer:
+    """A TiTok with its weights.
+
+    Attributes:
+      config: the architecture.
+      params: nested dict of float32 arrays.
+    """
+
+    def __init__(self, config: TiTokConfig, params: convert.Params, *, dtype=jnp.float32):
+        """
+        Args:
+          dtype: computation dtype, "float32" or "bfloat16".
+        """
+        self.config, self.params = config, params
+        graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
+
+        def encode(params, images, key):
+            model = nnx.merge(graphdef, params)
+            images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+            if config.quantize_mode == "vq":
+                return model.quantized(images).tokens
+            posterior = model.posterior(images)
+            return posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
+
+        def decode(params, tokens):
+            model = nnx.merge(graphdef, params)
+            images = model.decode_tokens(tokens) if config.quantize_mode == "vq" else model.decode(tokens)
+            return jnp.clip(images, 0.0, 1.0)
+
+        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+
+    def encode(self, images, key: jax.Array | None = None) -> jax.Array:
+        """Images to tokens.
+
+        Args:
+          images: [B, H, W, 3], uint8 or float in [0, 1], of the model's size.
+          key: of a VAE: draw from the posterior with this key, instead of its mean.
+
+        Returns:
+          int32 [B, N]; of a VAE float32 [B, N, C].
+
+        Raises:
+          ValueError: another shape, dtype or size than expected.
+        """
+        size = self.config.image_size
+        if not hasattr(images, "shape"):
+            images = np.asarray(images)
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise ValueError(f"images have shape {list(images.shape)}, expected [batch, {size}, {size}, 3]")
+        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images have dtype {images.dtype}, expected uint8, or float in [0, 1]")
+        if key is not None and self.config.quantize_mode == "vq":
+            raise ValueError("key given, but the tokens of a vq model are not drawn; only a VAE takes a key")
+        return self._encode(self.params, images, key)
+
+    def decode(self, tokens) -> jax.Array:
+        """Tokens to images.
+
+        Args:
+          tokens: int [B, N] in 0 .. codebook_size - 1; of a VAE float [B, N, C].
+
+        Returns:
+          float32 [B, H, W, 3] in [0, 1].
+
+        Raises:
+          ValueError: another shape, dtype or range than expected, or a stage 1 model, which has no pixels.
+        """
+        config = self.config
+        if config.predicts_codes:
+            raise ValueError("a stage 1 model predicts codes of a MaskGIT-VQGAN, not images; train stage 2 first")
+        if not hasattr(tokens, "shape"):
+            tokens = np.asarray(tokens)
+        if config.quantize_mode == "vae":
+            expected = (config.num_latent_tokens, config.token_size)
+            if tokens.ndim != 3 or tokens.shape[1:] != expected or not jnp.issubdtype(tokens.dtype, jnp.floating):
+                raise ValueError(
+                    f"latents are {tokens.dtype} {list(tokens.shape)}, expected float [batch, {expected[0]}, {expected[1]}]"
+                )
+            return self._decode(self.params, tokens)
+        if tokens.ndim != 2 or tokens.shape[1] != config.num_latent_tokens or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [batch, {config.num_latent_tokens}]"
+            )
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.codebook_size:
+            raise ValueError(
+                f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {config.codebook_size - 1}"
+            )
+        return self._decode(self.params, tokens)
+
+
+class Generator:
+    """A generator with its weights.
+
+    Attributes:
+      config: the architecture, with the default sampling settings.
+      params: nested dict of float32 arrays.
+    """
+
+    def __init__(self, config: GeneratorConfig, params: convert.Params, *, dtype=jnp.float32):
+        """
+        Args:
+          dtype: computation dtype, "float32" or "bfloat16"; sampling itself is float32 always.
+        """
+        self.config, self.params = config, params
+        graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
+
+        def logits(params, ids, labels):
+            return nnx.merge(graphdef, params).logits(ids, labels)
+
+        def sample(params, labels, key, scale, temperature, *, num_steps, schedule, annealing):
+            keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(labels.shape[0]))
+            return decoding.parallel_decode(
+                partial(logits, params),
+                labels,
+                num_tokens=config.num_tokens,
+                codebook_size=config.codebook_size,
+                num_classes=config.num_classes,
+                num_steps=num_steps,
+                guidance_scale=scale,
+                guidance_schedule=schedule,
+                temperature=temperature,
+                softmax_temperature_annealing=annealing,
+                noise=decoding.noise_from_keys(keys),
+            ).ids
+
+        self._logits = jax.jit(logits)
+        self._sample = jax.jit(sample, static_argnames=("num_steps", "schedule", "annealing"))
+
+    def logits(self, ids, labels) -> jax.Array:
+        """One forward pass.
+
+        Args:
+          ids: int [B, N] in 0 .. codebook_size; the last is the mask.
+          labels: int [B] in 0 .. num_classes; the last means unconditional.
+
+        Returns:
+          float32 [B, N, codebook_size].
+
+        Raises:
+          ValueError: another shape or range than expected.
+        """
+        ids, labels = np.asarray(ids), np.asarray(labels)
+        if ids.ndim != 2 or ids.shape[1] != self.config.num_tokens or ids.dtype.kind not in "iu":
+            raise ValueError(f"ids are {ids.dtype} {list(ids.shape)}, expected integers [batch, {self.config.num_tokens}]")
+        if ids.size and not 0 <= ids.min() <= ids.max() <= self.config.mask_id:
+            raise ValueError(f"ids reach from {ids.min()} to {ids.max()}, expected 0 to {self.config.mask_id}")
+        self._check_labels(labels, self.config.num_classes, ids.shape[0])
+        return self._logits(self.params, ids.astype(np.int32), labels.astype(np.int32))
+
+    def _check_labels(self, labels: np.ndarray, largest: int, batch: int | None = None) -> None:
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or (batch is not None and len(labels) != batch):
+            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}, expected integers [{batch or 'batch'}]")
+        if labels.size and not 0 <= labels.min() <= labels.max() <= largest:
+            raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, expected 0 to {largest}")
+
+
+def generate(
+    generator: Generator,
+    labels: Sequence[int] | np.ndarray,
+    key: jax.Array,
+    *,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_schedule: str | None = None,
+    temperature: float | None = None,
+    softmax_temperature_annealing: bool | None = None,
+) -> jax.Array:
+    """Token ids for class labels. What is None is taken from `generator.config.sampling`.
+
+    An image depends on its label, the key and its place in `labels` only, not on the others beside it. Nothing is
+    compiled again when labels, key, scale or temperature change.
+
+    Args:
+      labels: [B], 0 .. num_classes - 1.
+      key: from `jax.random.key`.
+      num_steps: decoding steps, at least 1.
+      guidance_scale: 0 for none (with "constant" and "linear").
+      guidance_schedule: "constant", "linear" or "power-cosine".
+      temperature: of the noise in the first step, at least 0; more gives more diverse images.
+      softmax_temperature_annealing: divide the logits by a temperature that falls from about 1.3 to 0.5.
+
+    Returns:
+      int32 [B, N], for `Tokenizer.decode`.
+
+    Raises:
+      ValueError: a label or setting out of range.
+    """
+    defaults, config = generator.config.sampling, generator.config
+    labels = np.asarray(labels)
+    generator._check_labels(labels, config.num_classes - 1)
+    num_steps = defaults.num_steps if num_steps is None else num_steps
+    schedule = guidance_schedule or defaults.guidance_schedule
+    temperature = defaults.temperature if temperature is None else temperature
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}, expected at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}, expected at least 0")
+    if schedule not in models.generator.GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {models.generator.GUIDANCE_SCHEDULES}")
+    return generator._sample(
+        generator.params,
+        labels.astype(np.int32),
+        key,
+        np.float32(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+        np.float32(temperature),
+        num_steps=num_steps,
+        schedule=schedule,
+        annealing=defaults.softmax_temperature_annealing
+        if softmax_temperature_annealing is None
+        else softmax_temperature_annealing,
+    )
+
+
+def load_tokenizer(name_or_folder: str | os.PathLike, *, dtype="float32") -> Tokenizer:
+    """A tokenizer by name ("digits") or from a folder; of a generator's folder, the tokenizer that it holds.
+
+    Raises:
+      ValueError: an unknown name (the message lists the known ones), or weights that do not fit.
+      FileNotFoundError: a folder without `config.json` or `model.safetensors`.
+    """
+    folder = zoo.find(name_or_folder)
+    if (folder / "tokenizer").is_dir():
+        folder = folder / "tokenizer"
+    return Tokenizer(*pretrained.load(folder, TiTokConfig), dtype=dtype)
+
+
+def load_generator(name_or_folder: str | os.PathLike, *, dtype="float32") -> Generator:
+    """A generator by name ("digits") or from a folder; errors as `load_tokenizer`."""
+    return Generator(*pretrained.load(zoo.find(name_or_folder), GeneratorConfig), dtype=dtype)
+
+
+def load_pair(
+    name_or_folder: str | os.PathLike, tokenizer: str | os.PathLike | None = None, *, dtype="float32"
+) -> tuple[Tokenizer, Generator]:
+    """A generator and the tokenizer for its tokens: that of `tokenizer`, or the one in the generator's folder.
+
+    Raises:
+      ValueError: as `load_tokenizer`, and if the two do not fit together.
+      FileNotFoundError: as `load_tokenizer`, and if the folder holds no tokenizer and none is named.
+    """
+    folder = Path(zoo.find(name_or_folder))
+    if tokenizer is None and not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(f"{folder} holds no sub-folder tokenizer: name the tokenizer of this generator")
+    generator = load_generator(folder, dtype=dtype)
+    pair = load_tokenizer(folder if tokenizer is None else tokenizer, dtype=dtype), generator
+    check_pair(pair[0].config, generator.config)
+    return pair
+
+
+def check_pair(tokenizer: TiTokConfig, generator: GeneratorConfig) -> None:
+    """Raises ValueError unless the tokenizer makes the tokens that the generator is for."""
+    if tokenizer.quantize_mode != "vq":
+        raise ValueError("the tokenizer is a VAE; a generator of discrete tokens needs a vq tokenizer")
+    for what, ours, theirs in (
+        ("tokens per image", tokenizer.num_latent_tokens, generator.num_tokens),
+        ("codebook size", tokenizer.codebook_size, generator.codebook_size),
+    ):
+        if ours != theirs:
+            raise ValueError(f"the tokenizer does not fit the generator: {what} {ours} against {theirs}")

@@ -1,0 +1,256 @@
+"""Losses of all trainings, as pure functions of what the networks gave: no network is called here.
+
+Everything is computed in float32 whatever comes in. The functions that combine several terms return the total and a dict of
+metrics under the names that the published training logs, where the terms carry their weights already.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Metrics = dict[str, jax.Array]
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """Per-element cross entropy: logits [..., K], targets int [...] in [0, K) -> [...].
+
+    With smoothing s it is (1 - s) nll + s times the mean of -log p over all classes, as torch's CrossEntropyLoss.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    if label_smoothing == 0.0:
+        return nll
+    return (1.0 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masked generator (published: modeling/modules/losses.py, MLMLoss)
+
+
+def token_weights(mask: jax.Array, unmasked_weight: float) -> jax.Array:
+    """Weights of the tokens of a whole batch: mask bool [B, N], true where masked -> [B, N] float32, summing to 1.
+
+    Masked tokens count 1, the others `unmasked_weight`. The sum runs over the whole batch: where gradients are
+    accumulated, make the weights before the batch is cut, then the parts' losses add up to the loss of the whole.
+    """
+    weights = jnp.where(mask, 1.0, jnp.float32(unmasked_weight))
+    return weights / (weights.sum() + 1e-8)
+
+
+def weighted_token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, label_smoothing: float) -> jax.Array:
+    """sum(weights * cross entropy), over a batch or a part of one: logits [b, N, K], targets int [b, N], weights [b, N]."""
+    return jnp.sum(weights * cross_entropy(logits, targets, label_smoothing))
+
+
+def correct_tokens(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """Share of the masked tokens that the argmax hits, averaged over the rows of [B, N]; a row without masks counts 0."""
+    hits = (jnp.argmax(logits, axis=-1) == targets) & mask
+    return jnp.mean(hits.sum(-1) / (mask.sum(-1) + 1e-8))
+
+
+def masked_token_loss(
+    logits: jax.Array, targets: jax.Array, mask: jax.Array, *, label_smoothing: float = 0.1, unmasked_weight: float = 0.1
+) -> tuple[jax.Array, Metrics]:
+    """Loss of the masked generator on a whole batch: logits [B, N, K], targets int [B, N], mask bool [B, N] (true: masked)."""
+    weights = token_weights(mask, unmasked_weight)
+    loss = weighted_token_loss(logits, targets, weights, label_smoothing=label_smoothing)
+    return loss, {"loss": loss, "correct_tokens": correct_tokens(logits, targets, mask)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer, stage 1 (TiTok section 3.2, "proxy codes"; published: ReconstructionLoss_Stage1)
+
+
+def proxy_code_loss(logits: jax.Array, codes: jax.Array) -> jax.Array:
+    """Mean cross entropy of logits [B, h, w, K] against the 2D tokenizer's codes, int [B, h, w] or row-major [B, h w]."""
+    return jnp.mean(cross_entropy(logits, codes.reshape(logits.shape[:-1])))
+
+
+def stage1_loss(
+    logits: jax.Array,
+    codes: jax.Array,
+    *,
+    quantizer_loss: jax.Array,
+    commitment_loss: jax.Array,
+    codebook_loss: jax.Array,
+    quantizer_weight: float = 1.0,
+) -> tuple[jax.Array, Metrics]:
+    """proxy_code_loss + quantizer_weight * quantizer_loss. The last two parts of the quantizer's loss are only logged."""
+    reconstruction = proxy_code_loss(logits, codes)
+    quantizer = quantizer_weight * quantizer_loss
+    total = reconstruction + quantizer
+    return total, {
+        "total_loss": total,
+        "reconstruction_loss": reconstruction,
+        "quantizer_loss": quantizer,
+        "commitment_loss": commitment_loss,
+        "codebook_loss": codebook_loss,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer on pixels: stage 2 and single stage (published: ReconstructionLoss_Stage2, ReconstructionLoss_Single_Stage)
+
+
+def reconstruction_loss(images: jax.Array, reconstructions: jax.Array, kind: str = "l2") -> jax.Array:
+    """Mean squared ("l2") or absolute ("l1") difference of two [B, H, W, 3].
+
+    Raises:
+      ValueError: for another kind.
+    """
+    difference = images.astype(jnp.float32) - reconstructions.astype(jnp.float32)
+    if kind == "l2":
+        return jnp.mean(jnp.square(difference))
+    if kind == "l1":
+        return jnp.mean(jnp.abs(difference))
+    raise ValueError(f"reconstruction loss {kind!r}, expected 'l1' or 'l2'")
+
+
+def kl_loss(kl: jax.Array) -> jax.Array:
+    """KL divergences [B, N] in nats per token, summed over the tokens and averaged over the images."""
+    return jnp.sum(kl) / kl.shape[0]
+
+
+def discriminator_factor(step: jax.Array, start: int, factor: float = 1.0) -> jax.Array:
+    """`factor` from update `start` on (updates count from 0), before that 0."""
+    return jnp.where(step >= start, jnp.float32(factor), 0.0)
+
+
+def _gan_terms(logits_fake: jax.Array | None, factor: jax.Array | float, weight: float) -> Metrics:
+    """The adversarial term of the generator, -mean of the discriminator's logits. Logged as 0 while the factor is 0."""
+    factor = jnp.asarray(factor, jnp.float32)
+    gan = jnp.zeros((), jnp.float32)
+    if logits_fake is not None:
+        gan = jnp.where(factor > 0, -jnp.mean(logits_fake.astype(jnp.float32)), 0.0)
+    return {
+        "weighted_gan_loss": weight * factor * gan,
+        "discriminator_factor": factor,
+        "d_weight": jnp.float32(weight),
+        "gan_loss": gan,
+    }
+
+
+def vq_generator_loss(
+    images: jax.Array,
+    reconstructions: jax.Array,
+    *,
+    perceptual: jax.Array,
+    logits_fake: jax.Array | None,
+    factor: jax.Array | float,
+    quantizer_loss: jax.Array,
+    commitment_loss: jax.Array,
+    codebook_loss: jax.Array,
+    kind: str = "l2",
+    reconstruction_weight: float = 1.0,
+    perceptual_weight: float,
+    quantizer_weight: float,
+    discriminator_weight: float,
+) -> tuple[jax.Array, Metrics]:
+    """Total of the generator side with a vector quantizer: stage 2, and the single stage in its "vq" mode.
+
+    Args:
+      images, reconstructions: [B, H, W, 3].
+      perceptual: the perceptual distance, one value or one per image; its mean counts.
+      logits_fake: the discriminator's logits of the reconstructions, any shape, its parameters held constant; None where it
+        was not run (the factor is 0).
+      factor: `discriminator_factor` of this step, may be traced.
+      quantizer_loss, commitment_loss, codebook_loss: of the quantizer; the first is their sum, the other two are logged.
+    """
+    reconstruction = reconstruction_weight * reconstruction_loss(images, reconstructions, kind)
+    perceptual = perceptual_weight * jnp.mean(perceptual)
+    quantizer = quantizer_weight * quantizer_loss
+    gan = _gan_terms(logits_fake, factor, discriminator_weight)
+    total = reconstruction + perceptual + quantizer + gan["weighted_gan_loss"]
+    return total, {
+        "total_loss": total,
+        "reconstruction_loss": reconstruction,
+        "perceptual_loss": perceptual,
+        "quantizer_loss": quantizer,
+        "commitment_loss": commitment_loss,
+        "codebook_loss": codebook_loss,
+        **gan,
+    }
+
+
+def vae_generator_loss(
+    images: jax.Array,
+    reconstructions: jax.Array,
+    *,
+    perceptual: jax.Array,
+    logits_fake: jax.Array | None,
+    factor: jax.Array | float,
+    kl: jax.Array,
+    kind: str = "l2",
+    reconstruction_weight: float = 1.0,
+    perceptual_weight: float,
+    kl_weight: float,
+    logvar: float = 0.0,
+    discriminator_weight: float,
+) -> tuple[jax.Array, Metrics]:
+    """Total of the generator side with a Gaussian bottleneck (the single stage in its "vae" mode).
+
+    The reconstruction is divided by exp(logvar), a constant of the published configuration (0 there). `kl` [B, N] is in
+    nats per token; the rest is as in `vq_generator_loss`.
+    """
+    reconstruction = reconstruction_weight * reconstruction_loss(images, reconstructions, kind) / jnp.exp(logvar)
+    perceptual = perceptual_weight * jnp.mean(perceptual)
+    weighted_kl = kl_weight * kl_loss(kl)
+    gan = _gan_terms(logits_fake, factor, discriminator_weight)
+    total = reconstruction + perceptual + weighted_kl + gan["weighted_gan_loss"]
+    return total, {
+        "total_loss": total,
+        "reconstruction_loss": reconstruction,
+        "perceptual_loss": perceptual,
+        "kl_loss": weighted_kl,
+        **gan,
+    }
+
+
+class LeCamEma(NamedTuple):
+    """Running means of the discriminator's logits on real and on reconstructed images: float32 scalars, 0 at the start."""
+
+    real: jax.Array
+    fake: jax.Array
+
+
+def init_lecam() -> LeCamEma:
+    return LeCamEma(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def hinge_d_loss(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
+    """0.5 (mean relu(1 - real) + mean relu(1 + fake)), over logits of any shape."""
+    real, fake = logits_real.astype(jnp.float32), logits_fake.astype(jnp.float32)
+    return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
+
+
+def lecam_penalty(real_mean: jax.Array, fake_mean: jax.Array, ema: LeCamEma) -> jax.Array:
+    """relu(real - ema_fake)^2 + relu(ema_real - fake)^2 of the mean logits (LeCam regularisation, Tseng et al. 2021)."""
+    return jnp.square(jax.nn.relu(real_mean - ema.fake)) + jnp.square(jax.nn.relu(ema.real - fake_mean))
+
+
+def update_lecam(ema: LeCamEma, real_mean: jax.Array, fake_mean: jax.Array, decay: float = 0.999) -> LeCamEma:
+    """decay * ema + (1 - decay) * mean, without bias correction, no gradient."""
+    means = jax.lax.stop_gradient(LeCamEma(real_mean, fake_mean))
+    return jax.tree.map(lambda e, m: decay * e + (1.0 - decay) * m, ema, means)
+
+
+def discriminator_loss(
+    logits_real: jax.Array,
+    logits_fake: jax.Array,
+    ema: LeCamEma,
+    *,
+    factor: jax.Array | float,
+    lecam_weight: float,
+    lecam_decay: float = 0.999,
+) -> tuple[jax.Array, Metrics, LeCamEma]:
+    """Total of the discriminator side: factor * hinge + lecam_weight * LeCam, and the averages after this step.
+
+    LeCam uses the averages before this step's update. It and the averages act whatever the factor is: before the
+    discriminator starts, do not call this, so that they stay 0 as in the published training.
+    """
+    real_mean, fake_mean = (jnp.mean(x.astype(jnp.float32)) for x in (logits_real, logits_fake))
+    lecam = lecam_weight * lecam_penalty(real_mean, fake_mean, ema)
+    total = factor * hinge_d_loss(logits_real, logits_fake) + lecam
+    metrics = {"discriminator_loss": total, "logits_real": real_mean, "logits_fake": fake_mean, "lecam_loss": lecam}
+    return total, metrics, update_lecam(ema, real_mean, fake_mean, lecam_decay)

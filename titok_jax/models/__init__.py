@@ -1,0 +1,45 @@
+"""The models. `create` builds one from its configuration; the rest of the library handles parameters as nested dicts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from titok_jax.models.discriminator import DiscriminatorConfig, NLayerDiscriminator
+from titok_jax.models.generator import GeneratorConfig, make_generator
+from titok_jax.models.maskgit_vqgan import MaskgitVQGAN, MaskgitVQGANConfig
+from titok_jax.models.titok import TiTok, TiTokConfig
+
+Config = TiTokConfig | GeneratorConfig | MaskgitVQGANConfig | DiscriminatorConfig
+
+
+def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> nnx.Module:
+    """The module that a configuration describes, with new parameters.
+
+    Args:
+      dtype: computation dtype; parameters are float32.
+      remat: recompute each transformer block's activations in the backward pass (TiTok and the generators).
+    """
+    if isinstance(config, TiTokConfig):
+        return TiTok(config, dtype=dtype, remat=remat, rngs=rngs)
+    if isinstance(config, GeneratorConfig):
+        return make_generator(config, dtype=dtype, remat=remat, rngs=rngs)
+    if isinstance(config, MaskgitVQGANConfig):
+        return MaskgitVQGAN(config, dtype=dtype, rngs=rngs)
+    return NLayerDiscriminator(config, dtype=dtype, rngs=rngs)
+
+
+def abstract(config: Config, *, dtype=jnp.float32, remat: bool = False) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """(graphdef, parameters as a nested dict of ShapeDtypeStructs); takes no memory.
+
+    `nnx.merge(graphdef, params)` inside a jitted function gives the module back.
+    """
+    module = nnx.eval_shape(lambda: create(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init(config: Config, key: jax.Array) -> dict[str, Any]:
+    """New parameters (float32) as a nested dict. Pure: jit it, with `out_shardings` to place them."""
+    return nnx.to_pure_dict(nnx.split(create(config, rngs=nnx.Rngs(key)))[1])

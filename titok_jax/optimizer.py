@@ -1,0 +1,115 @@
+"""The optimizer of the published trainings: AdamW as torch computes it, the warm-up schedules, clipping, and the EMA.
+
+Updates count from 0 everywhere. Schedules and the EMA's ramp take a traced int32 step and give a float32 scalar.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = Any  # nested dict of arrays
+Schedule = Callable[[jax.Array], jax.Array]
+
+# A parameter whose published name contains one of these does not decay, nor does any with fewer than two axes in the
+# published layout: `convert.decay_mask(table, params, NO_DECAY_WORDS)`. "embed" also exempts the patch embedding, the decoder
+# embedding, positions and codebooks (published: scripts/train_titok.py by way of utils/train_utils.py, `create_optimizer`).
+NO_DECAY_WORDS = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
+
+
+def constant_schedule(base_lr: float, *, warmup_steps: int = 0) -> Schedule:
+    """Linear warm-up from 0, then `base_lr`. Update k < warmup_steps has base_lr k / warmup_steps, so update 0 has 0."""
+
+    def schedule(step):
+        ramp = jnp.asarray(step, jnp.float32) / max(1, warmup_steps)
+        return jnp.where(step < warmup_steps, base_lr * ramp, jnp.float32(base_lr))
+
+    return schedule
+
+
+def cosine_schedule(base_lr: float, *, end_lr: float, warmup_steps: int, total_steps: float) -> Schedule:
+    """Linear warm-up from 0, then half a cosine from `base_lr` to `end_lr` at `total_steps` (published:
+    utils/lr_schedulers.py).
+
+    As published, the progress is not clamped: after `total_steps` the rate rises again. A discriminator that starts late has
+    a schedule of its own that counts its own updates. (With P processes the published code gives it the total
+    max_train_steps - start / P, which need not be whole.)
+    """
+
+    def schedule(step):
+        step = jnp.asarray(step)
+        ramp = step.astype(jnp.float32) / max(1, warmup_steps)
+        # (1 + cos(pi p)) / 2 = sin^2(pi (1 - p) / 2): near the end the left side would cancel in float32, the right does not.
+        remaining = (total_steps - step).astype(jnp.float32) / max(1, total_steps - warmup_steps)
+        cosine = jnp.square(jnp.sin(0.5 * math.pi * remaining))
+        return jnp.where(step < warmup_steps, base_lr * ramp, end_lr + (base_lr - end_lr) * cosine)
+
+    return schedule
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` (its state too) with bias corrections that are exact in float32.
+
+    optax computes 1 - b2**t in float32, which for b2 = 0.999 is off by 1.3e-5 at the first updates. -expm1(t log b2), with the
+    logarithm taken in double precision, is what torch computes in double precision.
+    """
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads, state, params=None):
+        del params
+        count = state.count + 1
+        mu = jax.tree.map(lambda g, m: b1 * m + (1.0 - b1) * g, grads, state.mu)
+        nu = jax.tree.map(lambda g, v: b2 * v + (1.0 - b2) * jnp.square(g), grads, state.nu)
+        correct1, correct2 = (-jnp.expm1(count * math.log(b)) if b > 0 else 1.0 for b in (b1, b2))
+        updates = jax.tree.map(lambda m, v: (m / correct1) / (jnp.sqrt(v / correct2) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adamw(
+    schedule: Schedule, *, b1: float, b2: float, eps: float = 1e-8, weight_decay: float, decay_mask: Params
+) -> optax.GradientTransformation:
+    """AdamW as torch has it: p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps), the decay where `decay_mask` is true.
+
+    Clipping is not in the chain (`clip_by_global_norm` also gives the norm to log). The state is a plain pytree.
+    """
+    return optax.chain(
+        scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Array]:
+    """(gradients times min(1, max_norm / (norm + 1e-6)), their norm before), torch's `clip_grad_norm_`.
+
+    optax divides by the norm alone and so leaves a gradient of exactly `max_norm` alone; torch shrinks it by 1e-6.
+    """
+    norm = optax.global_norm(grads)
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor, grads), norm
+
+
+def _ema_step(step: jax.Array, max_decay: float) -> jax.Array:
+    """1 - ema_decay(step), without the cancellation."""
+    step = jnp.asarray(step, jnp.float32)
+    return jnp.where(step <= 0, 1.0, jnp.maximum(9.0 / (10.0 + step), 1.0 - max_decay))
+
+
+def ema_decay(step: jax.Array, max_decay: float = 0.999) -> jax.Array:
+    """Decay of the EMA at its update `step`: 0 at the first, then min((1 + step) / (10 + step), max_decay)
+    (published: modeling/modules/ema_model.py, whose own counter is one ahead)."""
+    return 1.0 - _ema_step(step, max_decay)
+
+
+def ema_update(ema: Params, params: Params, step: jax.Array, max_decay: float = 0.999) -> Params:
+    """ema - (1 - ema_decay(step)) (ema - params), after the optimizer's update `step`. The first update copies."""
+    weight = _ema_step(step, max_decay)
+    return jax.tree.map(lambda e, p: e - weight * (e - p), ema, params)
