@@ -65,7 +65,7 @@ def make_loader(
 
     Args:
       source: anything with `__len__` and `__getitem__` that gives examples (see sources.py).
-      seed: decides the order and the augmentation, in 0..2^32-1.
+      seed: decides the order and the augmentation; not negative.
       global_batch_size: over all processes; batches here have `global_batch_size // process_count` rows.
       start_step: how many global batches to skip, at no cost.
       train_transform: augmentation, given a generator that belongs to the position in the stream.

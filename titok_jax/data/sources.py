@@ -7,16 +7,20 @@ An example is a dict: "label", int32 [] (-1 where there is none), and either "im
 import glob
 import inspect
 import os
+import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
+from etils import epath
 
 from titok_jax.data.digits import load_digits
 from titok_jax.data.records import decode_json_tokens, decode_record
-from titok_jax.data.transforms import Example
+from titok_jax.data.transforms import Example, decode_image
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or glob pattern, or several
 
@@ -53,6 +57,148 @@ class DigitsSource:
         return {"image": np.repeat(self._images[index][..., None], 3, axis=-1), "label": self._labels[index]}
 
 
+class FolderSource:
+    """The images under a folder, at any depth, sorted by path.
+
+    Attributes:
+      paths: of the images, in order.
+      class_names: the names of the first-level sub-folders, sorted: an image's label is the position of its folder. Empty if
+        the images lie directly in the folder, or with `labels=False`; every label is then -1.
+    """
+
+    def __init__(self, path: str | os.PathLike, labels: bool = True):
+        root = os.fspath(path)
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"{root}: no such folder; expected a folder of images, or of one sub-folder per class")
+        # Links are followed: class folders are often links to a copy elsewhere.
+        files = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+        parts = sorted(os.path.relpath(file, root).split(os.sep) for file in files if _is_image(file))
+        if not parts:
+            raise ValueError(f"{root}: no images in this folder or below; expected {', '.join(_IMAGE_SUFFIXES)} files")
+        loose = [name for name, *below in parts if not below]
+        if labels and loose and len(loose) < len(parts):
+            raise ValueError(
+                f"{root}: images both in sub-folders and directly in the folder ({len(loose)}, e.g. {loose[0]}), so their "
+                "classes are unclear; move these into sub-folders, or give labels=False to use all without labels"
+            )
+        self.paths = [os.path.join(root, *names) for names in parts]
+        self.class_names = sorted({names[0] for names in parts}) if labels and not loose else []
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        self._labels = np.array([numbers.get(names[0], -1) for names in parts], np.int32)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self.paths[index]
+        return {"image": decode_image(Path(path).read_bytes(), path), "label": self._labels[index]}
+
+
+class TfdsSource:
+    """A prepared TensorFlow Datasets set in ArrayRecord format, read without TensorFlow; nothing is downloaded.
+
+    Args:
+      split: e.g. "train" or "validation[:10%]".
+      dataset: its name, e.g. "imagenet2012" or "imagenet2012:5.1.0", to be found in `data_dir`.
+      data_dir: where TFDS keeps its sets; `TFDS_DATA_DIR` or ~/tensorflow_datasets if not given.
+      path: instead of these two, the folder of one version, which holds dataset_info.json.
+      image_key, label_key: names of the features; a `label_key` of None makes every label -1.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        dataset: str | None = None,
+        data_dir: str | None = None,
+        path: str | None = None,
+        image_key: str = "image",
+        label_key: str | None = "label",
+    ):
+        import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+
+        if (dataset is None) == (path is None):
+            raise ValueError(
+                f"tfds: give either dataset (a name) or path (a folder); got dataset={dataset!r}, path={path!r}"
+            )
+        self._name = f"{dataset or path}, split {split}"
+        try:
+            if path is not None:
+                if not epath.Path(path, "dataset_info.json").exists():
+                    raise FileNotFoundError("this folder has no dataset_info.json")
+                builder = tfds.builder_from_directory(path)
+            else:
+                builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+            features = builder.info.features
+            missing = [key for key in (image_key, label_key) if key is not None and key not in features]
+            if missing:
+                raise ValueError(f"tfds {self._name}: no feature {', '.join(missing)}; it has {', '.join(sorted(features))}")
+            if not builder.info.splits:
+                raise FileNotFoundError("it has not been prepared there")
+            decoders = {image_key: tfds.decode.SkipDecoding()}  # bytes, as TFDS would decode with TensorFlow or OpenCV
+            self._examples = builder.as_data_source(split, decoders=decoders)
+        except (FileNotFoundError, AssertionError, NotImplementedError, tfds.core.DatasetNotFoundError) as error:
+            raise FileNotFoundError(
+                f"tfds {self._name}: found no set prepared with file_format='array_record' in "
+                f"{path or data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')}: {error}"
+            ) from error
+        self._image_key, self._label_key = image_key, label_key
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._examples[index]
+        image = decode_image(example[self._image_key], f"tfds {self._name}, example {index}")
+        return {"image": image, "label": np.int32(-1 if self._label_key is None else example[self._label_key])}
+
+
+class WebDatasetSource:
+    """Uncompressed tar shards of images (`KEY.jpg`, `.png`, ...) and class indices (`KEY.cls`, decimal text).
+
+    The headers of every shard are read once here; afterwards an image is one read at its offset. A sample without `.cls`
+    has the label -1, one without an image is an error.
+    """
+
+    def __init__(self, paths: Paths):
+        self._paths = _expand(paths, "WebDataset shards (*.tar)")
+        spans = []  # per shard [n, 4]: shard, offset, length, label
+        for number, path in enumerate(self._paths):
+            samples = {}  # key -> [offset, length, label]
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    for member in filter(tarfile.TarInfo.isfile, tar):
+                        folder, _, file_name = member.name.rpartition("/")
+                        key, _, extension = file_name.partition(".")  # as WebDataset: up to the first dot
+                        if not key:
+                            continue  # hidden files, such as the ._KEY.jpg that macOS adds
+                        sample = samples.setdefault((folder, key), [0, 0, -1])
+                        if f".{extension.lower()}" in _IMAGE_SUFFIXES:
+                            sample[:2] = member.offset_data, member.size
+                        elif extension == "cls":
+                            sample[2] = int(tar.extractfile(member).read())
+            except (tarfile.TarError, ValueError) as error:
+                raise ValueError(f"{path}: expected an uncompressed tar of images and .cls files: {error}") from error
+            bare = ["/".join(filter(None, name)) for name, (_, length, _) in samples.items() if not length]
+            if bare or not samples:
+                raise ValueError(
+                    f"{path}: {f'{len(bare)} samples without an image, the first is {bare[0]}' if bare else 'empty'}; "
+                    f"expected KEY{', KEY'.join(_IMAGE_SUFFIXES)} beside each KEY.cls"
+                )
+            spans.append(np.array([(number, *sample) for sample in samples.values()], np.int64))
+        self._spans = np.concatenate(spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Example:
+        shard, offset, length, label = self._spans[index].tolist()
+        path = self._paths[shard]
+        return {
+            "image": decode_image(_read(path, offset, length), f"{path}, image {index} at byte {offset}"),
+            "label": np.int32(label),
+        }
+
+
 class ArrayRecordSource:
     """Files of this project's records (records.py), of tokens or of images, one after the other."""
 
@@ -74,7 +220,7 @@ class JsonLinesSource:
     """Published token files, {"class_id": int, "tokens": [int, ...]} per line.
 
     Every file is read once here to find where its lines begin. For large sets write ArrayRecord with
-    `records.TokenWriter`: that is a fifth of the size and opens at once.
+    `records.token_writer`: that is a fifth of the size and opens at once.
     """
 
     def __init__(self, paths: Paths):
@@ -134,6 +280,11 @@ def _expand(paths: Paths, what: str) -> list[str]:
     return files
 
 
+def _is_image(path: str) -> bool:
+    name = os.path.basename(path)
+    return name.lower().endswith(_IMAGE_SUFFIXES) and not name.startswith(".")  # macOS adds ._NAME.jpg
+
+
 def _read(path: str, offset: int, length: int) -> bytes:
     # Opened anew each time: no file handles to share between threads or to leave out of a pickle.
     with open(path, "rb") as file:
@@ -143,6 +294,9 @@ def _read(path: str, offset: int, length: int) -> bytes:
 
 _SOURCES = {
     "digits": DigitsSource,
+    "folder": FolderSource,
+    "tfds": TfdsSource,
+    "webdataset": WebDatasetSource,
     "array_record": ArrayRecordSource,
     "tokens": tokens_source,
 }

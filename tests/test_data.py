@@ -1,0 +1,575 @@
+"""titok_jax.data: what sources give, crops against the published code, and the order of batches."""
+
+import hashlib
+import io
+import itertools
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from titok_jax.data import loader, records, sources, transforms
+from titok_jax.data.digits import load_digits
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/training/transforms.json").read_text())
+
+
+class Positions:
+    """Examples that carry only their index, so that a batch tells its order."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return {"label": np.int32(index)}
+
+
+def draw(example, rng):
+    return example | {"draw": rng.integers(0, 2**31)}
+
+
+def take(source, steps, **options):
+    options = {"seed": 5, "train_transform": draw, "process_index": 0, "process_count": 1} | options
+    with loader.make_loader(source, **options) as batches:
+        return list(itertools.islice(batches, steps))
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def encoded(seed: int, image_format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> bytes:
+    """An image file of noise, `size` (width, height)."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(file, image_format)
+    return file.getvalue()
+
+
+def pixels(seed: int) -> np.ndarray:
+    """What `encoded(seed)` shows: uint8 [30, 40, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+
+
+def sha256(image: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+# Digits
+
+
+def test_digits_are_those_of_scikit_learn():
+    datasets = pytest.importorskip("sklearn.datasets")
+    original = datasets.load_digits()
+    with np.load(Path(loader.__file__).with_name("digits.npz")) as file:
+        np.testing.assert_array_equal(file["images"], original.images)
+        np.testing.assert_array_equal(file["labels"], original.target)
+
+
+def test_digits_split():
+    train, test, everything = (load_digits(split) for split in ("train", "test", "all"))
+    assert train[0].shape == (1437, 32, 32)
+    assert test[0].shape == (360, 32, 32)
+    assert train[0].dtype == np.uint8
+    assert train[1].dtype == np.int32
+
+    def bag(images, labels):
+        return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+    # Together they are all images, each once: so they are disjoint too, as no two images are equal.
+    assert sorted(bag(*train) + bag(*test)) == bag(*everything)
+    assert len(set(bag(*everything))) == 1797
+    # Written down: a split that moved would let a trained model be tested on what it has seen.
+    assert test[1][:12].tolist() == [8, 9, 9, 2, 2, 8, 3, 5, 8, 0, 0, 4]
+
+
+def test_digits_example():
+    source = sources.make_source({"name": "digits", "split": "all"})
+    example = source[0]
+    assert example["image"].shape == (32, 32, 3)
+    assert example["image"].dtype == np.uint8
+    assert example["label"].dtype == np.int32
+    assert example["label"] == 0
+    small = np.asarray(Image.fromarray(example["image"]).convert("L").resize((10, 10), Image.Resampling.BOX), np.float32)
+    with np.load(Path(loader.__file__).with_name("digits.npz")) as file:
+        original = file["images"][0] * (255 / 16)
+    assert np.corrcoef(small[1:-1, 1:-1].ravel(), original.ravel())[0, 1] > 0.95  # upright, white on black
+    assert small[[0, -1]].max() < 60  # the margin
+
+
+# Order
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_together_give_the_batches_of_one(process_count):
+    source = Positions(37)
+    whole = take(source, 12, global_batch_size=16)
+    parts = [
+        take(source, 12, global_batch_size=16, process_index=p, process_count=process_count) for p in range(process_count)
+    ]
+    joined = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize(("index", "count"), [(0, 1), (1, 2)])
+def test_resuming_continues(index, count):
+    options = {"global_batch_size": 16, "process_index": index, "process_count": count}
+    whole = take(Positions(37), 12, **options)
+    for start in (1, 7):
+        assert_same(take(Positions(37), 12 - start, start_step=start, **options), whole[start:])
+
+
+def test_threads_do_not_change_batches():
+    whole = take(Positions(37), 8, global_batch_size=16, num_threads=0)
+    assert_same(take(Positions(37), 8, global_batch_size=16, num_threads=4), whole)
+
+
+def test_every_epoch_is_another_permutation_with_other_draws():
+    stream = take(Positions(48), 9, global_batch_size=16)
+    order = np.concatenate([batch["label"] for batch in stream]).reshape(3, 48)
+    draws = np.concatenate([batch["draw"] for batch in stream]).reshape(3, 48)
+    for epoch in order:
+        assert sorted(epoch) == list(range(48))
+    assert len({tuple(epoch) for epoch in order}) == 3
+    assert len(np.unique(draws)) == draws.size
+    assert tuple(order[0]) != tuple(range(48))
+
+
+def test_epochs_run_on_across_batches():
+    labels = np.concatenate([batch["label"] for batch in take(Positions(10), 5, global_batch_size=4)])
+    assert sorted(labels[:10]) == sorted(labels[10:20]) == list(range(10))
+
+
+def test_seed_decides():
+    first, again, other = (take(Positions(37), 3, global_batch_size=16, seed=seed) for seed in (1, 1, 2))
+    assert_same(first, again)
+    assert first[0]["label"].tolist() != other[0]["label"].tolist()
+    assert first[0]["draw"].tolist() != other[0]["draw"].tolist()
+
+
+def test_one_epoch_in_order():
+    for process in range(2):
+        options = {"global_batch_size": 4, "process_index": process, "process_count": 2, "train_transform": None}
+        stream = take(Positions(11), 99, shuffle=False, repeat=False, **options)
+        expected = [[0, 1], [4, 5]] if process == 0 else [[2, 3], [6, 7]]
+        assert [batch["label"].tolist() for batch in stream] == expected
+
+
+def test_two_workers_give_the_same_batches():
+    source, jitter = sources.make_source({"name": "digits"}), transforms.make_train_transform({"name": "jitter"})
+    options = {"global_batch_size": 32, "train_transform": jitter, "start_step": 3}
+    assert_same(take(source, 4, num_workers=2, **options), take(source, 4, **options))
+
+
+def test_evaluation_gives_everything_once():
+    transform = transforms.make_eval_transform({"name": "center_crop_adm", "size": 16})
+    source = sources.make_source({"name": "digits", "split": "test", "image_size": 32})
+    labels = load_digits("test")[1]
+    streams = []
+    for process in range(2):
+        options = {"transform": transform, "process_index": process, "process_count": 2}
+        with loader.make_eval_loader(source, global_batch_size=64, **options) as batches:
+            streams.append(list(batches))
+    assert [len(stream) for stream in streams] == [6, 6]
+    assert all(batch["image"].shape == (32, 16, 16, 3) for batch in streams[0] + streams[1])
+    assert all(batch["valid"].dtype == bool for batch in streams[0])
+    both = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*streams, strict=True)]
+    valid = np.concatenate([batch["valid"] for batch in both])
+    assert valid.tolist() == [True] * 360 + [False] * 24
+    np.testing.assert_array_equal(np.concatenate([batch["label"] for batch in both])[valid], labels)
+
+
+def test_evaluation_of_less_than_a_batch():
+    with loader.make_eval_loader(Positions(3), global_batch_size=8, process_index=0, process_count=1) as batches:
+        (batch,) = batches
+    assert batch["label"].tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
+    assert batch["valid"].tolist() == [True] * 3 + [False] * 5
+
+
+def test_loader_errors():
+    with pytest.raises(ValueError, match="10 examples, fewer than one global batch of 16; lower the global batch size"):
+        take(Positions(10), 1, global_batch_size=16)
+    with pytest.raises(
+        ValueError, match=r"global batch size 10 does not divide among 4 processes; make it a .*multiple of 4"
+    ):
+        take(Positions(100), 1, global_batch_size=10, process_count=4)
+    with pytest.raises(ValueError, match="no examples"):
+        loader.make_eval_loader(Positions(0), global_batch_size=4)
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_errors_of_examples_reach_the_loop(tmp_path, num_threads):
+    (tmp_path / "broken.jpg").write_bytes(encoded(0, "JPEG")[:300])
+    source = sources.make_source({"name": "folder", "path": tmp_path})
+    with pytest.raises(ValueError, match=r"broken\.jpg: cannot read"):
+        take(source, 1, global_batch_size=1, train_transform=None, num_threads=num_threads)
+
+
+def test_close_twice():
+    batches = loader.make_loader(Positions(8), seed=0, global_batch_size=4)
+    next(batches)
+    batches.close()
+    batches.close()
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("name", GOLDEN["images"])
+def test_crops_match_the_published_code(name):
+    golden = GOLDEN["images"][name]
+    height, width = map(int, name.split("x"))
+    image = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    assert sha256(image) == golden["sha256_source"]
+    assert sha256(transforms.center_crop_torchvision(image, 256)) == golden["sha256_eval_uint8_HWC"]
+    assert sha256(transforms.center_crop_adm(image, 256)) == golden["sha256_adm_uint8_HWC"]
+    if "ten_crop_sha256_uint8_HWC" in golden:
+        assert [sha256(crop) for crop in transforms.ten_crop(image, 256)] == golden["ten_crop_sha256_uint8_HWC"]
+
+
+def test_random_crop_is_a_window_of_the_resized_image():
+    image = pixels(0)  # shorter side already 30: nothing is resampled
+    windows = {sha256(view[y : y + 24, x : x + 24]) for view in (image, image[:, ::-1]) for y in range(7) for x in range(17)}
+    rng = np.random.default_rng(0)
+    seen = {
+        sha256(transforms.random_resize_crop_flip(image, rng, resize_shorter_edge=30, crop_size=24)) for _ in range(3000)
+    }
+    assert seen == windows  # every place, mirrored and not, and nothing else
+
+
+def test_random_crop_resizes_as_the_published_evaluation_does():
+    image = np.random.default_rng(1).integers(0, 256, (300, 410, 3), dtype=np.uint8)
+    options = {"resize_shorter_edge": 64, "flip_probability": 0.0}
+    resized = np.asarray(Image.fromarray(image).resize((int(64 * 410 / 300), 64), Image.Resampling.BICUBIC))
+    crop = transforms.random_resize_crop_flip(image, np.random.default_rng(0), crop_size=64, **options)
+    places = [left for left in range(resized.shape[1] - 63) if (resized[:, left : left + 64] == crop).all()]
+    assert len(places) == 1
+    with pytest.raises(ValueError, match="crop_size 65 must not exceed resize_shorter_edge 64"):
+        transforms.random_resize_crop_flip(image, np.random.default_rng(0), crop_size=65, **options)
+
+
+class Extreme:
+    """In place of a random generator: always the end of the range."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def uniform(self, low, high, size=None):
+        return np.full(size or (), (low, high)[self.end])
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_jitter_moves_a_point_as_it_should(end):
+    image = np.zeros((33, 41, 3), np.uint8)
+    image[5:8, 29:32] = 255  # its centre, in coordinates of pixel edges, is (30.5, 6.5): (10, -10) from the image's
+    sign = (-1, 1)[end]
+
+    def centre(**options):
+        options = {"rotation": 0.0, "shift": 0.0, "scale": 0.0} | options
+        grey = transforms.jitter(image, Extreme(end), **options)[..., 0].astype(float)
+        y, x = np.indices(grey.shape) + 0.5
+        return (x * grey).sum() / grey.sum() - 20.5, (y * grey).sum() / grey.sum() - 16.5
+
+    assert centre() == pytest.approx((10, -10))
+    assert centre(shift=2.0) == pytest.approx((10 + 2 * sign, -10 + 2 * sign))
+    assert centre(scale=0.1) == pytest.approx((10 + sign, -10 - sign), abs=0.2)
+    angle = np.radians(8 * sign)
+    turned = (10 * np.cos(angle) + 10 * np.sin(angle), 10 * np.sin(angle) - 10 * np.cos(angle))
+    assert centre(rotation=8.0) == pytest.approx(turned, abs=0.2)
+
+
+def test_uint8_conventions():
+    values = np.array([-0.5, 0.0, 0.5 / 255, 0.6 / 255, 1.4 / 255, 1.6 / 255, 0.999, 1.0, 1.5], np.float32)
+    assert transforms.to_uint8_round(values).tolist() == [0, 0, 0, 1, 1, 2, 255, 255, 255]
+    assert transforms.to_uint8_truncate(values).tolist() == [0, 0, 0, 0, 1, 1, 254, 255, 255]
+    levels = np.arange(256, dtype=np.float32) / 255
+    assert transforms.to_uint8_round(levels).tolist() == list(range(256))
+    assert transforms.to_uint8_truncate(levels).tolist() == list(range(256))
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode"), [("PNG", "L"), ("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "CMYK"), ("GIF", "P")]
+)
+def test_decode_gives_rgb(image_format, mode):
+    image = transforms.decode_image(encoded(0, image_format, mode))
+    assert image.shape == (30, 40, 3)
+    assert image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("data", [b"", b"text", encoded(0)[:200], encoded(0, "JPEG")[:200]])
+def test_decode_error(data):
+    with pytest.raises(ValueError, match=r"that\.png: cannot read these .* bytes as an image"):
+        transforms.decode_image(data, "that.png")
+
+
+def test_transform_spec_errors():
+    with pytest.raises(ValueError, match="unknown training transform 'mirror'; known: random_resize_crop_flip, jitter"):
+        transforms.make_train_transform({"name": "mirror"})
+    with pytest.raises(ValueError, match=r"jitter.*'angle'.*rotation"):
+        transforms.make_train_transform({"name": "jitter", "angle": 3})
+    with pytest.raises(ValueError, match=r"center_crop_adm: missing.*'size'"):
+        transforms.make_eval_transform({"name": "center_crop_adm"})
+
+
+# Sources
+
+
+def assert_images(source, labels):
+    """The source gives `pixels(0)`, `pixels(1)`, ... with these labels, also after pickling."""
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        assert len(copy) == len(labels)
+        for index, label in enumerate(labels):
+            example = copy[index]
+            np.testing.assert_array_equal(example["image"], pixels(index))
+            assert example["label"] == label
+            assert example["label"].dtype == np.int32
+
+
+def test_folder_of_classes(tmp_path):
+    for index, name in enumerate(["a/1.png", "a/deep/0.PNG", "b/0.png"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(index))
+    (tmp_path / "b/._0.png").write_bytes(b"hidden")
+    (tmp_path / "notes.txt").write_text("not an image")
+    source = sources.make_source({"name": "folder", "path": str(tmp_path)})
+    assert_images(source, [0, 0, 1])
+    assert source.class_names == ["a", "b"]
+    assert [Path(path).name for path in source.paths] == ["1.png", "0.PNG", "0.png"]
+    (tmp_path / "z.png").write_bytes(encoded(3))
+    with pytest.raises(
+        ValueError, match=r"both in sub-folders and directly in the folder \(1, e\.g\. z\.png\).*labels=False"
+    ):
+        sources.make_source({"name": "folder", "path": tmp_path})
+    assert_images(sources.make_source({"name": "folder", "path": tmp_path, "labels": False}), [-1] * 4)
+
+
+def test_flat_folder(tmp_path):
+    for index in range(3):
+        (tmp_path / f"{index}.png").write_bytes(encoded(index))
+    source = sources.make_source({"name": "folder", "path": tmp_path})
+    assert_images(source, [-1] * 3)
+    assert source.class_names == []
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        sources.make_source({"name": "folder", "path": tmp_path / "nowhere"})
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: no images in this folder or below; expected .jpg"):
+        sources.make_source({"name": "folder", "path": tmp_path})
+
+
+def test_make_source_errors():
+    with pytest.raises(
+        ValueError, match="unknown data source 'mnist'; known: digits, folder, tfds, webdataset, array_record, tok"
+    ):
+        sources.make_source({"name": "mnist"})
+    with pytest.raises(ValueError, match=r"data source digits: .*'path'; it takes split, image_size"):
+        sources.make_source({"name": "digits", "path": "x"})
+    with pytest.raises(ValueError, match="digits has no split 'val'; it has train, test, all"):
+        sources.make_source({"name": "digits", "split": "val"})
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image = tfds.features.Image(shape=(30, 40, 3), encoding_format="png")
+            features = {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, download_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for index in range(6):
+                yield index, {"image": io.BytesIO(encoded(index)), "label": index % 4}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_tfds(tfds_dir):
+    by_path = {"name": "tfds", "path": str(tfds_dir / "tiny/1.0.0")}
+    by_name = {"name": "tfds", "dataset": "tiny:1.0.0", "data_dir": str(tfds_dir)}
+    label_of = {pixels(index).tobytes(): index % 4 for index in range(6)}
+    for spec in (by_path, by_name):
+        source = sources.make_source(spec | {"split": "train"})
+        examples = [source[index] for index in range(len(source))]  # TFDS shuffles while it writes
+        assert {example["image"].tobytes(): int(example["label"]) for example in examples} == label_of
+        assert examples[0]["label"].dtype == np.int32
+        assert_same([pickle.loads(pickle.dumps(source))[3]], [examples[3]])
+    assert len(sources.make_source(by_path | {"split": "train[:50%]"})) == 3
+    assert sources.make_source(by_path | {"split": "train", "label_key": None})[0]["label"] == -1
+
+
+def test_tfds_errors(tfds_dir):
+    spec = {"name": "tfds", "path": str(tfds_dir / "tiny/1.0.0"), "split": "train"}
+    with pytest.raises(ValueError, match="no feature pixels; it has image, label"):
+        sources.make_source(spec | {"image_key": "pixels"})
+    with pytest.raises(FileNotFoundError, match=r"found no set prepared with file_format='array_record' in .*nowhere"):
+        sources.make_source(spec | {"path": str(tfds_dir / "nowhere")})
+    with pytest.raises(FileNotFoundError, match="tfds mnist, split train: found no set prepared"):
+        sources.make_source({"name": "tfds", "dataset": "mnist", "split": "train", "data_dir": str(tfds_dir)})
+    with pytest.raises(ValueError, match=r"give either dataset .* or path"):
+        sources.make_source({"name": "tfds", "split": "train"})
+    with pytest.raises(ValueError, match="validation"):
+        sources.make_source(spec | {"split": "validation"})
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_webdataset(tmp_path):
+    first = [
+        (f"{i:03}.{ending}", data) for i in range(3) for ending, data in (("cls", f"{i + 7}".encode()), ("png", encoded(i)))
+    ]
+    first += [("._000.png", b"hidden"), ("000.json", b"{}")]
+    write_tar(tmp_path / "shard-000.tar", first)
+    long_name = "folder/" + "x" * 150  # longer than a plain tar header holds
+    write_tar(
+        tmp_path / "shard-001.tar", [(f"{long_name}.png", encoded(3)), (f"{long_name}.cls", b"2\n"), ("b.png", encoded(4))]
+    )
+    assert_images(sources.make_source({"name": "webdataset", "paths": str(tmp_path / "shard-*.tar")}), [7, 8, 9, 2, -1])
+    both = [str(tmp_path / "shard-000.tar"), str(tmp_path / "shard-001.tar")]
+    assert_images(sources.make_source({"name": "webdataset", "paths": both}), [7, 8, 9, 2, -1])
+
+
+def test_webdataset_errors(tmp_path):
+    write_tar(tmp_path / "bare.tar", [("a.cls", b"1"), ("b.png", encoded(0))])
+    write_tar(tmp_path / "words.tar", [("a.cls", b"cat"), ("a.png", encoded(0))])
+    write_tar(tmp_path / "cut.tar", [("a.png", encoded(0)), ("b.png", encoded(1))])
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:6000])
+    (tmp_path / "text.tar").write_text("no tar")
+    for name, message in [
+        ("bare", r"bare\.tar: 1 samples without an image, the first is a; expected KEY\.jpg"),
+        ("words", r"words\.tar: expected an uncompressed tar of images and \.cls files: .*cat"),
+        ("cut", r"cut\.tar: expected an uncompressed tar"),
+        ("text", r"text\.tar: expected an uncompressed tar"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sources.make_source({"name": "webdataset", "paths": str(tmp_path / f"{name}.tar")})
+    with pytest.raises(FileNotFoundError, match=r"none-\*\.tar: no such file, and no file matches it"):
+        sources.make_source({"name": "webdataset", "paths": str(tmp_path / "none-*.tar")})
+
+
+# Records
+
+
+TOKENS = [np.arange(8) * 100, np.full(8, 65535), np.array([0, 1, 2, 3, 65536, 5, 6, 2**31 - 1])]
+
+
+@pytest.mark.parametrize("suffix", ["array_record", "jsonl"])
+def test_token_files(tmp_path, suffix):
+    for part, rows in (("a", TOKENS[:1]), ("b", TOKENS[1:])):
+        with records.token_writer(tmp_path / f"{part}.{suffix}") as write:
+            for tokens in rows:
+                write(tokens, 207)
+    source = sources.make_source({"name": "tokens", "paths": str(tmp_path / f"*.{suffix}")})
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        assert len(copy) == 3
+        for index, tokens in enumerate(TOKENS):
+            assert copy[index]["tokens"].dtype == copy[index]["label"].dtype == np.int32
+            np.testing.assert_array_equal(copy[index]["tokens"], tokens)
+            assert copy[index]["label"] == 207
+    (batch,) = take(source, 1, global_batch_size=3, shuffle=False, train_transform=None)
+    np.testing.assert_array_equal(batch["tokens"], TOKENS)
+
+
+def test_published_json_line(tmp_path):
+    line = GOLDEN["jsonl_line_example"]
+    tokens = np.random.default_rng(700).integers(0, 1024, 256)  # as the golden file says it was made
+    (tmp_path / "published.jsonl").write_text(line + "\n" + line)
+    source = sources.make_source({"name": "tokens", "paths": [tmp_path / "published.jsonl"]})
+    assert len(source) == 2  # the empty line between them is none
+    np.testing.assert_array_equal(source[1]["tokens"], tokens)
+    assert source[1]["label"] == 207
+    with records.token_writer(tmp_path / "ours.jsonl") as write:
+        write(tokens, 207)
+    assert (tmp_path / "ours.jsonl").read_text() == line
+
+
+def test_record_bytes():
+    """The encoding is a file format: it must not drift."""
+    assert records.encode_tokens(np.array([1, 258]), -1).hex() == "0100" + "ffffffff" + "0200" + "0100" + "0201"
+    assert records.encode_tokens(np.array([65536]), 7).hex() == "0100" + "07000000" + "0100" + "00000100"
+    assert records.encode_image(b"ab", 7).hex() == "0200" + "07000000" + "0000" + "6162"
+
+
+def test_image_records(tmp_path):
+    with records.image_writer(tmp_path / "images.array_record") as write:
+        for index in range(3):
+            write(encoded(index), index + 4)
+    assert_images(sources.make_source({"name": "array_record", "paths": str(tmp_path / "images.array_record")}), [4, 5, 6])
+    with pytest.raises(ValueError, match=r"images\.array_record: holds images, expected tokens"):
+        sources.make_source({"name": "tokens", "paths": tmp_path / "images.array_record"})
+
+
+@pytest.mark.parametrize("suffix", ["array_record", "jsonl"])
+def test_a_file_appears_whole_or_not_at_all(tmp_path, suffix):
+    path = tmp_path / f"new/tokens.{suffix}"
+    with records.token_writer(path) as write:
+        write(TOKENS[0], 1)
+        assert not path.exists()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="got float64"), records.token_writer(path) as write:
+        write(TOKENS[1] * 1.0, 1)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_record_errors(tmp_path):
+    for tokens, message in [
+        (np.zeros((2, 2), int), r"integer tokens \[N\]; got int64 \[2, 2\]"),
+        (np.zeros(0, int), r"1 to 65535 .*got int64 \[0\]"),
+        (np.zeros(3), "got float64"),
+        (np.array([-1]), r"tokens must be in 0\.\.2\^31-1; got -1\.\.-1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            records.encode_tokens(tokens, 0)
+    for record in (b"", b"abc", b"some text of another program", records.encode_tokens(TOKENS[0], 1)[:-1]):
+        with pytest.raises(ValueError, match=r"record 3: .* no record of this project"):
+            records.decode_record(record, "record 3")
+    with pytest.raises(ValueError, match=r"tokens\.txt: token files end in \.array_record or \.jsonl"):
+        records.token_writer(tmp_path / "tokens.txt").__enter__()
+
+
+def test_token_file_errors(tmp_path):
+    (tmp_path / "bad.jsonl").write_text(
+        '{"class_id": 1, "tokens": [1, 2]}\n{"class_id": 1}\n{"class_id": 1, "tokens": [[1]]}\nx\n'
+    )
+    source = sources.make_source({"name": "tokens", "paths": tmp_path / "bad.jsonl"})
+    assert source[0]["tokens"].tolist() == [1, 2]
+    for index, line in ((1, 2), (2, 3), (3, 4)):
+        with pytest.raises(ValueError, match=rf'bad\.jsonl, line {line}: expected {{"class_id": int'):
+            source[index]
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: empty"):
+        sources.make_source({"name": "tokens", "paths": tmp_path / "empty.jsonl"})
+    (tmp_path / "text.array_record").write_text("not a record file")
+    with pytest.raises(ValueError, match="cannot open as ArrayRecord"):
+        sources.make_source({"name": "array_record", "paths": tmp_path / "text.array_record"})
+    with pytest.raises(ValueError, match=r"found \.array_record, \.jsonl; token files are all"):
+        sources.make_source({"name": "tokens", "paths": str(tmp_path / "*")})
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl: no such file"):
+        sources.make_source({"name": "tokens", "paths": tmp_path / "gone.jsonl"})
