@@ -52,7 +52,7 @@ def correct_tokens(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> ja
 def masked_token_loss(
     logits: jax.Array, targets: jax.Array, mask: jax.Array, *, label_smoothing: float = 0.1, unmasked_weight: float = 0.1
 ) -> tuple[jax.Array, Metrics]:
-    """Loss of the masked generator on a whole batch: logits [B, N, K], targets int [B, N], mask bool [B, N] (true: masked)."""
+    """Loss of the masked generator on a whole batch: logits [B, N, K], targets int [B, N], mask bool [B, N]."""
     weights = token_weights(mask, unmasked_weight)
     loss = weighted_token_loss(logits, targets, weights, label_smoothing=label_smoothing)
     return loss, {"loss": loss, "correct_tokens": correct_tokens(logits, targets, mask)}

@@ -1,0 +1,181 @@
+"""titok_jax/losses.py against values and gradients of the published loss classes, and parts of a batch against the whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_data import compare, load
+
+from titok_jax import losses
+
+# Values and gradients are sums of at most a few thousand float32 terms: the orders of summation differ, 1e-6 covers it.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load("training/losses.npz")
+
+
+def nhwc(x):
+    return jnp.asarray(x).transpose(0, 2, 3, 1)
+
+
+def nchw(x):
+    return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("name", "masks"), [("mlm", "mlm/masks"), ("mlm_all", "mlm_all/masks")])
+def test_masked_token_loss(golden, name, masks):
+    def loss(logits):
+        return losses.masked_token_loss(logits, golden["mlm/targets"], golden[masks])
+
+    (_, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden["mlm/logits"])
+    compare(golden, f"{name}/loss", metrics["loss"], TOLERANCE)
+    compare(golden, f"{name}/correct_tokens", metrics["correct_tokens"], TOLERANCE)
+    compare(golden, f"{name}/grad", grad, TOLERANCE)
+
+
+def test_masked_token_loss_of_parts_adds_up(golden):
+    """With weights normalised over the batch, losses and gradients of its two halves sum to those of the whole."""
+    weights = losses.token_weights(golden["mlm/masks"], 0.1)
+
+    def part(logits, rows):
+        return losses.weighted_token_loss(logits, golden["mlm/targets"][rows], weights[rows], label_smoothing=0.1)
+
+    parts = [slice(0, 1), slice(1, 4)]  # unequal on purpose
+    values, grads = zip(*(jax.value_and_grad(part)(golden["mlm/logits"][rows], rows) for rows in parts), strict=True)
+    compare(golden, "mlm/loss", sum(values), TOLERANCE)
+    compare(golden, "mlm/grad", np.concatenate(grads), TOLERANCE)
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_stage1(golden, grid):
+    codes = golden["stage1/codes"].reshape((2, 4, 4) if grid else (2, 16))
+
+    def loss(logits):
+        return losses.stage1_loss(
+            logits, codes, quantizer_loss=0.321, commitment_loss=0.1, codebook_loss=0.221, quantizer_weight=0.7
+        )
+
+    (_, metrics), grad = jax.value_and_grad(loss, has_aux=True)(nhwc(golden["stage1/logits"]))
+    for name in ("total_loss", "reconstruction_loss", "quantizer_loss", "commitment_loss", "codebook_loss"):
+        compare(golden, f"stage1/{name}", metrics[name], TOLERANCE)
+    compare(golden, "stage1/grad", nchw(grad), TOLERANCE)
+
+
+def test_hinge(golden):
+    value, (real, fake) = jax.value_and_grad(losses.hinge_d_loss, argnums=(0, 1))(
+        jnp.asarray(golden["hinge/logits_real"]), jnp.asarray(golden["hinge/logits_fake"])
+    )
+    compare(golden, "hinge/loss", value, TOLERANCE)
+    compare(golden, "hinge/grad_real", real, TOLERANCE)
+    compare(golden, "hinge/grad_fake", fake, TOLERANCE)
+
+
+def test_lecam_penalty(golden):
+    def loss(means, ema):
+        return losses.lecam_penalty(means[0], means[1], losses.LeCamEma(ema[0], ema[1]))
+
+    inputs = jnp.asarray(golden["lecam/inputs"])
+    values, grads = jax.vmap(jax.value_and_grad(loss))(inputs[:, :2], inputs[:, 2:])
+    compare(golden, "lecam/loss", values, TOLERANCE)
+    compare(golden, "lecam/grad", grads, TOLERANCE)
+
+
+def stand_in_discriminator(w, x):
+    """The discriminator of the golden runs: x [B, H, W, 3] -> logits [B, H, W]."""
+    return 2.0 * jnp.einsum("bhwc,c->bhw", x, w) - 1.0
+
+
+@pytest.mark.parametrize("weight", [0.001, 1.0])
+def test_discriminator_steps(golden, weight):
+    """Three calls in a row, the first before the hinge starts: LeCam sees the averages as they were before each call."""
+    real, fake = nhwc(golden["gan/real"]), nhwc(golden["gan/fake"])
+    ema, rows = losses.init_lecam(), []
+
+    def loss(w, ema, factor):
+        total, metrics, ema = losses.discriminator_loss(
+            stand_in_discriminator(w, real), stand_in_discriminator(w, fake), ema, factor=factor, lecam_weight=weight
+        )
+        return total, (metrics, ema)
+
+    for step in (4, 5, 6):
+        factor = losses.discriminator_factor(step, 5)
+        (_, (m, ema)), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(golden["gan/w"]), ema, factor)
+        names = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss")
+        rows.append([*(m[name] for name in names), ema.real, ema.fake, *grad])
+    # Element by element: the columns have different sizes. The averages, 1e-3 of the means, see 1 - 0.999 in float32.
+    np.testing.assert_allclose(np.array(rows), golden[f"disc_step/lecam_weight_{weight}"], rtol=2e-6)
+
+
+def stand_in_perceptual(x, y):
+    """The perceptual network of the golden runs: one value per image."""
+
+    def blocks(a):
+        return a.reshape(a.shape[0], 4, 4, 4, 4, 3).mean((2, 4))
+
+    return jnp.square(blocks(x) - blocks(y)).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("step", [4, 5])
+@pytest.mark.parametrize("kind", ["l2", "l1"])
+@pytest.mark.parametrize("name", ["stage2", "vq", "vae"])
+def test_generator_totals(golden, name, kind, step):
+    """Every logged value and the gradient, before and at the discriminator's start."""
+    images, w = nhwc(golden["gan/real"]), jnp.asarray(golden["gan/w"])
+    mean, logvar = (a.transpose(0, 3, 2, 1)[:, :, 0] for a in np.split(golden["generator/vae_parameters"], 2, axis=1))
+    logvar = np.clip(logvar, -30.0, 20.0)
+    kl = 0.5 * (mean**2 + np.exp(logvar) - 1.0 - logvar).sum(-1)  # [B, N]
+
+    def loss(reconstructions):
+        common = {
+            "perceptual": stand_in_perceptual(images, reconstructions),
+            "logits_fake": stand_in_discriminator(w, reconstructions),
+            "factor": losses.discriminator_factor(step, 5),
+            "kind": kind,
+            "perceptual_weight": 1.1,
+            "discriminator_weight": 0.1,
+        }
+        if name == "vae":
+            return losses.vae_generator_loss(images, reconstructions, kl=kl, kl_weight=1e-3, logvar=0.25, **common)
+        parts = {"quantizer_loss": 0.4, "commitment_loss": 0.08, "codebook_loss": 0.32}
+        return losses.vq_generator_loss(images, reconstructions, quantizer_weight=1.0, **parts, **common)
+
+    (_, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(nhwc(golden["gan/fake"]))
+    case = f"generator/{name}_{kind}_step{step}/"
+    expected = {key.removeprefix(case) for key in golden if key.startswith(case)} - {"grad_fake"}
+    assert set(metrics) == {key for key in expected if "." not in key}
+    for key, value in metrics.items():
+        compare(golden, case + key, value, TOLERANCE)
+    compare(golden, case + "grad_fake", nchw(grad), TOLERANCE)
+
+
+def test_generator_without_discriminator(golden):
+    """Not running the discriminator (logits None) equals a factor of 0."""
+    images, fake = nhwc(golden["gan/real"]), nhwc(golden["gan/fake"])
+    parts = {"quantizer_loss": 0.4, "commitment_loss": 0.08, "codebook_loss": 0.32}
+    total, metrics = losses.vq_generator_loss(
+        images,
+        fake,
+        perceptual=stand_in_perceptual(images, fake),
+        logits_fake=None,
+        factor=0.0,
+        perceptual_weight=1.1,
+        quantizer_weight=1.0,
+        discriminator_weight=0.1,
+        **parts,
+    )
+    compare(golden, "generator/stage2_l2_step4/total_loss", total, TOLERANCE)
+    assert metrics["gan_loss"] == 0
+
+
+def test_kl_loss(golden):
+    """Summed over tokens, averaged over images."""
+    kl = golden["kl/kl"]
+    np.testing.assert_allclose(losses.kl_loss(kl), kl.sum(dtype=np.float64) / 2, rtol=TOLERANCE)
+
+
+def test_reconstruction_kind():
+    with pytest.raises(ValueError, match="'l1' or 'l2'"):
+        losses.reconstruction_loss(jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 3)), "huber")
