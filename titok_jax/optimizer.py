@@ -15,8 +15,8 @@ Params = Any  # nested dict of arrays
 Schedule = Callable[[jax.Array], jax.Array]
 
 # A parameter whose published name contains one of these does not decay, nor does any with fewer than two axes in the
-# published layout: `convert.decay_mask(table, params, NO_DECAY_WORDS)`. "embed" also exempts the patch embedding, the decoder
-# embedding, positions and codebooks (published: scripts/train_titok.py by way of utils/train_utils.py, `create_optimizer`).
+# published layout: `convert.decay_mask(table, params, NO_DECAY_WORDS)`. "embed" also exempts the patch embedding, the
+# decoder embedding, positions and codebooks (published: utils/train_utils.py, `create_optimizer`).
 NO_DECAY_WORDS = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
 
 
@@ -42,7 +42,7 @@ def cosine_schedule(base_lr: float, *, end_lr: float, warmup_steps: int, total_s
     def schedule(step):
         step = jnp.asarray(step)
         ramp = step.astype(jnp.float32) / max(1, warmup_steps)
-        # (1 + cos(pi p)) / 2 = sin^2(pi (1 - p) / 2): near the end the left side would cancel in float32, the right does not.
+        # (1 + cos(pi p)) / 2 = sin^2(pi (1 - p) / 2): near the end the left side cancels in float32, the right does not.
         remaining = (total_steps - step).astype(jnp.float32) / max(1, total_steps - warmup_steps)
         cosine = jnp.square(jnp.sin(0.5 * math.pi * remaining))
         return jnp.where(step < warmup_steps, base_lr * ramp, end_lr + (base_lr - end_lr) * cosine)
@@ -53,8 +53,8 @@ def cosine_schedule(base_lr: float, *, end_lr: float, warmup_steps: int, total_s
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """`optax.scale_by_adam` (its state too) with bias corrections that are exact in float32.
 
-    optax computes 1 - b2**t in float32, which for b2 = 0.999 is off by 1.3e-5 at the first updates. -expm1(t log b2), with the
-    logarithm taken in double precision, is what torch computes in double precision.
+    optax computes 1 - b2**t in float32, which for b2 = 0.999 is off by 1.3e-5 at the first updates. torch computes it in
+    double precision; -expm1(t log b2), the logarithm taken in double precision, agrees with that.
     """
 
     def init(params):
