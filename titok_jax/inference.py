@@ -124,8 +124,8 @@ class Generator:
         def logits(params, ids, labels):
             return nnx.merge(graphdef, params).logits(ids, labels)
 
-        def sample(params, labels, key, scale, temperature, *, num_steps, schedule, annealing):
-            keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(labels.shape[0]))
+        def sample(params, labels, key, first_index, scale, temperature, *, num_steps, schedule, annealing):
+            keys = jax.vmap(partial(jax.random.fold_in, key))(first_index + jnp.arange(labels.shape[0]))
             return decoding.parallel_decode(
                 partial(logits, params),
                 labels,
@@ -176,6 +176,7 @@ def generate(
     labels: Sequence[int] | np.ndarray,
     key: jax.Array,
     *,
+    first_index: int = 0,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     guidance_schedule: str | None = None,
@@ -185,11 +186,13 @@ def generate(
     """Token ids for class labels. What is None is taken from `generator.config.sampling`.
 
     An image depends on its label, the key and its place in `labels` only, not on the others beside it. Nothing is
-    compiled again when labels, key, scale or temperature change.
+    compiled again when labels, key, first index, scale or temperature change.
 
     Args:
       labels: [B], 0 .. num_classes - 1.
       key: from `jax.random.key`.
+      first_index: the place of `labels[0]` in a longer list that is generated in several calls: the answers are those of
+        one call for the whole list.
       num_steps: decoding steps, at least 1.
       guidance_scale: 0 for none (with "constant" and "linear").
       guidance_schedule: "constant", "linear" or "power-cosine".
@@ -218,6 +221,7 @@ def generate(
         generator.params,
         labels.astype(np.int32),
         key,
+        np.int32(first_index),
         np.float32(defaults.guidance_scale if guidance_scale is None else guidance_scale),
         np.float32(temperature),
         num_steps=num_steps,
