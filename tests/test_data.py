@@ -354,6 +354,14 @@ def test_folder_of_classes(tmp_path):
     assert_images(sources.make_source({"name": "folder", "path": tmp_path, "labels": False}), [-1] * 4)
 
 
+def test_folder_follows_links(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/0.png").write_bytes(encoded(0))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/class").symlink_to(tmp_path / "elsewhere")
+    assert_images(sources.make_source({"name": "folder", "path": tmp_path / "images"}), [0])
+
+
 def test_flat_folder(tmp_path):
     for index in range(3):
         (tmp_path / f"{index}.png").write_bytes(encoded(index))
