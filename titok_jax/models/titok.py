@@ -120,8 +120,8 @@ class TiTokConfig:
         if missing:
             raise ValueError(f"tokenizer configuration lacks model.vq_model.{{{', '.join(missing)}}}")
         fields: dict[str, Any] = {ours: vq.pop(key) for key, ours in names.items() if key in vq}
-        fields["encoder"] = _size(vq.pop("vit_enc_model_size"))
-        fields["decoder"] = _size(vq.pop("vit_dec_model_size"))
+        fields["encoder"] = transformer_size(vq.pop("vit_enc_model_size"))
+        fields["decoder"] = transformer_size(vq.pop("vit_dec_model_size"))
         fields["patch_size"] = int(vq.pop("vit_enc_patch_size"))
         if vq.pop("vit_dec_patch_size", fields["patch_size"]) != fields["patch_size"]:
             raise ValueError("vit_enc_patch_size and vit_dec_patch_size differ; one size for both is supported")
@@ -158,7 +158,8 @@ class TiTokConfig:
         return {"model": {"vq_model": vq}, "dataset": {"preprocessing": {"crop_size": self.image_size}}}
 
 
-def _size(value: Any) -> TransformerSize:
+def transformer_size(value: Any) -> TransformerSize:
+    """"small", "base", "large" or {"width": ., "num_layers": ., "num_heads": .} -> TransformerSize; else ValueError."""
     if isinstance(value, str) and value in TRANSFORMER_SIZES:
         return TRANSFORMER_SIZES[value]
     if isinstance(value, Mapping) and set(value) == {"width", "num_layers", "num_heads"}:

@@ -1,0 +1,92 @@
+"""Where the numbers of a training go: the terminal, `metrics.jsonl` and TensorBoard files in the workdir."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+
+
+class MetricLog:
+    """Writes on the first process only; on the others every method does nothing."""
+
+    def __init__(self, workdir: epath.Path, *, first_step: int, num_steps: int, batch_size: int, active: bool = True):
+        """
+        Args:
+          workdir: local or remote folder.
+          first_step: where this process starts; what an earlier one logged beyond it is dropped.
+          batch_size: global, for images/s.
+        """
+        self._active, self._num_steps, self._batch_size = active, num_steps, batch_size
+        self._last_step, self._last_time, self._wait = first_step, time.perf_counter(), 0.0
+        if not active:
+            return
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in _lines(self._path) if line["step"] <= first_step]
+        partial = workdir / ".metrics.jsonl.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.rename(self._path)
+        self._lines = kept
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def waited(self, seconds: float) -> None:
+        """Counts time that a step waited for its data."""
+        self._wait += seconds
+
+    def write(self, step: int, metrics: Mapping[str, float], *, shown: str) -> None:
+        """Logs scalars after `step` updates, with the speed since the last call; `shown` goes first in the terminal."""
+        now = time.perf_counter()
+        seconds, steps = max(now - self._last_time, 1e-9), step - self._last_step
+        wait, self._wait = self._wait / seconds, 0.0
+        self._last_step, self._last_time = step, now
+        if not self._active or steps <= 0:
+            return
+        line = {name: float(value) for name, value in metrics.items()}
+        rate = steps * self._batch_size / seconds
+        remaining = (self._num_steps - step) * seconds / steps
+        print(
+            f"step {step}/{self._num_steps}  {shown} {line[shown]:.4f}  lr {line.get('lr', 0.0):.2e}  "
+            f"{rate:.0f} images/s  data wait {100 * wait:.0f} %  left {_duration(remaining)}",
+            flush=True,
+        )
+        line |= {"images_per_second": rate, "data_wait": wait}
+        for name, value in line.items():
+            if not math.isnan(value):  # what a step did not compute
+                self._tensorboard.add_scalar(name, value, step)
+        record = {"step": step, **{n: v if math.isfinite(v) else None for n, v in line.items()}}
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Logs a picture, uint8 [H, W, 3]."""
+        if self._active:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last `write` (compilation, a preview) out of the next speed."""
+        self._last_time, self._wait = time.perf_counter(), 0.0
+
+    def close(self) -> None:
+        if self._active:
+            self._tensorboard.close()
+
+
+def _lines(path: epath.Path) -> list[dict]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+            break
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,102 @@
+"""Where arrays live: one mesh of three axes, and the rules that place parameters and batches on it.
+
+    data    copies of the model; the batch is cut along it
+    fsdp    the batch is cut along it too, and every large parameter, its optimizer state and its average: a device keeps
+            1 / fsdp of them and gathers a layer's parameters when it computes the layer
+    tensor  attention heads and MLP columns are cut along it (Megatron): for layers too large for one device
+
+All axes are "Auto": XLA's partitioner (GSPMD) derives everything between parameters, batch and results. The models contain
+no annotation. The same program runs on one device, where all three axes are 1.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Smaller parameters are kept whole: gathering them costs more than it saves.
+SMALLEST_SHARDED = 2**16
+
+# The first pattern that matches the end of a parameter's path says which of its axes, counted from the last (a stacked
+# layer axis in front is never cut), is cut along fsdp and which along tensor.
+_RULES: tuple[tuple[str, int | None, int | None], ...] = (
+    (r"attn/qkv/kernel", -3, -1),  # [D, 3, D]: heads along the last axis
+    (r"(attn/proj|mlp/fc2)/kernel", -1, -2),  # [in, D]: in holds heads or columns, summed over by an all-reduce
+    (r"(mlp/fc1|lm_head)/kernel", -2, -1),  # [D, out]
+    (r".*", -1, None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh over all devices (of all processes); one of the sizes may be -1: what the others leave.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    rest = math.prod(n for n in sizes if n != -1)
+    if sizes.count(-1) == 1 and rest > 0 and len(devices) % rest == 0:
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if any(n < 1 for n in sizes) or math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: "
+                         "the three must multiply to their number; one of them may be -1 for the rest")  # fmt: skip
+    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
+    """How the array at `path` ("encoder/.../kernel", any prefix in front) is cut; `mesh` gives the axes' sizes.
+
+    An axis that the mesh does not divide is not cut.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < SMALLEST_SHARDED:
+        return PartitionSpec()
+    fsdp, tensor = next((f, t) for pattern, f, t in _RULES if re.search(rf"(^|/){pattern}$", path))
+    for name, axis in (("fsdp", fsdp), ("tensor", tensor)):
+        if axis is not None and len(shape) >= -axis and mesh[name] > 1 and shape[axis] % mesh[name] == 0:
+            spec[axis] = name
+    return PartitionSpec(*spec)
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """A tree of NamedShardings for any tree of parameters: optimizer states and averages hold the parameters' paths at the
+    end of their own, so they are placed as their parameters are."""
+
+    def place(path, leaf):
+        return NamedSharding(
+            mesh, param_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh.shape)
+        )
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis cut along data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
+    """Raises ValueError unless a global batch, cut into `parts` for gradient accumulation, divides among the devices."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (devices * parts):
+        raise ValueError(f"global batch size {batch_size} does not divide among data x fsdp = {devices} devices"
+                         + (f" times {parts} accumulated parts" if parts > 1 else "")
+                         + f"; make it a multiple of {devices * parts}")  # fmt: skip
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

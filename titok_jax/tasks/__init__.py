@@ -1,0 +1,170 @@
+"""What one training step of each kind of training does. A task is a set of pure functions over one state:
+
+    {"step": updates made, "params": {network: ...}, "opt": {network: ...}, "ema": {network: ...}, ...}
+
+The loop in train.py knows no more of a task than `Task` says.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from titok_jax import convert, models
+from titok_jax.optimizer import NO_DECAY_WORDS, adamw, clip_by_global_norm, constant_schedule, cosine_schedule
+
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One kind of training.
+
+    Attributes:
+      networks: the trained networks by name, for the parameter table.
+      frozen: parameters that steps read and nothing changes (a tokenizer, a perceptual network); not in checkpoints.
+      init: (key) -> state. Pure.
+      draw: (key, batch) -> everything random that a step uses, as arrays or keys. Pure.
+      update: (state, frozen, batch, draws) -> (state, metrics). Pure.
+      preview: (state, frozen, batch, key) -> {title: images [n, H, W, 3] in [0, 1]}, pictures of the state's quality; the
+        first `preview_columns` go into the first row of a grid, and so on. Pure. None if there is nothing to see.
+      export: (state, folder) -> None; writes the result as a pretrained folder.
+      loss: the metric to show first.
+    """
+
+    networks: Mapping[str, "Network"]
+    frozen: Any
+    init: Callable[[jax.Array], State]
+    draw: Callable[[jax.Array, Batch], Any]
+    update: Callable[[State, Any, Batch, Any], tuple[State, Metrics]]
+    preview: Callable[[State, Any, Batch, jax.Array], dict[str, jax.Array]] | None
+    export: Callable[[State, Path], None]
+    loss: str
+
+    def step(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+        """One training step; `key` belongs to the whole run, the step's own is derived from it."""
+        return self.update(state, frozen, batch, self.draw(jax.random.fold_in(key, state["step"]), batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network in training, with its optimizer.
+
+    Attributes:
+      graphdef, abstract: of the module; `nnx.merge(graphdef, params)` makes it.
+      optimizer: AdamW with the published weight decay groups and the schedule.
+      schedule: learning rate by update, for the log.
+      max_grad_norm: gradients are clipped to this global norm.
+    """
+
+    config: models.Config
+    graphdef: nnx.GraphDef
+    abstract: convert.Params
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[jax.Array], jax.Array]
+    max_grad_norm: float
+
+    def init(self, key: jax.Array) -> tuple[convert.Params, optax.OptState]:
+        params = models.init(self.config, key)
+        return params, self.optimizer.init(params)
+
+    def module(self, params: convert.Params) -> nnx.Module:
+        return nnx.merge(self.graphdef, params)
+
+    def apply(
+        self, params: convert.Params, opt: optax.OptState, grads: convert.Params
+    ) -> tuple[convert.Params, optax.OptState, jax.Array]:
+        """Clip, update -> (params, optimizer state, gradient norm before clipping)."""
+        grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
+        updates, opt = self.optimizer.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt, norm
+
+
+def make_network(
+    config: models.Config,
+    optimizer: Mapping[str, Any],
+    num_steps: int,
+    *,
+    compute_dtype: str = "float32",
+    remat: bool = False,
+) -> Network:
+    """A network with AdamW as the published recipes have it.
+
+    Args:
+      optimizer: learning_rate, end_learning_rate, schedule ("cosine" or "constant"), warmup_steps, beta1, beta2,
+        weight_decay, max_grad_norm.
+      num_steps: updates that the schedule spans.
+
+    Raises:
+      ValueError: an unknown schedule or dtype.
+    """
+    if compute_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"compute_dtype is {compute_dtype!r}, expected 'float32' or 'bfloat16'")
+    graphdef, abstract = models.abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat)
+    lr, warmup = optimizer["learning_rate"], optimizer["warmup_steps"]
+    if optimizer["schedule"] == "cosine":
+        schedule = cosine_schedule(lr, end_lr=optimizer["end_learning_rate"], warmup_steps=warmup, total_steps=num_steps)
+    elif optimizer["schedule"] == "constant":
+        schedule = constant_schedule(lr, warmup_steps=warmup)
+    else:
+        raise ValueError(f"schedule is {optimizer['schedule']!r}, expected 'cosine' or 'constant'")
+    tx = adamw(
+        schedule,
+        b1=optimizer["beta1"],
+        b2=optimizer["beta2"],
+        weight_decay=optimizer["weight_decay"],
+        decay_mask=convert.decay_mask(convert.table_for(config), abstract, NO_DECAY_WORDS),
+    )
+    return Network(config, graphdef, abstract, tx, schedule, optimizer["max_grad_norm"])
+
+
+def split_batch(tree: Any, parts: int) -> Any:
+    """Every [B, ...] of a tree -> [parts, B / parts, ...]. Part i takes rows i, i + parts, ..., so that a batch that is cut
+    among devices is cut among them in each part."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join_batch(tree: Any) -> Any:
+    """The inverse of `split_batch`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def accumulate(loss: Callable, params: convert.Params, rows: Any, parts: int) -> tuple[convert.Params, Metrics, Any]:
+    """Gradient of the mean of a loss over `parts` parts of a batch, computed one part at a time.
+
+    Args:
+      loss: (params, rows of one part) -> (scalar, (metrics, outputs [b, ...])).
+      rows: tree of [B, ...].
+
+    Returns:
+      (gradients, metrics averaged over the parts, outputs of all rows [B, ...]).
+    """
+    grad = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        grads, (metrics, outputs) = grad(params, rows)
+        return grads, metrics, outputs
+
+    def body(total, part):
+        grads, (metrics, outputs) = grad(params, part)
+        return jax.tree.map(jnp.add, total, grads), (metrics, outputs)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, (metrics, outputs) = jax.lax.scan(body, zeros, split_batch(rows, parts))
+    return (
+        jax.tree.map(lambda g: g / parts, grads),
+        jax.tree.map(lambda m: m.mean(0), metrics),
+        join_batch(outputs),
+    )
+
+
+def float_images(batch: Batch) -> jax.Array:
+    """The batch's images as float32 [B, H, W, 3] in [0, 1]."""
+    images = batch["image"]
+    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
