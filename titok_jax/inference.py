@@ -239,10 +239,17 @@ def load_tokenizer(name_or_folder: str | os.PathLike, *, dtype="float32") -> Tok
       ValueError: an unknown name (the message lists the known ones), or weights that do not fit.
       FileNotFoundError: a folder without `config.json` or `model.safetensors`.
     """
+    return Tokenizer(*pretrained.load(_tokenizer_folder(name_or_folder), TiTokConfig), dtype=dtype)
+
+
+def load_tokenizer_config(name_or_folder: str | os.PathLike) -> TiTokConfig:
+    """The configuration of what `load_tokenizer` loads; reads no weights, errors as there."""
+    return pretrained.load_config(_tokenizer_folder(name_or_folder), TiTokConfig)
+
+
+def _tokenizer_folder(name_or_folder: str | os.PathLike) -> Path:
     folder = zoo.find(name_or_folder)
-    if (folder / "tokenizer").is_dir():
-        folder = folder / "tokenizer"
-    return Tokenizer(*pretrained.load(folder, TiTokConfig), dtype=dtype)
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
 
 
 def load_generator(name_or_folder: str | os.PathLike, *, dtype="float32") -> Generator:
@@ -259,12 +266,21 @@ def load_pair(
       ValueError: as `load_tokenizer`, and if the two do not fit together.
       FileNotFoundError: as `load_tokenizer`, and if the folder holds no tokenizer and none is named.
     """
+    pair_configs(name_or_folder, tokenizer)  # so that what does not fit is known before weights are read
+    generator = load_generator(name_or_folder, dtype=dtype)
+    return load_tokenizer(name_or_folder if tokenizer is None else tokenizer, dtype=dtype), generator
+
+
+def pair_configs(
+    name_or_folder: str | os.PathLike, tokenizer: str | os.PathLike | None = None
+) -> tuple[TiTokConfig, GeneratorConfig]:
+    """The configurations of what `load_pair` loads, checked against each other; reads no weights, errors as there."""
     folder = Path(zoo.find(name_or_folder))
+    generator = pretrained.load_config(folder, GeneratorConfig)
     if tokenizer is None and not (folder / "tokenizer").is_dir():
         raise FileNotFoundError(f"{folder} holds no sub-folder tokenizer: name the tokenizer of this generator")
-    generator = load_generator(folder, dtype=dtype)
-    pair = load_tokenizer(folder if tokenizer is None else tokenizer, dtype=dtype), generator
-    check_pair(pair[0].config, generator.config)
+    pair = load_tokenizer_config(folder if tokenizer is None else tokenizer), generator
+    check_pair(*pair)
     return pair
 
 
