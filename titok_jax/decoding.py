@@ -16,7 +16,8 @@ GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 
 # (ids int32 [B', N], labels int32 [B']) -> logits [B', N, K]. Label `num_classes` is the unconditional one.
 LogitsFn = Callable[[jax.Array, jax.Array], jax.Array]
-# (step int32, logits float32 [B, N, K], temperature) -> (sampled tokens int32 [B, N], Gumbel noise [B, N]); see `noise_from_*`.
+# (step int32, logits float32 [B, N, K], temperature) -> (sampled tokens int32 [B, N], Gumbel noise [B, N] for the
+# confidences): `noise_from_keys` or `noise_from_uniforms`.
 Noise = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -47,7 +48,7 @@ def sample_gumbel(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array
 
 
 def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """A draw from softmax(logits / temperature) by one uniform per draw: logits [..., K], uniforms [...] in [0, 1) -> int32 [...].
+    """Draws from softmax(logits / temperature), one uniform each: logits [..., K], uniforms [...] in [0, 1) -> [...] int32.
 
     The same distribution as `sample_gumbel` with other draws, without its K random numbers and 2 K logarithms per token. At
     temperature 0 it is the argmax (the lowest index of several). The cumulative sum runs over blocks first, then within
@@ -56,13 +57,13 @@ def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.
     k = logits.shape[-1]
     width = 2 ** math.ceil(math.log2(k) / 2)
     top = logits.max(-1, keepdims=True)
-    # The smallest normal float stands for 0: it leaves weight to the maxima alone; u = 0 then picks the first of them.
-    p = jnp.exp((logits - top) / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny))
+    # 1e-30 stands for temperature 0: it leaves weight to the maxima alone; u = 0 then picks the first of them.
+    p = jnp.exp((logits - top) / jnp.maximum(temperature, 1e-30))
     uniforms = jnp.where(temperature > 0, uniforms, 0.0)
 
     p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -k % width)]).reshape(*p.shape[:-1], -1, width)  # [..., blocks, width]
     blocks = jnp.cumsum(p.sum(-1), axis=-1)
-    target = uniforms[..., None] * blocks[..., -1:]  # below the total: u <= 1 - 2^-24
+    target = uniforms[..., None] * blocks[..., -1:]  # below the total, as u <= 1 - 2^-23
     block = jnp.sum(blocks <= target, axis=-1, keepdims=True)
     block = jnp.minimum(block, blocks.shape[-1] - 1)
     before = jnp.where(block > 0, jnp.take_along_axis(blocks, jnp.maximum(block - 1, 0), axis=-1), 0.0)
@@ -147,12 +148,14 @@ def parallel_decode(
 ) -> DecodeOutput:
     """Tokens for labels, by the published loop (modeling/maskgit.py, `generate`), as one scan: jit the caller once.
 
-    Labels, noise, `guidance_scale` and `temperature` may be traced; changing them compiles nothing. A step whose guidance has
-    no effect (scale 0 under "constant", the first step of the other two) runs the conditional half only.
+    Labels, noise, `guidance_scale` and `temperature` may be traced; changing them compiles nothing. A step whose guidance
+    has no effect (scale 0 under "constant", the first step of the other two) runs the conditional half only.
 
-    The guided logits are cond + s (cond - uncond) under "constant" (s = guidance_scale) and "linear" (s = guidance_scale step /
-    num_steps), but uncond + s (cond - uncond) under "power-cosine", s = 1 + (guidance_scale - 1) (1 - cos(pi (step /
-    num_steps)^pow)) / 2: the same guidance_scale is weaker by 1 there.
+    The guided logits, with t = step / num_steps counted from 0:
+      "constant":     cond + s (cond - uncond), s = guidance_scale
+      "linear":       cond + s (cond - uncond), s = guidance_scale t
+      "power-cosine": uncond + s (cond - uncond), s = 1 + (guidance_scale - 1) (1 - cos(pi t^guidance_scale_pow)) / 2
+    So the same guidance_scale is weaker by 1 under "power-cosine".
 
     How many tokens are masked again is counted per image. The published code takes the first image's count for the whole
     batch; the two differ only if confidences of the first image tie exactly, and then images would depend on each other.
@@ -164,9 +167,9 @@ def parallel_decode(
       codebook_size: K, also the id of the mask.
       num_steps: S, any number >= 1; with more steps than tokens one token stays masked until the last.
       guidance_scale_pow: only for "power-cosine".
-      temperature: of the Gumbel noise at the start; it falls linearly to 0 at the last step (published: randomize_temperature).
-      softmax_temperature_annealing: divide the logits by a temperature that falls from 1.3 to 0.5. The published sampling
-        does.
+      temperature: of the Gumbel noise; multiplied by 1 - (step + 1) / num_steps, so 0 at the last step (published:
+        randomize_temperature).
+      softmax_temperature_annealing: divide the logits by 0.5 + 0.8 (1 - (step + 1) / num_steps). Published sampling does.
       noise: `noise_from_keys` or `noise_from_uniforms`.
 
     Raises:
