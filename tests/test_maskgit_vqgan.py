@@ -133,8 +133,8 @@ def test_quantizer(golden, outputs):
     np.testing.assert_array_equal(nchw(whole["z_q"]), golden["z_quantized"])
     compare(golden, "z_quantized", nchw(whole["quantizer"].quantized), TOLERANCE)
     compare(golden, "quantizer_loss", whole["quantizer"].loss[None], TOLERANCE)
-    # An error of 1e-6 in a distance of 600 is one of 6e-4 in its exponential.
-    compare(golden, "soft_code", whole["soft_code"].reshape(2, 16, 1024), 1e-3)
+    # An error of 5e-7 in distances up to 600 is one of 3e-4 in their exponentials.
+    compare(golden, "soft_code", whole["soft_code"].reshape(2, 16, 1024), 3e-4)
 
 
 def test_reconstruction(golden, outputs):
