@@ -1,0 +1,49 @@
+"""Tiny models with new parameters, and folders of them, for tests that need no trained weights."""
+
+import functools
+
+import jax
+
+from titok_jax import models, pretrained
+from titok_jax.models.generator import GeneratorConfig
+from titok_jax.models.titok import TiTokConfig, TransformerSize
+
+_SIZE = TransformerSize(width=32, num_layers=2, num_heads=2)
+TOKENIZER = TiTokConfig(
+    image_size=32,
+    patch_size=8,
+    num_latent_tokens=8,
+    token_size=4,
+    codebook_size=64,
+    encoder=_SIZE,
+    decoder=_SIZE,
+    is_legacy=False,
+)
+VAE = TiTokConfig(
+    image_size=32,
+    patch_size=8,
+    num_latent_tokens=8,
+    token_size=4,
+    quantize_mode="vae",
+    encoder=_SIZE,
+    decoder=_SIZE,
+    is_legacy=False,
+)
+STAGE_1 = TiTokConfig(
+    image_size=32, patch_size=8, num_latent_tokens=8, codebook_size=64, encoder=_SIZE, decoder=_SIZE, finetune_decoder=False
+)
+GENERATOR = GeneratorConfig(
+    num_tokens=8, codebook_size=64, num_classes=10, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64
+)
+
+
+@functools.cache
+def params(config, seed: int = 0):
+    """New parameters of a model, as a nested dict of arrays."""
+    return jax.jit(functools.partial(models.init, config))(jax.random.key(seed))
+
+
+def save(folder, config=GENERATOR, tokenizer=TOKENIZER):
+    """Saves a model; a generator with its tokenizer."""
+    pair = (tokenizer, params(tokenizer, 1)) if isinstance(config, GeneratorConfig) and tokenizer is not None else None
+    return pretrained.save(folder, config, params(config), tokenizer=pair)
