@@ -1,0 +1,256 @@
+"""Weights on disk: exact inverses, strict errors, whole or absent."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny_models as tiny
+
+from titok_jax import convert, inference, pretrained
+from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
+
+STAGE_2 = dataclasses.replace(
+    tiny.STAGE_1,
+    finetune_decoder=True,
+    pixel_decoder=MaskgitVQGANConfig(channel_mult=(1, 1), hidden_channels=32, num_res_blocks=1, z_channels=16),
+)
+UVIT = dataclasses.replace(tiny.GENERATOR, model_type="UViT", num_layers=4)
+CONFIGS = {
+    "vq": tiny.TOKENIZER,
+    "vae": tiny.VAE,
+    "stage_1": tiny.STAGE_1,
+    "stage_2": STAGE_2,
+    "vit": tiny.GENERATOR,
+    "uvit": UVIT,
+}
+
+
+def assert_equal(a, b):
+    a, b = convert.flatten(a), convert.flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype == np.float32, path
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def weights_of(folder):
+    return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return tiny.save(tmp_path / "model", tiny.TOKENIZER)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_loading_is_the_inverse_of_saving(config, tmp_path):
+    folder = tiny.save(tmp_path / "model", config, tokenizer=None)
+    read_config, params = pretrained.load(folder, type(config))
+    assert read_config == config
+    assert_equal(params, tiny.params(config))
+    # Loading inverts saving on the file too: what is read is written again bit for bit.
+    again = pretrained.save(tmp_path / "again", read_config, params)
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "model"]
+
+
+def test_every_weight_counts(saved):
+    """Each tensor of the file reaches the parameters, none twice: as many numbers, all of them different ones."""
+    weights = weights_of(saved)
+    params = convert.flatten(pretrained.load(saved, TiTokConfig)[1])
+    assert sum(w.size for w in weights.values()) == sum(p.size for p in params.values())
+    numbered, start = {}, 0
+    for name, weight in weights.items():
+        numbered[name] = np.arange(start, start + weight.size, dtype=np.float32).reshape(weight.shape)
+        start += weight.size
+    safetensors.numpy.save_file(numbered, saved / "model.safetensors")
+    params = convert.flatten(pretrained.load(saved, TiTokConfig)[1])
+    values = np.concatenate([np.asarray(p).reshape(-1) for p in params.values()])
+    np.testing.assert_array_equal(np.sort(values), np.arange(start))
+
+
+def test_a_generator_brings_its_tokenizer(tmp_path):
+    folder = tiny.save(tmp_path / "model")
+    tokenizer, generator = inference.load_pair(folder)
+    assert_equal(tokenizer.params, tiny.params(tiny.TOKENIZER, 1))
+    assert_equal(generator.params, tiny.params(tiny.GENERATOR))
+    assert inference.load_tokenizer(folder).config == tiny.TOKENIZER
+
+
+def test_pairs_that_do_not_fit(tmp_path):
+    alone = tiny.save(tmp_path / "alone", tokenizer=None)
+    with pytest.raises(FileNotFoundError, match="holds no sub-folder tokenizer"):
+        inference.load_pair(alone)
+    other = dataclasses.replace(tiny.TOKENIZER, codebook_size=32)
+    tiny.save(tmp_path / "other", other)
+    tiny.save(tmp_path / "vae", tiny.VAE)
+    with pytest.raises(ValueError, match="codebook size 32 against 64"):
+        inference.load_pair(alone, tmp_path / "other")
+    with pytest.raises(ValueError, match="is a VAE"):
+        inference.load_pair(alone, tmp_path / "vae")
+
+
+def test_all_differences_are_listed_at_once(saved):
+    weights = weights_of(saved)
+    del weights["encoder.ln_pre.weight"], weights["decoder.transformer.1.attn.in_proj_bias"]
+    weights["decoder.extra"] = np.zeros((2, 3), np.float32)
+    weights["latent_tokens"] = weights["latent_tokens"][:-1].copy()
+    safetensors.numpy.save_file(weights, saved / "model.safetensors")
+    with pytest.raises(convert.WeightsError) as error:
+        pretrained.load(saved, TiTokConfig)
+    message = str(error.value)
+    assert message.startswith(f"{saved}/model.safetensors: 4 tensors do not fit the model:")
+    for line in (
+        "missing: encoder.ln_pre.weight [32]",
+        "missing: decoder.transformer.1.attn.in_proj_bias [96]",
+        "surplus: decoder.extra [2, 3]",
+        "shape of latent_tokens: [7, 32], expected [8, 32]",
+    ):
+        assert line in message
+
+
+def test_integers_are_no_weights(saved):
+    weights = weights_of(saved)
+    weights["latent_tokens"] = weights["latent_tokens"].astype(np.int32)
+    safetensors.numpy.save_file(weights, saved / "model.safetensors")
+    with pytest.raises(convert.WeightsError, match="latent_tokens has dtype int32, expected a floating-point type"):
+        pretrained.load(saved, TiTokConfig)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1, "garbage"])
+def test_a_damaged_weights_file(saved, length):
+    path = saved / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(b"\xff" * 1000 if length == "garbage" else data[:length])
+    with pytest.raises(convert.WeightsError, match=r"model\.safetensors is not a whole safetensors file"):
+        pretrained.load(saved, TiTokConfig)
+
+
+def test_missing_files(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing is not a folder"):
+        pretrained.load(tmp_path / "nothing", TiTokConfig)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        pretrained.load(saved, TiTokConfig)
+    (saved / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is not a model folder: it holds no config\.json"):
+        pretrained.load(saved, TiTokConfig)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": ', "is not valid JSON"),
+        ("\udcff", "is not valid JSON"),
+        ("[1, 2]", "expected a JSON object, found list"),
+        ("{}", "not a tokenizer configuration"),
+        ('{"model": {"vq_model": {}}, "dataset": {"preprocessing": {"crop_size": 32}}}', "lacks .*num_latent_tokens"),
+    ],
+)
+def test_a_damaged_config(saved, text, message):
+    (saved / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(convert.WeightsError, match=f"config.json.*{message}"):
+        pretrained.load(saved, TiTokConfig)
+
+
+def test_unknown_and_bad_values_in_a_config(saved):
+    config = json.loads((saved / "config.json").read_text())
+    for key, value in (("new_option", 1), ("quantize_mode", "fsq"), ("vit_enc_model_size", "huge"), ("token_size", 5)):
+        changed = {**config, "model": {"vq_model": {**config["model"]["vq_model"], key: value}}}
+        (saved / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(convert.WeightsError, match=r"new_option|fsq|huge|expected \[64, 5\]"):
+            pretrained.load(saved, TiTokConfig)
+
+
+def test_one_kind_of_model_is_not_read_as_another(saved):
+    with pytest.raises(convert.WeightsError, match=r"config\.json: not a generator configuration"):
+        pretrained.load(saved, GeneratorConfig)
+
+
+def test_references_in_a_config_are_resolved(tmp_path):
+    folder = tiny.save(tmp_path / "model", tokenizer=None)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["generator"]["image_seq_len"] = "${model.vq_model.num_latent_tokens}"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert pretrained.load_config(folder, GeneratorConfig) == tiny.GENERATOR
+    config["model"]["vq_model"]["num_latent_tokens"] = "${model.generator.image_seq_len}"  # now a circle
+    for reference in (config["model"]["generator"]["image_seq_len"], "${model.nothing}", "${oc.env:HOME}", "${a"):
+        config["model"]["generator"]["image_seq_len"] = reference
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(convert.WeightsError, match=r"config\.json: cannot resolve '\$\{"):
+            pretrained.load_config(folder, GeneratorConfig)
+
+
+def test_an_existing_folder_is_kept(tmp_path):
+    folder = tiny.save(tmp_path / "model")
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(FileExistsError, match="exists"):
+        pretrained.save(folder, tiny.TOKENIZER, tiny.params(tiny.TOKENIZER))
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_overwriting_replaces_all(tmp_path):
+    folder = tiny.save(tmp_path / "model")
+    pretrained.save(folder, tiny.TOKENIZER, tiny.params(tiny.TOKENIZER), overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert pretrained.load(folder, TiTokConfig)[0] == tiny.TOKENIZER
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path):
+    bad = {**tiny.params(tiny.TOKENIZER), "unknown": np.zeros(3, np.float32)}
+    with pytest.raises(convert.WeightsError, match="'unknown'"):
+        pretrained.save(tmp_path / "model", tiny.TOKENIZER, bad)
+    assert not list(tmp_path.iterdir())
+    folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
+    with pytest.raises(convert.WeightsError, match="'unknown'"):
+        pretrained.save(folder, tiny.TOKENIZER, bad, overwrite=True)
+    assert_equal(pretrained.load(folder, TiTokConfig)[1], tiny.params(tiny.TOKENIZER))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# Saves models one after the other, without end; says when it begins.
+SAVER = """
+import dataclasses, sys
+import jax, numpy as np
+from titok_jax import models, pretrained
+import tiny_models as tiny
+
+config = dataclasses.replace(tiny.TOKENIZER, codebook_size=200_000)  # a few MB, so that most of the time is in writing
+shapes = models.abstract(config)[1]
+params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
+print("ready", flush=True)
+number = 0
+while True:
+    pretrained.save(f"{sys.argv[1]}/model_{number % 5}", config, params, overwrite=number >= 5)
+    number += 1
+"""
+
+
+@pytest.mark.parametrize("delay", [0.013, 0.05, 0.11])
+def test_a_killed_save_leaves_no_half_folder(delay, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(delay)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    for folder in tmp_path.glob("model_*"):
+        config, _ = pretrained.load(folder, TiTokConfig, place=lambda path, array: array)
+        assert config.codebook_size == 200_000
+    # It was killed while at work: something is there, and what is not complete has a hidden name.
+    assert list(tmp_path.iterdir())
