@@ -41,7 +41,8 @@ def sample(
     batch_size: int = 64,
     **settings: Any,
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Images for labels, batch by batch. Image i depends on its label, the seed and i, not on the batch size.
+    """Images for labels, batch by batch. Image i depends on its label, the seed and i, and on the batch size by no
+    more than the rounding of sums.
 
     Args:
       tokenizer, generator: as `titok_jax.load_pair` gives them.

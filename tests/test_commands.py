@@ -1,0 +1,447 @@
+"""The commands: what they write, what they refuse and that they refuse it before any work."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import tiny_models as tiny
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+
+from titok_jax import cli, evaluate, inference, metrics, pretrained, reconstruct, sample, zoo
+from titok_jax.data.digits import load_digits
+from titok_jax.data.transforms import center_crop_torchvision, to_uint8_truncate
+
+COMMANDS = {"sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
+embedded = pytest.mark.skipif(not (zoo.EMBEDDED / "digits").is_dir(), reason="the digits model is not embedded yet")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("models") / "generator"))
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    return inference.load_pair(model)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Makes it an error to read weights: what is refused must be refused before."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(pretrained, "load", load)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def png(path, size=(40, 30), mode="RGB", seed=0):
+    """Writes a smooth random picture."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path)
+    return path
+
+
+def run(*arguments, **options):
+    """A command as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What they share
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        COMMANDS[name].main(["--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert text.split("examples:")[1].count(f"python -m titok_jax.{name}") >= 3
+
+
+def test_commands_do_not_import_jax_before_they_must():
+    code = f"import sys, {', '.join('titok_jax.' + name for name in COMMANDS)}; sys.exit('jax' in sys.modules)"
+    assert run("-c", code).returncode == 0
+
+
+def test_a_process_ends_with_one_line_and_status_2(tmp_path):
+    result = run("-m", "titok_jax.sample", "--model", "digitz", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0] == "error: unknown model 'digitz': neither a folder nor one of"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == list(zoo.KNOWN)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nothing"], r"unknown model 'nothing': .*\n.*digits"),
+        (["--model", "{empty}"], r"is not a model folder: it holds no config.json"),
+        (["--model", "{alone}"], r"holds no sub-folder tokenizer: name the tokenizer"),
+        (["--tokenizer", "nothing"], r"unknown model 'nothing'"),
+        (["--model", "{alone}", "--tokenizer", "{vae}"], r"the tokenizer is a VAE"),
+        (["--model", "{alone}", "--tokenizer", "{stage_1}"], r"stage 1 model"),
+        (["--labels", "3,10"], r"--labels: 10 is out of range; this model has the labels 0 to 9"),
+        (["--labels=-1"], r"--labels: -1 is out of range"),
+        (["--labels", "3,four"], r"--labels is '3,four', expected numbers like 3,1,4, or all"),
+        (["--labels", ""], r"--labels is ''"),
+        (["--labels", "3,1,4", "--num", "2"], r"--num is 2, but --labels names 3 classes"),
+        (["--num", "0"], r"--num is 0, expected at least 1"),
+        (["--steps", "0"], r"--steps is 0, expected at least 1"),
+        (["--batch-size", "0"], r"--batch-size is 0, expected at least 1"),
+        (["--temperature", "-1"], r"--temperature is -1.0, expected at least 0"),
+        (["--temperature", "nan"], r"--temperature is nan"),
+        (["--guidance-scale", "inf"], r"--guidance-scale is inf"),
+        (
+            ["--guidance-schedule", "cosine"],
+            r"--guidance-schedule is 'cosine', expected one of constant, linear, power-cosine",
+        ),
+        (["--seed", "-1"], r"--seed is -1"),
+        (["--out", "{tmp}/a.jpg"], r"a.jpg: unknown ending .jpg; expected .png, .npz, or a folder"),
+        (["--out", "{tmp}/no/a.png"], r"cannot write .*/no/a.png: .*/no is not an existing folder"),
+        (["--out", "{file}/a.png"], r"cannot write .*: .* is not an existing folder"),
+        (["--out", "{file}"], r"exists and nothing was overwritten; .* --overwrite"),
+        (["--out", "{tmp}/a.png", "--num", "2000"], r"2000 images are too many for one picture"),
+        (["--out", "{empty}/../photos"], r"photos exists and nothing was overwritten"),
+        (["--out", "{empty}/../photos", "--overwrite"], r"photos holds files of other origin \(cat.png\)"),
+    ],
+)
+def test_sample_refuses(arguments, message, model, tmp_path, capsys, no_weights):
+    places = {"tmp": tmp_path, "file": tmp_path / "existing.png", "empty": tmp_path / "empty"}
+    places["empty"].mkdir()
+    places["file"].write_bytes(b"precious")
+    png(tmp_path / "photos" / "cat.png")
+    for name, config in (("alone", tiny.GENERATOR), ("vae", tiny.VAE), ("stage_1", tiny.STAGE_1)):
+        places[name] = tiny.save(tmp_path / name, config, tokenizer=None)
+    before = files(tmp_path)
+    arguments = [argument.format(**places) for argument in arguments]
+    defaults = ["--model", model, "--out", str(tmp_path / "out.png")]  # the later one of two counts
+    assert sample.main([*defaults, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.match("error: .*" + message, err, re.DOTALL), err
+    assert files(tmp_path) == before
+
+
+def test_an_output_appears_whole_or_not_at_all(tmp_path):
+    def fail_in_the_middle(new, path):
+        with new(path) as partial:
+            (partial / "2.txt" if new is cli.new_folder else partial).write_text("half")
+            raise RuntimeError
+
+    old = tmp_path / "old.txt"
+    old.write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.txt").write_text("old")
+    for new, path in ((cli.new_file, old), (cli.new_file, tmp_path / "new.txt"), (cli.new_folder, tmp_path / "folder")):
+        with pytest.raises(RuntimeError):
+            fail_in_the_middle(new, path)
+    assert files(tmp_path) == {"old.txt": b"old", "folder/1.txt": b"old"}
+    assert len(list(tmp_path.iterdir())) == 2
+    with cli.new_folder(tmp_path / "folder") as partial:
+        (partial / "2.txt").write_text("new")
+    with cli.new_file(old) as partial:
+        partial.write_text("new")
+    assert files(tmp_path) == {"old.txt": b"new", "folder/2.txt": b"new"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bugs_keep_their_traceback():
+    @cli.command
+    def main(argv):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        main([])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# sample
+
+
+def test_the_same_samples_as_npz_and_as_folder(model, pair, tmp_path, capsys):
+    arguments = ["--model", model, "--labels", "3,1", "--num", "7", "--seed", "5", "--steps", "3"]
+    assert sample.main([*arguments, "--out", f"{tmp_path}/a.npz", "--batch-size", "3"]) == 0
+    assert sample.main([*arguments, "--out", f"{tmp_path}/folder"]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {tmp_path}/a.npz" in out
+    assert f"wrote {tmp_path}/folder" in out
+    with np.load(tmp_path / "a.npz") as file:
+        assert sorted(file.files) == ["arr_0", "labels"]
+        images, labels = file["arr_0"], file["labels"]
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [3, 3, 3, 3, 1, 1, 1]
+    names = [f"{index:06d}_{label}.png" for index, label in enumerate(labels)]
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [*names, "grid.png"]
+    # As the library gives them in one call; in batches of another size sums may round differently.
+    tokenizer, generator = pair
+    ids = inference.generate(generator, labels, jax.random.key(5), num_steps=3)
+    expected = to_uint8_truncate(tokenizer.decode(ids)).astype(int)
+    np.testing.assert_array_equal(expected, [np.asarray(Image.open(tmp_path / "folder" / name)) for name in names])
+    assert np.abs(expected - images).max() <= 1
+    assert len({image.tobytes() for image in images}) == 7
+    # Again with --overwrite and fewer images: none of the old ones stay.
+    assert sample.main([*arguments, "--num", "2", "--out", f"{tmp_path}/folder", "--overwrite"]) == 0
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["000000_3.png", "000001_1.png", "grid.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "folder"]
+
+
+def test_batches_share_one_program_and_do_not_change_images(pair):
+    tokenizer, generator = pair
+    labels = sample.spread_labels(range(10), 7)
+    ((_, ids, images),) = sample.sample(tokenizer, generator, labels, 0, batch_size=7, num_steps=3)
+    compiled = generator._sample._cache_size()
+    parts = list(sample.sample(tokenizer, generator, labels, 0, batch_size=3, num_steps=3))
+    assert generator._sample._cache_size() == compiled + 1
+    assert [where for where, _, _ in parts] == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    np.testing.assert_array_equal(np.concatenate([part for _, part, _ in parts]), ids)
+    difference = np.concatenate([part for _, _, part in parts]).astype(int) - images
+    assert np.abs(difference).max() <= 1  # rounding
+
+
+def test_a_picture_with_one_row_per_class(model, tmp_path):
+    out = tmp_path / "samples.png"
+    assert sample.main(["--model", model, "--num", "20", "--steps", "3", "--batch-size", "7", "--out", str(out)]) == 0
+    picture = np.asarray(Image.open(out))
+    # Ten rows of two images of 64 pixels and labels on the left.
+    assert picture.shape[0] > 10 * 64
+    assert 2 * 64 < picture.shape[1] < 4 * 64
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+
+
+@pytest.mark.parametrize(("classes", "num"), [([3, 1, 4], 64), (range(10), 64), (range(1000), 64), ([7], 5), ([2, 2, 5], 6)])
+def test_labels_are_balanced_and_in_order(classes, num):
+    labels = sample.spread_labels(classes, num).tolist()
+    assert len(labels) == num
+    counts = [labels.count(label) / list(classes).count(label) for label in classes]
+    assert max(counts) - min(counts) <= 1
+    assert labels == sorted(labels, key=list(classes).index)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# reconstruct
+
+
+def test_reconstruct(model, pair, tmp_path, capsys):
+    inputs = tmp_path / "in"
+    paths = [
+        png(inputs / "a.png", mode="L"),
+        png(inputs / "b.jpg", (35, 64), seed=1),
+        png(inputs / "sub" / "a.gif", (32, 32), "P", seed=2),
+        png(inputs / "sub" / "c.png", (200, 33), "RGBA", seed=3),
+    ]
+    (inputs / "notes.txt").write_text("not an image")
+    out = tmp_path / "out"
+    assert reconstruct.main(["--model", model, str(inputs), "--out", str(out), "--batch-size", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == [
+        "a_2_reconstruction.png",
+        "a_reconstruction.png",
+        "b_reconstruction.png",
+        "c_reconstruction.png",
+        "grid.png",
+        "tokens.json",
+    ]
+    tokenizer, _ = pair
+    images = np.stack([center_crop_torchvision(np.asarray(Image.open(path).convert("RGB")), 32) for path in paths])
+    expected = np.asarray(tokenizer.encode(images))
+    tokens = json.loads((out / "tokens.json").read_text())
+    assert list(tokens) == [str(path) for path in paths]
+    np.testing.assert_array_equal(list(tokens.values()), expected)
+    values = metrics.psnr(images / 255.0, np.asarray(tokenizer.decode(expected)))
+    for path, value in zip(paths, values, strict=True):
+        assert re.search(rf"{re.escape(str(path))} +PSNR +{value:.2f} dB", printed)
+    assert f"mean PSNR {np.mean(values):.2f} dB over 4 images" in printed
+    # The picture shows the original, four times as large.
+    picture = np.asarray(Image.open(out / "b_reconstruction.png"))
+    windows = np.lib.stride_tricks.sliding_window_view(picture, (128, 128, 3))[:, :, 0]
+    cell = images[1].repeat(4, 0).repeat(4, 1)
+    assert any((windows[y, x] == cell).all() for y, x in np.argwhere((windows[:, :, 0, 0] == cell[0, 0]).all(-1)))
+
+
+def test_reconstruct_with_a_vae(tmp_path):
+    folder = tiny.save(tmp_path / "vae", tiny.VAE)
+    path = png(tmp_path / "a.png", (32, 32))
+    assert reconstruct.main(["--model", str(folder), str(path), "--out", f"{tmp_path}/out"]) == 0
+    tokens = json.loads((tmp_path / "out" / "tokens.json").read_text())
+    expected = inference.load_tokenizer(folder).encode(np.asarray(Image.open(path))[None])
+    np.testing.assert_allclose([tokens[str(path)]], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{good}", "{broken}", "{text}"], r"unreadable images, nothing was written:\n  .*broken.jpg.*\n  .*text.png"),
+        (["{good}", "missing.png"], r"missing.png: no such file or folder"),
+        (["{empty}"], r"empty: no images in this folder or below"),
+        ([], r"no images given"),
+        (["{good}", "--num", "0"], r"--num is 0"),
+        (["{good}", "--model", "{stage_1}"], r"is a stage 1 model"),
+        (["{good}", "--model", "nothing"], r"unknown model 'nothing'"),
+        (["{good}", "--out", "{good}"], r"it is a file, not a folder"),
+        (["{good}", "--out", "{photos}", "--overwrite"], r"photos holds files of other origin \(good.png\)"),
+    ],
+)
+def test_reconstruct_refuses(arguments, message, model, tmp_path, capsys, no_weights):
+    good = png(tmp_path / "photos" / "good.png")
+    broken = png(tmp_path / "broken.jpg", (300, 300))
+    broken.write_bytes(broken.read_bytes()[:1000])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    stage_1 = tiny.save(tmp_path / "stage_1", tiny.STAGE_1)
+    places = {"good": good, "broken": broken, "text": tmp_path / "text.png", "empty": tmp_path / "empty"}
+    places |= {"stage_1": stage_1, "photos": good.parent}
+    before = files(tmp_path)
+    arguments = [argument.format(**places) for argument in arguments]
+    assert reconstruct.main(["--model", model, "--out", f"{tmp_path}/out", *arguments]) == 2
+    assert re.match("error: .*" + message, capsys.readouterr().err, re.DOTALL)
+    assert files(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# evaluate
+
+
+class FakeTokenizer:
+    """Its token is the place of an image among all digits; gives it back 10 % darker."""
+
+    config = SimpleNamespace(image_size=32, quantize_mode="vq", codebook_size=4000)
+
+    def __init__(self):
+        grey = np.concatenate([load_digits("train")[0], load_digits("test")[0]])
+        self.images = np.repeat(grey[..., None], 3, -1)
+        self._place = {image.tobytes(): i for i, image in reversed(list(enumerate(self.images)))}
+
+    def encode(self, images):
+        return np.array([[self._place[image.tobytes()]] for image in images], np.int32)
+
+    def decode(self, tokens):
+        return (0.9 / 255 * self.images[np.asarray(tokens)[:, 0]]).astype(np.float32)
+
+
+def test_figures_of_a_model_that_copies(monkeypatch):
+    """A generator that repeats a few training digits, some under a wrong label, is seen through."""
+    train, labels = load_digits("train")
+    test, _ = load_digits("test")
+    tokenizer = FakeTokenizer()
+    calls = []
+
+    def generate(generator, wanted, key, *, first_index, num_steps):
+        calls.append((first_index, num_steps))
+        places = first_index + np.arange(len(wanted))
+        given = np.where(places % 50 < 10, (wanted + 1) % 10, wanted)  # a fifth of each class is of the next class
+        ids = np.array([np.flatnonzero(labels == label)[1] for label in given])  # always the same digit of a class
+        return ids[:, None].astype(np.int32)
+
+    monkeypatch.setattr(inference, "generate", generate)
+    generator = SimpleNamespace(config=tiny.GENERATOR)
+    result = evaluate.evaluate_digits(tokenizer, generator, num=150, seed=0, settings={"num_steps": 3}, batch_size=64)
+    assert calls == [(0, 3), (64, 3), (128, 3)]
+    assert result["generated_accuracy"] == pytest.approx(0.8)
+    assert result["generation"] == {"num_images": 150, "distinct_tokens": 10, "seen_tokens": 1.0}
+    assert result["real_accuracy"] > 0.97
+    assert result["reconstructed_accuracy"] == pytest.approx(result["real_accuracy"], abs=0.02)
+    error = np.square(0.1 * test / 255.0).mean((1, 2))
+    assert result["reconstruction"]["held_out"]["psnr"] == pytest.approx(np.mean(-10 * np.log10(error)), abs=1e-4)
+    assert 0.9 < result["reconstruction"]["held_out"]["ssim"] < 1
+    assert result["reconstruction"]["held_out"]["codebook_usage"] == pytest.approx(360 / 4000, abs=2 / 4000)
+    assert result["reconstruction"]["training"]["perplexity"] == pytest.approx(1437, rel=0.01)
+    distances = result["distance_to_nearest_training_digit"]
+    vectors = [x.reshape(len(x), -1) / 255.0 for x in (test, train)]
+    nearest = NearestNeighbors(n_neighbors=1).fit(vectors[1]).kneighbors(vectors[0])[0] / math.sqrt(1024)
+    assert distances["held_out"]["median"] == pytest.approx(np.median(nearest))
+    assert distances["held_out"]["percentile_5"] == pytest.approx(np.percentile(nearest, 5))
+    assert distances["generated"]["median"] < 0.75 * distances["held_out"]["median"]  # copies, 10 % darker
+
+
+def test_evaluate_writes_every_setting(model, tmp_path, capsys):
+    out = tmp_path / "digits.json"
+    arguments = ["--model", model, "--num", "20", "--steps", "2", "--seed", "4", "--batch-size", "256", "--json", str(out)]
+    assert evaluate.main(arguments) == 0
+    assert "generated digits" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert {"real_accuracy", "reconstructed_accuracy", "generated_accuracy"} <= result.keys()
+    assert result["sampling"] == {
+        "num_steps": 2,
+        "guidance_scale": 3.0,
+        "guidance_schedule": "linear",
+        "temperature": 2.0,
+        "softmax_temperature_annealing": True,
+    }
+    assert (result["seed"], result["generation"]["num_images"], result["versions"]["jax"]) == (4, 20, jax.__version__)
+    before = out.read_bytes()
+    assert evaluate.main(arguments) == 2
+    assert "digits.json exists and nothing was overwritten" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num", "15"], "--num is 15, expected a multiple of 10"),
+        (["--model", "{letters}"], "is a model of 26 classes of 32x32 pixels; only models of the 10 digits"),
+        (["--model", "nothing"], "unknown model 'nothing'"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--json", "{tmp}/no/a.json"], "no is not an existing folder"),
+    ],
+)
+def test_evaluate_refuses(arguments, message, model, tmp_path, capsys, no_weights):
+
+    letters = tiny.save(tmp_path / "letters", dataclasses.replace(tiny.GENERATOR, num_classes=26))
+    arguments = [argument.format(letters=letters, tmp=tmp_path) for argument in arguments]
+    assert evaluate.main(["--model", model, *arguments]) == 2
+    assert re.match(f"error: .*{message}", capsys.readouterr().err)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The embedded model
+
+
+@embedded
+def test_digits_without_arguments(tmp_path):
+    result = run("-m", "titok_jax.sample", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "wrote samples.png" in result.stdout
+    assert min(Image.open(tmp_path / "samples.png").size) > 8 * 64
+    again = run("-m", "titok_jax.sample", cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: samples.png exists")
+
+
+@embedded
+def test_held_out_digits_are_reconstructed(tmp_path, capsys):
+    assert reconstruct.main(["--num", "16", "--out", f"{tmp_path}/out"]) == 0
+    mean = float(re.search(r"mean PSNR ([\d.]+) dB over 16 images", capsys.readouterr().out).group(1))
+    assert mean > 15
+    assert len(list((tmp_path / "out").glob("digit_*_reconstruction.png"))) == 16
+
+
+@embedded
+def test_quality_of_the_digits(tmp_path):
+    """What the README states, at its full size."""
+    out = tmp_path / "digits.json"
+    assert evaluate.main(["--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["generation"]["num_images"] == 1000
+    assert result["generated_accuracy"] >= 0.95
+    assert result["reconstructed_accuracy"] >= 0.95
