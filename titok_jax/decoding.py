@@ -62,16 +62,26 @@ def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.
     uniforms = jnp.where(temperature > 0, uniforms, 0.0)
 
     p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -k % width)]).reshape(*p.shape[:-1], -1, width)  # [..., blocks, width]
-    blocks = jnp.cumsum(p.sum(-1), axis=-1)
-    target = uniforms[..., None] * blocks[..., -1:]  # below the total, as u <= 1 - 2^-23
-    block = jnp.sum(blocks <= target, axis=-1, keepdims=True)
-    block = jnp.minimum(block, blocks.shape[-1] - 1)
-    before = jnp.where(block > 0, jnp.take_along_axis(blocks, jnp.maximum(block - 1, 0), axis=-1), 0.0)
-    within = jnp.cumsum(jnp.take_along_axis(p, block[..., None], axis=-2)[..., 0, :], axis=-1)  # [..., width]
-    # The two sums round differently, so the target may lie at or past the block's end: then its last token with a weight.
-    last = jnp.sum(within < within[..., -1:], axis=-1)
-    index = jnp.minimum(jnp.sum(within <= target - before, axis=-1), last)
-    return (block[..., 0] * width + index).astype(jnp.int32)
+    mass = p.sum(-1)
+    cumulative = jnp.cumsum(mass, axis=-1)
+    target = uniforms[..., None] * cumulative[..., -1:]
+    block = _first_beyond(cumulative, mass, target)  # [...]
+    before = jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[..., None], axis=-1)
+    before = jnp.where(block[..., None] > 0, before, 0.0)
+    within = jnp.take_along_axis(p, block[..., None, None], axis=-2)[..., 0, :]  # [..., width]
+    return block * width + _first_beyond(jnp.cumsum(within, axis=-1), within, target - before)
+
+
+def _first_beyond(cumulative: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """The first index with a weight whose cumulative sum [..., n] exceeds the target [..., 1]: [...] int32.
+
+    Parallel sums round each prefix on its own, so they may move where a weight is 0, and end below a target that was made
+    from another sum: hence the condition on the weight, and the last index with one where no sum exceeds the target.
+    """
+    index = jnp.arange(weights.shape[-1], dtype=jnp.int32)
+    first = jnp.min(jnp.where((cumulative > target) & (weights > 0), index, weights.shape[-1]), axis=-1)
+    last = jnp.max(jnp.where(weights > 0, index, 0), axis=-1)
+    return jnp.minimum(first, last)
 
 
 def noise_from_uniforms(token_uniforms: jax.Array, confidence_uniforms: jax.Array) -> Noise:
