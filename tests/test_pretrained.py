@@ -217,7 +217,7 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-# Saves models one after the other, without end; says when it begins.
+# Saves models one after the other, without end; says when the first is there.
 SAVER = """
 import dataclasses, sys
 import jax, numpy as np
@@ -227,20 +227,21 @@ import tiny_models as tiny
 config = dataclasses.replace(tiny.TOKENIZER, codebook_size=200_000)  # a few MB, so that most of the time is in writing
 shapes = models.abstract(config)[1]
 params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
-print("ready", flush=True)
 number = 0
 while True:
     pretrained.save(f"{sys.argv[1]}/model_{number % 5}", config, params, overwrite=number >= 5)
     number += 1
+    if number == 1:
+        print("ready", flush=True)
 """
 
 
-@pytest.mark.parametrize("delay", [0.013, 0.05, 0.11])
-def test_a_killed_save_leaves_no_half_folder(delay, tmp_path):
+@pytest.mark.parametrize("delay", [0.013, 0.07])
+def test_a_save_killed_at_any_time_leaves_no_half_folder(delay, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(tmp_path)],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": ":".join(p for p in sys.path if p)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     try:
         assert process.stdout.readline() == b"ready\n"
@@ -252,5 +253,55 @@ def test_a_killed_save_leaves_no_half_folder(delay, tmp_path):
     for folder in tmp_path.glob("model_*"):
         config, _ = pretrained.load(folder, TiTokConfig, place=lambda path, array: array)
         assert config.codebook_size == 200_000
-    # It was killed while at work: something is there, and what is not complete has a hidden name.
-    assert list(tmp_path.iterdir())
+    assert list(tmp_path.glob("model_*"))
+
+
+# Kills itself in the n-th step of a save, for every n, in a forked process each.
+STEPWISE = """
+import os, shutil, signal, sys
+import tiny_models as tiny
+
+steps = 0
+
+def killing(function, last):
+    def step(*args):
+        global steps
+        steps += 1
+        if steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return step
+
+tiny.save(f"{sys.argv[1]}/original")
+tiny.params(tiny.VAE)  # not in each fork anew
+for kind in ("new", "over"):
+    for last in range(1, 100):
+        folder = f"{sys.argv[1]}/{kind}_{last}"
+        if kind == "over":
+            shutil.copytree(f"{sys.argv[1]}/original", folder)
+        child = os.fork()
+        if child == 0:
+            os.fsync, os.replace = killing(os.fsync, last), killing(os.replace, last)
+            tiny.pretrained.save(folder, tiny.VAE, tiny.params(tiny.VAE), overwrite=kind == "over")
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+    print(kind, last - 1)
+"""
+
+
+def test_a_save_killed_in_each_of_its_steps_leaves_no_half_folder(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    arguments = [sys.executable, "-W", "ignore", "-c", STEPWISE, str(tmp_path)]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert result.stdout == "new 3\nover 4\n", result.stderr  # two files and one rename, or two
+    for step in (1, 2, 3):
+        assert not (tmp_path / f"new_{step}").exists()
+    assert pretrained.load(tmp_path / "new_4", TiTokConfig)[0] == tiny.VAE
+    for step in (1, 2, 3):
+        assert inference.load_pair(tmp_path / f"over_{step}")[1].config == tiny.GENERATOR
+    # Between the two renames: the old one is beside.
+    assert not (tmp_path / "over_4").exists()
+    (old,) = [path for path in tmp_path.iterdir() if path.name.startswith(".over_4.old-")]
+    assert inference.load_pair(old)[1].config == tiny.GENERATOR
+    assert pretrained.load(tmp_path / "over_5", TiTokConfig)[0] == tiny.VAE
