@@ -36,8 +36,8 @@ _EPILOG = """examples:
 NUM_CLASSES = 10
 
 # Neighbours of the classifier of digits. Of the two usual numbers, 3 and 5, the one that reads more of the 1,437 training
-# digits right when each is left out in turn: 98.5 % against 98.3 %. Held-out digits had no part in the choice. (One neighbour
-# reads 98.9 %, but then a single odd scan decides.)
+# digits right when each is left out in turn: 98.5 % against 98.3 %. Held-out digits had no part in the choice. (One
+# neighbour reads 98.9 %, but then a single odd scan decides.)
 NEIGHBOURS = 3
 
 
