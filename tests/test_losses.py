@@ -8,8 +8,9 @@ from golden_data import compare, load
 
 from titok_jax import losses
 
-# Values and gradients are sums of at most a few thousand float32 terms: the orders of summation differ, 1e-6 covers it.
-TOLERANCE = 1e-6
+# Values and gradients are sums of at most a few thousand float32 terms whose order differs: up to 1.0e-6 was seen (mean
+# logits), 6e-7 elsewhere.
+TOLERANCE = 2e-6
 
 
 @pytest.fixture(scope="module")
