@@ -28,7 +28,7 @@ class MetricLog:
         kept = [line for line in _lines(self._path) if line["step"] <= first_step]
         partial = workdir / ".metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.rename(self._path)
+        partial.replace(self._path)
         self._lines = kept
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
