@@ -293,6 +293,78 @@ def maskgit_vqgan_table() -> Table:
     ]
 
 
+PUBLISHED_VQGAN = models.MaskgitVQGANConfig()
+
+
+def jax_vqgan_names(config: models.MaskgitVQGANConfig = PUBLISHED_VQGAN) -> dict[str, str]:
+    """{path in the original JAX MaskGIT-VQGAN below its collection `params`: published PyTorch name}.
+
+    Flax numbered its modules by class in the order of their calls: residual blocks run on from level to level, in the
+    encoder into the middle, in the decoder from the middle to the coarsest level and on to the finest.
+    """
+    levels, blocks = len(config.channel_mult), range(config.num_res_blocks)
+    widths = config.widths
+    down = [f"down.{level}.block.{i}" for level in range(levels) for i in blocks]
+    up = [f"up.{level}.block.{i}" for level in reversed(range(levels)) for i in blocks]
+    mid = [f"mid.{i}" for i in blocks]
+    # The width at a level's input: where it differs from the level's own, the first block has a projection.
+    inputs = {"down": (config.hidden_channels, *widths[:-1]), "up": (*widths[1:], widths[-1])}
+    convolutions = {
+        "encoder": {0: ("conv_in", False), 1: ("conv_out", True)},
+        "decoder": {0: ("conv_in", True)}
+        | {levels - level: (f"up.{level}.upsample_conv", True) for level in range(1, levels)}
+        | {levels: ("conv_out", True)},
+    }
+    names = {}
+    for tower, order in (("encoder", down + mid), ("decoder", mid + up)):
+        for number, block in enumerate(order):
+            ours, theirs = f"{tower}/ResBlock_{number}", f"{tower}.{block}"
+            for i in range(2):
+                names[f"{ours}/GroupNorm_{i}/scale"] = f"{theirs}.norm{i + 1}.weight"
+                names[f"{ours}/GroupNorm_{i}/bias"] = f"{theirs}.norm{i + 1}.bias"
+                names[f"{ours}/Conv_{i}/kernel"] = f"{theirs}.conv{i + 1}.weight"
+            kind, *place = block.split(".")
+            if kind != "mid" and place[-1] == "0" and inputs[kind][int(place[0])] != widths[int(place[0])]:
+                names[f"{ours}/Conv_2/kernel"] = f"{theirs}.nin_shortcut.weight"
+        names[f"{tower}/GroupNorm_0/scale"] = f"{tower}.norm_out.weight"
+        names[f"{tower}/GroupNorm_0/bias"] = f"{tower}.norm_out.bias"
+        for number, (name, has_bias) in convolutions[tower].items():
+            names[f"{tower}/Conv_{number}/kernel"] = f"{tower}.{name}.weight"
+            if has_bias:
+                names[f"{tower}/Conv_{number}/bias"] = f"{tower}.{name}.bias"
+    names["quantizer/codebook"] = "quantize.embedding.weight"
+    return names
+
+
+def jax_vqgan_to_published(
+    tree: Mapping, *, source: str, config: models.MaskgitVQGANConfig = PUBLISHED_VQGAN
+) -> dict[str, np.ndarray]:
+    """The original JAX MaskGIT-VQGAN -> {published PyTorch name: array}, for `from_published` (which checks the shapes).
+
+    Args:
+      tree: nested dict of arrays, as its msgpack checkpoint holds it: `{"params": {"encoder": ...}}`, or what is below
+        `params`. Convolutions are HWIO there; what is returned are views.
+      source: what to call it in errors.
+
+    Raises:
+      WeightsError: naming every missing or surplus path.
+    """
+    flat = flatten(tree.get("params", tree))
+    names = jax_vqgan_names(config)
+    problems = [f"missing: {path}" for path in names if path not in flat]
+    problems += [f"surplus: {path}" for path in flat if path not in names]
+    if problems:
+        raise WeightsError(f"{source}: {len(problems)} arrays are not a JAX MaskGIT-VQGAN's:\n  " + "\n  ".join(problems))
+    arrays = {path: np.asarray(array) for path, array in flat.items()}
+    return {name: a.transpose(3, 2, 0, 1) if (a := arrays[path]).ndim == 4 else a for path, name in names.items()}
+
+
+def published_to_jax_vqgan(weights: Mapping[str, Any], *, config: models.MaskgitVQGANConfig = PUBLISHED_VQGAN) -> Params:
+    """The inverse of `jax_vqgan_to_published`: {published name: array} -> `{"params": {"encoder": ...}}`."""
+    arrays = {path: np.asarray(weights[name]) for path, name in jax_vqgan_names(config).items()}
+    return {"params": unflatten({path: a.transpose(2, 3, 1, 0) if a.ndim == 4 else a for path, a in arrays.items()})}
+
+
 def discriminator_table() -> Table:
     """The discriminator's parameters. Its constant blur kernels are no parameters here: `discriminator_buffers`."""
     return [
