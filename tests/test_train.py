@@ -47,6 +47,7 @@ def small(variant: str, **changes) -> ConfigDict:
 def adversarial(**changes) -> ConfigDict:
     """A tokenizer with a discriminator that starts in the middle."""
     config = small("tokenizer", **changes)
+    config.data.batch_size = 8
     config.loss.update({"discriminator_weight": 0.1, "discriminator_start": 2, "lecam_weight": 0.001})
     config.discriminator = ConfigDict({"hidden_channels": 32, "num_stages": 2, "logits_size": 8})
     config.discriminator_optimizer = ConfigDict(config.optimizer.to_dict())
@@ -66,12 +67,13 @@ class Stopped(Exception):
     """Stands for a crash."""
 
 
-@pytest.mark.parametrize("kind", ["adversarial", "vae", "generator"])
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(kind, tmp_path, monkeypatch):
-    config = adversarial() if kind != "generator" else small("generator")
-    if kind == "vae":
+    if kind == "tokenizer":  # with all that a step can draw and remember: noise, two optimizers, LeCam's averages
+        config = adversarial()
         config.model.quantize_mode = "vae"
-    if kind == "generator":
+    else:
+        config = small("generator")
         tokenizer = small("tokenizer", num_steps=1)
         train.train(tokenizer, tmp_path / "tokenizer")
         config.tokenizer = str(tmp_path / "tokenizer" / "pretrained")
@@ -151,7 +153,9 @@ def test_a_changed_configuration_is_refused_and_names_the_fields(tmp_path):
     changed = small("tokenizer", num_steps=2)
     changed.optimizer.learning_rate = 5e-4
     changed.model.codebook_size = 64
-    with pytest.raises(ValueError, match=r"(?s)model.codebook_size: 128 .* 64 now.*optimizer.learning_rate: 0.001 .* 0.0005 now"):
+    with pytest.raises(
+        ValueError, match=r"(?s)model.codebook_size: 128 .* 64 now.*optimizer.learning_rate: 0.001 .* 0.0005 now"
+    ):
         train.train(changed, tmp_path)
     # What does not touch the result may change.
     train.train(small("tokenizer", num_steps=2, log_every=1), tmp_path)

@@ -215,8 +215,8 @@ def generate(
         raise ValueError(f"num_steps is {num_steps}, expected at least 1")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}, expected at least 0")
-    if schedule not in models.generator.GUIDANCE_SCHEDULES:
-        raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {models.generator.GUIDANCE_SCHEDULES}")
+    if schedule not in decoding.GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {decoding.GUIDANCE_SCHEDULES}")
     return generator._sample(
         generator.params,
         labels.astype(np.int32),

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax.decoding import GUIDANCE_SCHEDULES
 from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, run_stack, trunc_normal
-
-GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 
 
 @dataclasses.dataclass(frozen=True)

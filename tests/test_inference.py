@@ -1,0 +1,143 @@
+"""The public API on tiny models: shapes, dtypes, errors, and that nothing is compiled twice."""
+
+import jax
+import numpy as np
+import pytest
+import tiny_models
+
+import titok_jax
+from titok_jax.inference import Generator, Tokenizer, check_pair
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(tiny_models.TOKENIZER, tiny_models.params(tiny_models.TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return Tokenizer(tiny_models.VAE, tiny_models.params(tiny_models.VAE))
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Generator(tiny_models.GENERATOR, tiny_models.params(tiny_models.GENERATOR))
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+
+
+def test_encode_and_decode(tokenizer):
+    tokens = tokenizer.encode(IMAGES)
+    assert tokens.shape == (2, 8)
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens, tokenizer.encode(IMAGES.astype(np.float32) / 255))
+    images = tokenizer.decode(tokens)
+    assert images.shape == (2, 32, 32, 3)
+    assert images.dtype == np.float32
+    assert 0 <= images.min() < images.max() <= 1
+    np.testing.assert_array_equal(images, tokenizer.decode(np.asarray(tokens).tolist()))
+
+
+def test_a_vae_gives_the_mean_or_a_draw(vae):
+    mean = vae.encode(IMAGES)
+    assert mean.shape == (2, 8, 4)
+    assert mean.dtype == np.float32
+    draws = [vae.encode(IMAGES, jax.random.key(k)) for k in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.allclose(draws[0], draws[2])
+    assert not np.allclose(draws[0], mean)
+    assert vae.decode(mean).shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES[0], r"shape \[32, 32, 3\], expected \[batch, 32, 32, 3\]"),
+        (np.zeros((1, 64, 64, 3), np.uint8), r"expected \[batch, 32, 32, 3\]"),
+        (IMAGES.astype(np.int64), "dtype int64"),
+    ],
+)
+def test_bad_images_are_refused(tokenizer, images, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(images)
+
+
+def test_bad_tokens_are_refused(tokenizer, vae):
+    with pytest.raises(ValueError, match="0 to 64, expected 0 to 63"):
+        tokenizer.decode(np.arange(57, 65)[None] * np.array([0, 1, 1, 1, 1, 1, 1, 1]))
+    with pytest.raises(ValueError, match=r"expected integers \[batch, 8\]"):
+        tokenizer.decode(np.zeros((1, 7), int))
+    with pytest.raises(ValueError, match=r"expected integers"):
+        tokenizer.decode(np.zeros((1, 8, 4), np.float32))
+    with pytest.raises(ValueError, match=r"expected float \[batch, 8, 4\]"):
+        vae.decode(np.zeros((1, 8), int))
+    with pytest.raises(ValueError, match="only a VAE takes a key"):
+        tokenizer.encode(IMAGES, jax.random.key(0))
+
+
+def test_a_stage_1_model_has_no_images():
+    stage_1 = Tokenizer(tiny_models.STAGE_1, tiny_models.params(tiny_models.STAGE_1))
+    with pytest.raises(ValueError, match="stage 1"):
+        stage_1.decode(np.zeros((1, 8), int))
+
+
+def test_generate(generator):
+    ids = titok_jax.generate(generator, [3, 1, 3], jax.random.key(0))
+    assert ids.shape == (3, 8)
+    assert ids.dtype == np.int32
+    assert 0 <= ids.min() <= ids.max() < 64
+    assert not np.array_equal(ids[0], ids[2])  # same label, another image
+    np.testing.assert_array_equal(ids, titok_jax.generate(generator, np.array([3, 1, 3]), jax.random.key(0)))
+    assert not np.array_equal(ids, titok_jax.generate(generator, [3, 1, 3], jax.random.key(1)))
+
+
+def test_nothing_is_compiled_again_for_other_labels_seed_scale_or_temperature(generator):
+    titok_jax.generate(generator, [3, 1, 3], jax.random.key(0))
+    before = generator._sample._cache_size()
+    for labels, seed, scale, temperature in (([0, 9, 2], 0, 3.0, 2.0), ([1, 1, 1], 5, 0.0, 0.0), ([4, 4, 5], 9, 7.5, 10)):
+        titok_jax.generate(generator, labels, jax.random.key(seed), guidance_scale=scale, temperature=temperature)
+    assert generator._sample._cache_size() == before
+    titok_jax.generate(generator, [3, 1, 3], jax.random.key(0), num_steps=3)
+    assert generator._sample._cache_size() == before + 1  # the count does count
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([10], {}, "expected 0 to 9"),
+        ([-1], {}, "expected 0 to 9"),
+        ([1.5], {}, "expected integers"),
+        ([1], {"num_steps": 0}, "num_steps is 0"),
+        ([1], {"temperature": -1.0}, "temperature is -1"),
+        ([1], {"guidance_schedule": "cubic"}, "cubic"),
+    ],
+)
+def test_bad_settings_are_refused(generator, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        titok_jax.generate(generator, labels, jax.random.key(0), **options)
+
+
+def test_logits(generator):
+    logits = generator.logits(np.full((2, 8), 64), [0, 10])
+    assert logits.shape == (2, 8, 64)
+    assert logits.dtype == np.float32
+    with pytest.raises(ValueError, match="expected 0 to 64"):
+        generator.logits(np.full((2, 8), 65), [0, 10])
+    with pytest.raises(ValueError, match="expected 0 to 10"):
+        generator.logits(np.full((2, 8), 64), [0, 11])
+    with pytest.raises(ValueError, match=r"expected integers \[2\]"):
+        generator.logits(np.full((2, 8), 64), [0])
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    check_pair(tiny_models.TOKENIZER, tiny_models.GENERATOR)
+    with pytest.raises(ValueError, match="VAE"):
+        check_pair(tiny_models.VAE, tiny_models.GENERATOR)
+    with pytest.raises(ValueError, match="codebook size 64 against 4096"):
+        check_pair(tiny_models.TOKENIZER, titok_jax.inference.GeneratorConfig(num_tokens=8))
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="digits"):
+        titok_jax.load_tokenizer("titok_xxl")
