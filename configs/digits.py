@@ -60,7 +60,7 @@ def common() -> ConfigDict:
 def tokenizer() -> ConfigDict:
     config = common()
     config.task = "single_stage"
-    config.num_steps = 4000
+    config.num_steps = 2500
     config.model = ConfigDict(
         {
             "image_size": 32,
@@ -98,7 +98,7 @@ def generator() -> ConfigDict:
     config = common()
     config.task = "generator"
     config.tokenizer = "digits"
-    config.num_steps = 4000
+    config.num_steps = 2500
     config.model = ConfigDict(
         {
             "model_type": "ViT",
@@ -110,7 +110,7 @@ def generator() -> ConfigDict:
             "dropout": 0.1,
             "attn_dropout": 0.1,
             "class_label_dropout": 0.1,
-            "sampling": {"num_steps": 8, "guidance_scale": 2.0, "guidance_schedule": "linear", "temperature": 1.0},
+            "sampling": {"num_steps": 8, "guidance_scale": 3.0, "guidance_schedule": "linear", "temperature": 1.0},
         }
     )
     config.loss = ConfigDict({"label_smoothing": 0.1, "unmasked_weight": 0.1})

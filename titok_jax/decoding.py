@@ -113,7 +113,7 @@ def noise_from_keys(keys: jax.Array) -> Noise:
     return noise
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """What the steps differ in, [S] each."""
 
     step: np.ndarray
@@ -123,7 +123,7 @@ class _Steps(NamedTuple):
     mask_len: np.ndarray
 
 
-def _plan(num_steps: int, num_tokens: int, schedule: str, power: float, annealing: bool) -> _Steps:
+def steps_plan(num_steps: int, num_tokens: int, schedule: str, power: float, annealing: bool) -> Steps:
     """The constants of each step, in float64 until they are used."""
     start = np.arange(num_steps) / num_steps
     ratio = np.arange(1, num_steps + 1) / num_steps
@@ -132,13 +132,70 @@ def _plan(num_steps: int, num_tokens: int, schedule: str, power: float, annealin
         "linear": start,  # published: the ratio of the step before, so the full scale is never reached
         "power-cosine": (1.0 - np.cos(math.pi * start**power)) / 2.0,
     }[schedule]
-    return _Steps(
+    return Steps(
         step=np.arange(num_steps, dtype=np.int32),
         guidance=guidance.astype(np.float32),
         softmax_temperature=(0.5 + 0.8 * (1.0 - ratio) if annealing else np.ones(num_steps)).astype(np.float32),
         noise=(1.0 - ratio).astype(np.float32),
         mask_len=np.floor(num_tokens * (np.arccos(ratio) / (math.pi * 0.5))).astype(np.int32),
     )
+
+
+def decoding_step(
+    logits_fn: LogitsFn,
+    labels: jax.Array,
+    *,
+    codebook_size: int,
+    num_classes: int,
+    num_steps: int,
+    guidance_scale: jax.Array,
+    guidance_schedule: str,
+    temperature: jax.Array,
+    noise: Noise,
+) -> Callable[[jax.Array, Steps], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    """One step of the loop, for `jax.lax.scan`: (ids [B, N], what is particular to the step) -> (ids, (ids, mask_len [B])).
+    The arguments are those of `parallel_decode`."""
+    batch = labels.shape[0]
+    from_uncond = guidance_schedule == "power-cosine"
+    no_effect = 1.0 if from_uncond else 0.0
+
+    def forward(ids, labels):
+        logits = logits_fn(ids, labels)
+        expected = (*ids.shape, codebook_size)
+        if logits.shape != expected:
+            raise ValueError(f"logits_fn gave logits of shape {logits.shape}, expected {expected}")
+        return logits.astype(jnp.float32)
+
+    def conditional(ids, scale):
+        del scale
+        return forward(ids, labels)
+
+    def guided(ids, scale):
+        # Each image beside its unconditional twin: where the batch is sharded, both stay on one device.
+        pairs = jnp.stack([labels, jnp.full_like(labels, num_classes)], axis=1).reshape(-1)
+        logits = forward(jnp.repeat(ids, 2, axis=0), pairs).reshape(batch, 2, ids.shape[1], codebook_size)
+        cond, uncond = logits[:, 0], logits[:, 1]
+        return (uncond if from_uncond else cond) + (cond - uncond) * scale
+
+    def step(ids, plan: Steps):
+        scale = 1.0 + (guidance_scale - 1.0) * plan.guidance if from_uncond else guidance_scale * plan.guidance
+        logits = jax.lax.cond(scale == no_effect, conditional, guided, ids, scale)
+        logits = logits / plan.softmax_temperature
+        noise_scale = temperature * plan.noise
+        sampled, confidence_noise = noise(plan.step, logits, noise_scale)
+
+        masked = ids == codebook_size
+        chosen = jnp.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0]
+        confidence = jnp.where(masked, chosen + noise_scale * confidence_noise, jnp.inf)
+        sampled = jnp.where(masked, sampled, ids)
+
+        mask_len = jnp.maximum(1, jnp.minimum(masked.sum(-1, dtype=jnp.int32) - 1, plan.mask_len))  # [B]
+        cut_off = jnp.take_along_axis(jnp.sort(confidence, axis=-1), mask_len[:, None] - 1, axis=-1)
+        again = (confidence <= cut_off) & (plan.step < num_steps - 1)
+        ids = jnp.where(again, codebook_size, sampled)
+        return ids, (ids, mask_len)
+
+    return step
 
 
 def parallel_decode(
@@ -189,50 +246,19 @@ def parallel_decode(
         raise ValueError(f"guidance schedule {guidance_schedule!r}, expected one of {GUIDANCE_SCHEDULES}")
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, expected at least 1")
-    batch = labels.shape[0]
     labels = labels.astype(jnp.int32)
-    guidance_scale = jnp.asarray(guidance_scale, jnp.float32)
-    temperature = jnp.asarray(temperature, jnp.float32)
-    from_uncond = guidance_schedule == "power-cosine"
-    no_effect = 1.0 if from_uncond else 0.0
-
-    def forward(ids, labels):
-        logits = logits_fn(ids, labels)
-        expected = (*ids.shape, codebook_size)
-        if logits.shape != expected:
-            raise ValueError(f"logits_fn gave logits of shape {logits.shape}, expected {expected}")
-        return logits.astype(jnp.float32)
-
-    def conditional(ids, scale):
-        del scale
-        return forward(ids, labels)
-
-    def guided(ids, scale):
-        # Each image beside its unconditional twin: where the batch is sharded, both stay on one device.
-        pairs = jnp.stack([labels, jnp.full_like(labels, num_classes)], axis=1).reshape(-1)
-        logits = forward(jnp.repeat(ids, 2, axis=0), pairs).reshape(batch, 2, num_tokens, codebook_size)
-        cond, uncond = logits[:, 0], logits[:, 1]
-        return (uncond if from_uncond else cond) + (cond - uncond) * scale
-
-    def step(ids, plan: _Steps):
-        scale = 1.0 + (guidance_scale - 1.0) * plan.guidance if from_uncond else guidance_scale * plan.guidance
-        logits = jax.lax.cond(scale == no_effect, conditional, guided, ids, scale)
-        logits = logits / plan.softmax_temperature
-        noise_scale = temperature * plan.noise
-        sampled, confidence_noise = noise(plan.step, logits, noise_scale)
-
-        masked = ids == codebook_size
-        chosen = jnp.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0]
-        confidence = jnp.where(masked, chosen + noise_scale * confidence_noise, jnp.inf)
-        sampled = jnp.where(masked, sampled, ids)
-
-        mask_len = jnp.maximum(1, jnp.minimum(masked.sum(-1, dtype=jnp.int32) - 1, plan.mask_len))  # [B]
-        cut_off = jnp.take_along_axis(jnp.sort(confidence, axis=-1), mask_len[:, None] - 1, axis=-1)
-        again = (confidence <= cut_off) & (plan.step < num_steps - 1)
-        ids = jnp.where(again, codebook_size, sampled)
-        return ids, (ids, mask_len)
-
-    start = jnp.full((batch, num_tokens), codebook_size, jnp.int32)
-    plan = _plan(num_steps, num_tokens, guidance_schedule, guidance_scale_pow, softmax_temperature_annealing)
+    step = decoding_step(
+        logits_fn,
+        labels,
+        codebook_size=codebook_size,
+        num_classes=num_classes,
+        num_steps=num_steps,
+        guidance_scale=jnp.asarray(guidance_scale, jnp.float32),
+        guidance_schedule=guidance_schedule,
+        temperature=jnp.asarray(temperature, jnp.float32),
+        noise=noise,
+    )
+    start = jnp.full((labels.shape[0], num_tokens), codebook_size, jnp.int32)
+    plan = steps_plan(num_steps, num_tokens, guidance_schedule, guidance_scale_pow, softmax_temperature_annealing)
     ids, (trace, mask_len) = jax.lax.scan(step, start, plan)
     return DecodeOutput(ids, trace, mask_len)
