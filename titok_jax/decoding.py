@@ -114,7 +114,7 @@ def noise_from_keys(keys: jax.Array) -> Noise:
 
 
 class Steps(NamedTuple):
-    """What the steps differ in, [S] each."""
+    """What the steps differ in: arrays [S], or of one step scalars."""
 
     step: np.ndarray
     guidance: np.ndarray  # multiplies the guidance scale ("power-cosine": the scale minus 1)
@@ -153,7 +153,7 @@ def decoding_step(
     temperature: jax.Array,
     noise: Noise,
 ) -> Callable[[jax.Array, Steps], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-    """One step of the loop, for `jax.lax.scan`: (ids [B, N], what is particular to the step) -> (ids, (ids, mask_len [B])).
+    """One step of the loop, for `jax.lax.scan`: (ids [B, N], its row of `steps_plan`) -> (ids, (ids, mask_len [B])).
     The arguments are those of `parallel_decode`."""
     batch = labels.shape[0]
     from_uncond = guidance_schedule == "power-cosine"
