@@ -37,6 +37,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "torch": ["torch>=2.2"],
-        "test": ["pytest>=8", "ruff>=0.14", "scikit-learn>=1.5"],
+        "test": ["pytest>=8", "ruff>=0.14", "scikit-learn>=1.5", "setuptools>=77", "wheel"],
     },
 )

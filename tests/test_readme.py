@@ -1,0 +1,73 @@
+"""Every command line and every line of Python in the README runs.
+
+Long trainings run with fewer steps; nothing else is changed.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHORTER = " --config.num_steps=2 --config.data.batch_size=16 --config.preview_images=10"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def command_lines() -> list[str]:
+    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_readme_shows_what_it_promises():
+    lines = command_lines()
+    assert lines[:2] == ["make demo", "make test"]
+    for name in ("sample", "reconstruct", "evaluate", "train"):
+        assert any(line.startswith(f"python -m titok_jax.{name} ") for line in lines), name
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_commands_run_one_after_the_other(tmp_path):
+    for name in ("configs", "titok_jax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for line in command_lines():
+        if line.startswith("make "):
+            continue
+        if ".train " in line:
+            line += SHORTER
+        assert line.startswith("python -m titok_jax."), line
+        run = subprocess.run(
+            [sys.executable, *line.split()[1:]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+        )
+        assert run.returncode == 0, f"{line}\n{run.stderr[-3000:]}"
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"pi.png", "samples.npz", "reconstructions", "digits.json", "runs", "mine.png"} <= written
+
+
+@pytest.mark.parametrize(("target", "command"), [("demo", "-m titok_jax.sample"), ("test", "-m pytest")])
+def test_the_make_targets_run_what_they_say(target, command):
+    # Not run here: they would install, and test, inside this test.
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    plan = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert plan.splitlines()[-1].startswith(f".venv/bin/python {command}")
+
+
+def test_the_python_lines_run():
+    (code,) = blocks("python")
+    assert len(code.splitlines()) <= 8
+    names: dict = {}
+    exec(code, names)
+    assert names["ids"].shape == (3, 8)
+    assert names["images"].shape == (3, 32, 32, 3)
+    assert names["tokens"].shape == (3, 8)
+    assert names["logits"].shape == (3, 8, 128)
