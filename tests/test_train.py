@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 from ml_collections import ConfigDict
 
 import titok_jax
@@ -159,6 +161,49 @@ def test_a_changed_configuration_is_refused_and_names_the_fields(tmp_path):
         train.train(changed, tmp_path)
     # What does not touch the result may change.
     train.train(small("tokenizer", num_steps=2, log_every=1), tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, capsys):
+    config = small("tokenizer")
+    train.train(config, tmp_path)
+    expected = weights(tmp_path)
+    shutil.rmtree(tmp_path / "pretrained")
+    for file in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    train.train(config, tmp_path)  # from step 3
+    out = capsys.readouterr().out
+    assert "the checkpoint of step 6 cannot be read" in out
+    assert "Continuing at step 3 of 6" in out
+    assert (tmp_path / "damaged" / "6").is_dir()
+    for name, array in weights(tmp_path).items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    config = small("tokenizer")
+    straight = train.train(config, tmp_path / "straight")
+    real_write = train.MetricLog.write
+
+    def write(self, step, metrics, **options):
+        real_write(self, step, metrics, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train.MetricLog, "write", write)
+    train.train(config, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "Stopped by SIGTERM after step 2" in capsys.readouterr().out
+    assert not (tmp_path / "stopped" / "pretrained").exists()
+    assert_same_state(straight, train.train(config, tmp_path / "stopped"))
+    assert "Continuing at step 2" in capsys.readouterr().out
+
+
+def test_a_second_run_on_one_workdir_is_refused(tmp_path):
+    with train.lock_workdir(epath.Path(tmp_path)), pytest.raises(ValueError, match="another run"):
+        train.train(small("tokenizer"), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ A checkpoint `<folder>/<step>` is complete or absent: Orbax writes beside it and
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding
 
 State = Any
 
@@ -26,7 +25,8 @@ class Checkpoints:
           keep: how many of the newest are kept.
         """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(epath.Path(folder), options=options)
+        self._folder = epath.Path(folder)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -44,22 +44,51 @@ class Checkpoints:
         if step != self.latest() and not self._manager.save(step, args=args):
             raise RuntimeError(f"the checkpoint of step {step} was not written: a later one, {self.latest()}, exists")
 
-    def config(self, step: int) -> dict[str, Any]:
-        """The configuration that a checkpoint was made with."""
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+    def restore_newest(
+        self, abstract: State, shardings: State, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[int, State] | None:
+        """The newest checkpoint that can be read, straight onto its shards, or None if there is none at all.
 
-    def restore(self, step: int, abstract: State, shardings: State) -> State:
-        """The state of a checkpoint, read straight onto its shards.
+        A newer one that is damaged is reported and, once an older one has been read, moved out of the way, into the folder
+        `damaged` beside the checkpoints.
 
         Args:
           abstract: shapes and dtypes; shardings: a NamedSharding for each, of any mesh.
+          check: is given the configuration that the checkpoint was made with; raises to refuse.
+
+        Raises:
+          RuntimeError: there are checkpoints, but none of them can be read.
         """
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                config = self._read(step, "config", ocp.args.JsonRestore())
+            except Exception as error:  # whatever a damaged file makes the libraries below raise
+                damaged[step] = _one_line(error)
+                continue
+            check(config)
+            try:
+                state = self._read(step, "state", ocp.args.StandardRestore(target))
+            except Exception as error:
+                damaged[step] = _one_line(error)
+                continue
+            for bad, problem in damaged.items():
+                place = self._folder.parent / "damaged" / str(bad)
+                print(f"warning: the checkpoint of step {bad} cannot be read ({problem}); moved to {place}", flush=True)
+                if jax.process_index() == 0:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    (self._folder / str(bad)).rename(place)
+            if damaged:
+                self._manager.reload()
+            return step, state
+        if damaged:
+            listed = "".join(f"\n  step {step}: {problem}" for step, problem in damaged.items())
+            raise RuntimeError(f"none of the checkpoints in {self._folder} can be read:{listed}")
+        return None
 
-        def target(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        args = ocp.args.StandardRestore(jax.tree.map(target, abstract, shardings))
-        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -95,6 +124,10 @@ def check_config(found: Mapping[str, Any], now: Mapping[str, Any], free: Iterabl
             + "\n".join(different)
             + "\nUse the former values, or another workdir for a new run."
         )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
 
 
 def _nan(x: Any) -> bool:

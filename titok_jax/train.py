@@ -12,16 +12,20 @@ tensorboard/ and previews/.
 """
 
 import dataclasses
+import fcntl
 import json
+import signal
+import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
@@ -118,7 +122,7 @@ def check_batch(batch: Mapping[str, np.ndarray], config: ConfigDict, task: Task)
         if isinstance(model, GeneratorConfig):
             if not config.tokenizer:
                 raise ValueError("the data are images: set --config.tokenizer to the tokenizer that makes their tokens")
-            size = inference.load_tokenizer(config.tokenizer).config.image_size
+            size = inference.load_tokenizer_config(config.tokenizer).image_size
         else:
             size = model.image_size
         shape, name, expected = batch["image"].shape[1:], "images", (size, size, 3)
@@ -185,14 +189,15 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     frozen_shardings = sharding.state_shardings(mesh, task.frozen)
     frozen = jax.device_put(task.frozen, frozen_shardings)
     workdir.mkdir(parents=True, exist_ok=True)
+    lock = lock_workdir(workdir) if first_process else None
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    start = checkpoints.latest()
-    if start is None:
-        start = 0
-        state = jax.jit(task.init, out_shardings=shardings)(jax.random.fold_in(key, 0))
+    restored = checkpoints.restore_newest(
+        abstract, shardings, lambda found: check_config(found, stored_config, FREE_FIELDS, str(workdir))
+    )
+    if restored is None:
+        start, state = 0, jax.jit(task.init, out_shardings=shardings)(jax.random.fold_in(key, 0))
     else:
-        check_config(checkpoints.config(start), stored_config, FREE_FIELDS, str(workdir))
-        state = checkpoints.restore(start, abstract, shardings)
+        start, state = restored
         print(f"Continuing at step {start} of {num_steps} from {workdir}/checkpoints", flush=True)
 
     # Steps.
@@ -205,7 +210,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     previews = Previews(config, task, mesh, workdir, frozen, first_process) if config.preview_every else None
     step_key = jax.random.fold_in(key, 1)
     log = MetricLog(workdir, first_step=start, num_steps=num_steps, batch_size=batch_size, active=first_process)
-    loader = batches(start)
+    loader, stop, done = batches(start), StopSignal(), start
     try:
         for step in range(start, num_steps):
             began = time.perf_counter()
@@ -218,20 +223,69 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
                 log.restart_clock()
             if done % config.log_every == 0 or done == num_steps:
                 log.write(done, jax.device_get(metrics), shown=task.loss)
-            if done % config.checkpoint_every == 0 or done == num_steps:
+            stopping = stop.agreed(done)
+            if done % config.checkpoint_every == 0 or done == num_steps or stopping:
                 checkpoints.save(done, state, stored_config)
             if previews and (done % config.preview_every == 0 or done == num_steps):
                 previews.draw(state, done, log)
                 log.restart_clock()
+            if stopping and done < num_steps:
+                break
     finally:
         loader.close()
         log.close()
         checkpoints.close()
+        stop.close()
+        if lock:
+            lock.close()
+    if done < num_steps:
+        print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
+        return jax.device_get(state)
     host_state = jax.device_get(jax.jit(lambda s: s, out_shardings=whole)(state))
     if first_process:
         task.export(host_state, workdir / "pretrained")
         print(f"Done: {workdir}/pretrained", flush=True)
     return host_state
+
+
+class StopSignal:
+    """SIGTERM, which a preempted machine gets, asks for a checkpoint and an orderly end."""
+
+    def __init__(self):
+        self._received = False
+        self._former = None
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._former = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_) -> None:
+        self._received = True
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after `step`. With several processes JAX's preemption service agrees on one step for all."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+    def close(self) -> None:
+        if self._former is not None:
+            signal.signal(signal.SIGTERM, self._former)
+
+
+def lock_workdir(workdir: epath.Path) -> IO | None:
+    """Holds the workdir until the returned file is closed, or the process ends however it does. Local folders only.
+
+    Raises:
+      ValueError: another run holds it.
+    """
+    if "://" in str(workdir):
+        return None
+    file = open(str(workdir / ".lock"), "w")  # noqa: SIM115 (held as long as the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(f"another run is training in {workdir}; wait for it, or choose another workdir") from None
+    return file
 
 
 class Previews:
