@@ -86,8 +86,8 @@ def test_a_process_ends_with_one_line_and_status_2(tmp_path):
     assert result.returncode == 2
     assert result.stdout == ""
     lines = result.stderr.splitlines()
-    assert lines[0] == "error: unknown model 'digitz': neither a folder nor one of"
-    assert [line.split(":")[0].strip() for line in lines[1:]] == list(zoo.KNOWN)
+    assert lines[0] == "error: unknown model 'digitz': neither a folder or file, nor hf://owner/name, nor one of"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == zoo.names("generator")
     assert not list(tmp_path.iterdir())
 
 

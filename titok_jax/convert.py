@@ -176,20 +176,31 @@ def from_published(
       WeightsError: naming every missing, surplus, misshapen or non-float tensor.
     """
     check_shapes(published_shapes(table, abstract), {n: tuple(w.shape) for n, w in weights.items()}, source)
-    flat = {}
-    for path, leaf in flatten(abstract).items():
-        entry = _entry(table, path, leaf.shape)
-        layers = [entry.layout.load(tuple(_float(weights[n], n, source) for n in names)) for names in entry.names]
-        array = np.stack(layers) if entry.stacked else layers[0]
-        flat[path] = place(path, np.ascontiguousarray(array, dtype=leaf.dtype))
+    flat = {
+        path: place(path, _gather(_entry(table, path, leaf.shape), leaf, weights, source))
+        for path, leaf in flatten(abstract).items()
+    }
     return unflatten(flat)
+
+
+def _gather(entry: _Entry, leaf: Any, weights: Mapping[str, Any], source: str) -> np.ndarray:
+    """One of our parameters from its published tensors, one of which at a time is held beside it."""
+    array = np.empty(leaf.shape, leaf.dtype)
+    for part, names in zip(array if entry.stacked else [array], entry.names, strict=True):
+        part[...] = entry.layout.load(tuple(_float(weights[name], name, source) for name in names))
+    return array
 
 
 def _float(value: Any, name: str, source: str) -> np.ndarray:
     array = np.asarray(value)
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise WeightsError(f"{source}: tensor {name} has dtype {array.dtype}, expected a floating-point type")
+    check_float(array.dtype, name, source)
     return array
+
+
+def check_float(dtype: np.dtype, name: str, source: str) -> None:
+    """Raises WeightsError unless a tensor's dtype is a floating-point one."""
+    if dtype.kind != "f" and dtype.name != "bfloat16":
+        raise WeightsError(f"{source}: tensor {name} has dtype {dtype}, expected a floating-point type")
 
 
 def decay_mask(table: Table, params: Params, exempt: Iterable[str]) -> Params:

@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = ", ".join(zoo.KNOWN)
+    known = ", ".join(zoo.names("generator"))
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a generator (default: digits)")
     parser.add_argument("--tokenizer", help="name or folder, if not the one in the generator's folder")
     parser.add_argument("--num", type=int, default=1000, help="generated images, as many per class (default: 1000)")
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--num is {args.num}, expected a multiple of {NUM_CLASSES}, so that every class has as many")
     if args.json:
         check_output(args.json, args.overwrite)
-    zoo.find(args.model)  # before JAX is imported
+    zoo.find(args.model, "generator")  # before JAX is imported
 
     from titok_jax import inference
 

@@ -232,54 +232,60 @@ def generate(
     )
 
 
-def load_tokenizer(name_or_folder: str | os.PathLike, *, dtype="float32") -> Tokenizer:
-    """A tokenizer by name ("digits") or from a folder; of a generator's folder, the tokenizer that it holds.
+def load_tokenizer(
+    source: str | os.PathLike, *, dtype="float32", revision: str | None = None, token: str | None = None
+) -> Tokenizer:
+    """A tokenizer: by name ("digits", "titok_l32", ...: `python -m titok_jax.zoo`), of a Hugging Face repository
+    ("hf://owner/name"), from a folder (of a generator's folder, the tokenizer in it) or a file of weights.
+
+    Args:
+      revision, token: of what is on the hub: branch, tag or commit, and the token if not that of `hf auth login` or HF_TOKEN.
 
     Raises:
       ValueError: an unknown name (the message lists the known ones), or weights that do not fit.
-      FileNotFoundError: a folder without `config.json` or `model.safetensors`.
+      FileNotFoundError: a folder that holds no model.
+      DownloadError (an OSError): the hub does not give it.
     """
-    return Tokenizer(*pretrained.load(_tokenizer_folder(name_or_folder), TiTokConfig), dtype=dtype)
+    return Tokenizer(*pretrained.load(source, TiTokConfig, revision=revision, token=token), dtype=dtype)
 
 
-def load_tokenizer_config(name_or_folder: str | os.PathLike) -> TiTokConfig:
+def load_tokenizer_config(
+    source: str | os.PathLike, *, revision: str | None = None, token: str | None = None
+) -> TiTokConfig:
     """The configuration of what `load_tokenizer` loads; reads no weights, errors as there."""
-    return pretrained.load_config(_tokenizer_folder(name_or_folder), TiTokConfig)
+    return pretrained.load_config(source, TiTokConfig, revision=revision, token=token)
 
 
-def _tokenizer_folder(name_or_folder: str | os.PathLike) -> Path:
-    folder = zoo.find(name_or_folder)
-    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-
-
-def load_generator(name_or_folder: str | os.PathLike, *, dtype="float32") -> Generator:
-    """A generator by name ("digits") or from a folder; errors as `load_tokenizer`."""
-    return Generator(*pretrained.load(zoo.find(name_or_folder), GeneratorConfig), dtype=dtype)
+def load_generator(
+    source: str | os.PathLike, *, dtype="float32", revision: str | None = None, token: str | None = None
+) -> Generator:
+    """A generator; arguments and errors as of `load_tokenizer`. A published one has the name of its tokenizer."""
+    return Generator(*pretrained.load(source, GeneratorConfig, revision=revision, token=token), dtype=dtype)
 
 
 def load_pair(
-    name_or_folder: str | os.PathLike, tokenizer: str | os.PathLike | None = None, *, dtype="float32"
+    source: str | os.PathLike, tokenizer: str | os.PathLike | None = None, *, dtype="float32"
 ) -> tuple[Tokenizer, Generator]:
-    """A generator and the tokenizer for its tokens: that of `tokenizer`, or the one in the generator's folder.
+    """A generator and the tokenizer for its tokens: that of `tokenizer`, or the one of the same name or in the generator's
+    folder.
 
     Raises:
       ValueError: as `load_tokenizer`, and if the two do not fit together.
-      FileNotFoundError: as `load_tokenizer`, and if the folder holds no tokenizer and none is named.
+      FileNotFoundError: as `load_tokenizer`, and if no tokenizer belongs to the generator and none is named.
     """
-    pair_configs(name_or_folder, tokenizer)  # so that what does not fit is known before weights are read
-    generator = load_generator(name_or_folder, dtype=dtype)
-    return load_tokenizer(name_or_folder if tokenizer is None else tokenizer, dtype=dtype), generator
+    pair_configs(source, tokenizer)  # so that what does not fit is known before weights are read
+    generator = load_generator(source, dtype=dtype)
+    return load_tokenizer(source if tokenizer is None else tokenizer, dtype=dtype), generator
 
 
 def pair_configs(
-    name_or_folder: str | os.PathLike, tokenizer: str | os.PathLike | None = None
+    source: str | os.PathLike, tokenizer: str | os.PathLike | None = None
 ) -> tuple[TiTokConfig, GeneratorConfig]:
     """The configurations of what `load_pair` loads, checked against each other; reads no weights, errors as there."""
-    folder = Path(zoo.find(name_or_folder))
-    generator = pretrained.load_config(folder, GeneratorConfig)
-    if tokenizer is None and not (folder / "tokenizer").is_dir():
-        raise FileNotFoundError(f"{folder} holds no sub-folder tokenizer: name the tokenizer of this generator")
-    pair = load_tokenizer_config(folder if tokenizer is None else tokenizer), generator
+    generator = pretrained.load_config(source, GeneratorConfig)
+    if tokenizer is None and source not in zoo.names("tokenizer") and not (Path(source) / "tokenizer").is_dir():
+        raise FileNotFoundError(f"{source} holds no sub-folder tokenizer: name the tokenizer of this generator")
+    pair = load_tokenizer_config(source if tokenizer is None else tokenizer), generator
     check_pair(*pair)
     return pair
 
@@ -287,7 +293,7 @@ def pair_configs(
 def check_pair(tokenizer: TiTokConfig, generator: GeneratorConfig) -> None:
     """Raises ValueError unless the tokenizer makes the tokens that the generator is for."""
     if tokenizer.quantize_mode != "vq":
-        raise ValueError("the tokenizer is a VAE; a generator of discrete tokens needs a vq tokenizer")
+        raise ValueError("the tokenizer is a VAE, which has no token ids; the generator needs a vq tokenizer")
     for what, ours, theirs in (
         ("tokens per image", tokenizer.num_latent_tokens, generator.num_tokens),
         ("codebook size", tokenizer.codebook_size, generator.codebook_size),

@@ -1,96 +1,371 @@
-"""Weights on disk: a folder with `config.json` and `model.safetensors`, in the published names and layouts.
+"""Trained models on disk and on the Hugging Face hub, in the published names and layouts.
 
-What is saved here loads in the published PyTorch code, what that code saved loads here. A folder may hold its tokenizer
-in a sub-folder `tokenizer`; a generator that we train does, so that it can make images by itself.
+What is saved here, a folder with `config.json` and `model.safetensors`, loads in the published PyTorch code; what that code
+saved loads here, in any of its forms (`titok_jax.weights`). A folder may hold its tokenizer in a sub-folder `tokenizer`; a
+generator that we train does, so that it can make images by itself.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from titok_jax import convert, models
+from titok_jax import convert, models, weights, zoo
 from titok_jax.convert import WeightsError
-from titok_jax.models import TiTokConfig
+from titok_jax.models import DiscriminatorConfig, GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TRAINER_FILE = "pytorch_model.bin"  # what the published trainer calls its weights
+
+_KINDS = {
+    TiTokConfig: "tokenizer",
+    GeneratorConfig: "generator",
+    MaskgitVQGANConfig: "vqgan",
+    DiscriminatorConfig: "discriminator",
+}
+
+
+class DownloadError(OSError):
+    """Something that the hub did not give; the message says what to do."""
+
+
+class Source(NamedTuple):
+    """Where a model's files are.
+
+    Attributes:
+      weights: a file that `titok_jax.weights` reads; None if only the configuration was asked for.
+      config: a configuration as `config.json`; None: a known model, told by its tensors.
+    """
+
+    weights: Path | None
+    config: Path | None
+
+
+def locate(
+    source: str | os.PathLike,
+    kind: type | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    config_only: bool = False,
+) -> Source:
+    """Finds a model's files, and downloads them if they are on the hub and not in its cache.
+
+    Args:
+      source: a name of `titok_jax.zoo`, "hf://owner/name", a folder or a file of weights. A `Path` is always a path.
+      kind: the configuration class of what is wanted. Of a TiTokConfig, a generator's folder gives the tokenizer in it.
+      revision: branch, tag or commit, of what is on the hub.
+      token: for the hub; by default the one that `hf auth login` or HF_TOKEN set.
+      config_only: download no weights.
+
+    Raises:
+      ValueError: an unknown name, or a revision of something that is not on the hub.
+      FileNotFoundError: a folder that holds no model.
+      DownloadError: the hub does not give the files, and they are not in its cache.
+    """
+    found = zoo.find(source, _KINDS.get(kind)) if isinstance(source, str) else Path(source)
+    on_hub = isinstance(found, str) or (isinstance(found, zoo.Model) and found.folder is None)
+    if on_hub:
+        known = isinstance(found, zoo.Model)
+        repository, file = (found.repository, found.file) if known else (found, WEIGHTS_FILE)
+        download = functools.partial(_download, repository, revision=revision, token=token)
+        config = download(CONFIG_FILE) if file == WEIGHTS_FILE else None
+        return Source(None if config_only and config else download(file), config)
+    if revision is not None:
+        raise ValueError(f"revision {revision!r} given, but {source} is not on the hub")
+    path = found.folder if isinstance(found, zoo.Model) else found
+    if path.is_file():
+        beside = path.with_name(CONFIG_FILE) if path.name in (WEIGHTS_FILE, TRAINER_FILE) else path.with_suffix(".json")
+        return Source(path, beside if beside.is_file() else None)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder or file")
+    if kind is TiTokConfig and (path / "tokenizer").is_dir():
+        path = path / "tokenizer"
+    config = path / CONFIG_FILE
+    files = [path / name for name in (WEIGHTS_FILE, TRAINER_FILE) if (path / name).is_file()]
+    if not files and not config.is_file():
+        inside = [child for child in ("ema_model", "unwrapped_model") if (path / child / TRAINER_FILE).is_file()]
+        hint = f"; there is one in {' and one in '.join(inside)}" if inside else ""
+        raise FileNotFoundError(f"{path} is not a model folder: it holds no {CONFIG_FILE} or {TRAINER_FILE}{hint}")
+    if not files and not config_only:
+        raise FileNotFoundError(f"{path} holds no {WEIGHTS_FILE} or {TRAINER_FILE}")
+    return Source(files[0] if files else None, config if config.is_file() else None)
+
+
+def _download(repository: str, file: str, *, revision: str | None, token: str | None) -> Path:
+    """The path of a hub file in the cache, downloaded if it is not there."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    what = f"{zoo.HUB_PREFIX}{repository}/{file}"
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, token=token))
+    except errors.RevisionNotFoundError:
+        message = f"there is no revision {revision!r} of it; give a branch, a tag or a commit of that repository"
+    except errors.RemoteEntryNotFoundError:
+        message = "the repository does not hold this file; is it a model of another kind?"
+    except errors.RepositoryNotFoundError as error:
+        status = error.response.status_code
+        message = (
+            f"the hub denies it (status {status}): the repository does not exist, or your token does not give access; check "
+            "the name, and log in with `hf auth login` or set HF_TOKEN"
+        )
+    except errors.LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            message = f"it is not in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set; unset it to download"
+        else:
+            reason = error.__cause__ or error
+            message = f"{constants.ENDPOINT} does not give it ({_first_line(reason)}) and it is not in the cache"
+    except Exception as error:  # of the libraries below: HTTP statuses, broken connections, full disks, bad repository names
+        message = _first_line(error)
+    raise DownloadError(f"cannot download {what}: {message}")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load(
-    folder: str | os.PathLike,
+    source: str | os.PathLike,
     kind: type,
     *,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: jax.device_put(array),
+    revision: str | None = None,
+    token: str | None = None,
 ) -> tuple[models.Config, convert.Params]:
     """Reads a model.
 
     Args:
-      folder: holds `config.json` and `model.safetensors`.
-      kind: TiTokConfig or GeneratorConfig: what is to be read from it.
-      place: (path, array) -> array on its device or devices.
+      source, revision, token: as in `locate`.
+      kind: TiTokConfig, GeneratorConfig or MaskgitVQGANConfig: what is to be read.
+      place: (path, array) -> array on its device or devices. It gets one whole parameter at a time, and no other copy of
+        the weights is held.
 
     Returns:
       The configuration and the parameters as a nested dict of float32 arrays.
 
     Raises:
-      FileNotFoundError: the folder or one of the two files does not exist.
       WeightsError: a file is damaged or does not fit; the message lists every difference.
+      ValueError, FileNotFoundError, DownloadError: as in `locate`.
     """
-    config = load_config(folder, kind)
-    path = Path(folder) / WEIGHTS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}")
-    _, abstract = models.abstract(config)
-    with open_safetensors(path) as weights:
-        return config, convert.from_published(convert.table_for(config), abstract, weights, source=str(path), place=place)
+    files = locate(source, kind, revision=revision, token=token)
+    config = None if files.config is None else read_config_as(files.config, kind)
+    with open_model(files.weights, kind, config) as (config, tensors):
+        table, abstract = convert.table_for(config), models.abstract(config)[1]
+        return config, convert.from_published(table, abstract, tensors, source=str(files.weights), place=place)
 
 
-def load_config(folder: str | os.PathLike, kind: type) -> models.Config:
-    """Reads `config.json` of a model folder as a `kind`; errors as in `load`."""
-    return kind_from_json(read_config(folder), kind, source=str(Path(folder) / CONFIG_FILE))
+def load_config(
+    source: str | os.PathLike, kind: type, *, revision: str | None = None, token: str | None = None
+) -> models.Config:
+    """The configuration of what `load` loads, errors as there. Reads no weights; of a file without a configuration beside it
+    the names and shapes."""
+    files = locate(source, kind, revision=revision, token=token, config_only=True)
+    if files.config is not None:
+        return read_config_as(files.config, kind)
+    with open_model(files.weights, kind, None) as (config, _):
+        return config
 
 
-def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The contents of `config.json`, interpolations resolved."""
-    folder = Path(folder)
-    path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it holds no {CONFIG_FILE}")
+@contextlib.contextmanager
+def open_model(
+    path: Path, kind: type | None, config: models.Config | None
+) -> Iterator[tuple[models.Config, dict[str, Any]]]:
+    """Opens a file of weights as a model.
+
+    Args:
+      kind: what it must be, None if anything known will do.
+      config: its configuration; None: that of the known model which has these tensors.
+
+    Yields:
+      The configuration, and {published name: tensor in the published layout, read on use}: the parameters, all of them and
+      nothing else.
+
+    Raises:
+      WeightsError: damaged, misfit, or no known model; the message lists every difference or the candidates.
+    """
+    with weights.open_weights(path) as (form, tensors):
+        if form == "flax":
+            config = config or MaskgitVQGANConfig()
+            if kind not in (None, MaskgitVQGANConfig) or not isinstance(config, MaskgitVQGANConfig):
+                raise WeightsError(f"{path} is a Flax checkpoint; of these only the MaskGIT-VQGAN's is read")
+            tensors = _from_jax_vqgan(tensors, config, str(path))
+        if config is None:
+            config = match(tensors, kind, source=str(path))
+        optional = buffers(config)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in optional}
+        convert.check_shapes(published_shapes(config), {name: tensor.shape for name, tensor in tensors.items()}, str(path))
+        for name, tensor in tensors.items():
+            convert.check_float(tensor.dtype, name, str(path))
+        yield config, tensors
+
+
+class _Transposed:
+    """A tensor with its axes in another order, read on use."""
+
+    def __init__(self, tensor: Any, axes: tuple[int, ...]):
+        self._tensor, self._axes = tensor, axes
+        self.shape, self.dtype = tuple(tensor.shape[axis] for axis in axes), tensor.dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = np.asarray(self._tensor).transpose(self._axes)
+        return array if dtype is None else array.astype(dtype)
+
+
+def _from_jax_vqgan(tensors: Mapping[str, Any], config: MaskgitVQGANConfig, source: str) -> dict[str, Any]:
+    """The original JAX MaskGIT-VQGAN's tensors under their published PyTorch names, none of them read."""
+    tensors = {path.removeprefix("params/"): tensor for path, tensor in tensors.items()}
+    names = convert.jax_vqgan_names(config)
+    problems = [f"missing: {path}" for path in names if path not in tensors]
+    problems += [f"surplus: {path}" for path in tensors if path not in names]
+    if problems:
+        raise WeightsError(f"{source}: {len(problems)} arrays are not a JAX MaskGIT-VQGAN's:\n  " + "\n  ".join(problems))
+    return {
+        name: _Transposed(tensors[path], (3, 2, 0, 1)) if len(tensors[path].shape) == 4 else tensors[path]
+        for path, name in names.items()
+    }
+
+
+def buffers(config: models.Config) -> dict[str, np.ndarray]:
+    """{published name: constant} of what a published file may hold beside the parameters."""
+    if isinstance(config, DiscriminatorConfig):
+        return convert.discriminator_buffers(config.num_stages)
+    if isinstance(config, GeneratorConfig) and config.model_type == "ViT":
+        # Only transformers 4.30 and older saved it; the others do not load it.
+        return {"model.embeddings.position_ids": np.arange(config.num_tokens + 1)[None]}
+    return {}
+
+
+@functools.lru_cache(maxsize=64)
+def published_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
+    """{published name: shape} of a model's parameters."""
+    return convert.published_shapes(convert.table_for(config), models.abstract(config)[1])
+
+
+def known_configs(kind: type | None = None) -> dict[tuple[str, str], models.Config]:
+    """{(kind, name): configuration} of the published models, the tokenizers in the middle of their training among them."""
+    configs: dict[tuple[str, str], models.Config] = {}
+    for model in zoo.MODELS:
+        if model.architecture is None:
+            continue
+        cls = next(cls for cls, name in _KINDS.items() if name == model.kind)
+        config = cls.from_published(model.published_config)
+        configs[model.kind, model.name] = config
+        if cls is TiTokConfig and config.is_legacy:
+            configs[model.kind, f"{model.name}, stage 1"] = dataclasses.replace(config, finetune_decoder=False)
+    configs["discriminator", "discriminator"] = DiscriminatorConfig()
+    return {key: config for key, config in configs.items() if kind is None or key[0] == _KINDS[kind]}
+
+
+def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> models.Config:
+    """The known model that has exactly these tensors, by names and shapes.
+
+    Raises:
+      WeightsError: there is none; the message says how far off each is, or which model of another kind it is.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    differences = {}
+    for (kind_name, name), config in known_configs().items():
+        expected, optional = published_shapes(config), buffers(config)
+        given = {n: shape for n, shape in found.items() if n not in optional}
+        if given == expected:
+            if kind is not None and not isinstance(config, kind):
+                raise WeightsError(f"{source} is the {kind_name} {name}, expected a {_KINDS[kind]}")
+            return config
+        differing = [n for n in given.keys() | expected.keys() if given.get(n) != expected.get(n)]
+        differences[f"{kind_name} {name}"] = len(differing), min(differing)
+    closest = sorted(differences.items(), key=lambda item: item[1])[:5]
+    raise WeightsError(
+        f"{source}: there is no configuration beside it, and its {len(found)} tensors are those of no known model. Put its "
+        f"configuration beside it, as {CONFIG_FILE} for a {WEIGHTS_FILE} or {TRAINER_FILE}, else with the file's name and the "
+        "ending .json. The closest are:"
+        + "".join(f"\n  {name}: {count} tensors differ, the first is {first}" for name, (count, first) in closest)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+def read_config_as(path: Path, kind: type) -> models.Config:
+    """Reads a configuration file as a `kind`.
+
+    Raises:
+      WeightsError: not JSON, another kind of configuration, or one that cannot be.
+    """
+    return kind_from_json(read_config(path), kind, source=str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The contents of a configuration file, interpolations resolved; errors as in `read_config_as`."""
+    if path.stat().st_size > 10_000_000:
+        raise WeightsError(f"{path} is not a configuration: it has {path.stat().st_size} bytes")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        if not isinstance(config, dict):
+            raise WeightsError(f"{path}: expected a JSON object, found {type(config).__name__}")
+        return resolve_interpolations(config, source=str(path))
+    except WeightsError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number of 5,000 digits
         raise WeightsError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return resolve_interpolations(config, source=str(path))
 
 
 def kind_from_json(config: Mapping[str, Any], kind: type, *, source: str) -> models.Config:
     """A configuration dataclass from the published JSON form; `source` names it in errors."""
     try:
-        return kind.from_published(config)
-    except (ValueError, TypeError) as error:
+        result = kind.from_published(config)
+        _check_fields(result)
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise WeightsError(f"{source}: {error}") from None
+    return result
+
+
+# Limits of what is sensible, so that a damaged number is an error and not hours of building a model.
+_LARGEST = {"num_layers": 1000, "num_res_blocks": 100, "image_size": 8192, "resolution": 8192}
+_LARGEST_NUMBER = 10_000_000
+
+
+def _check_fields(config: Any) -> None:
+    """Raises ValueError unless each field of a configuration has its default's type and a sensible value."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_fields(value)
+        elif field.type in (int, "int", tuple[int, ...], "tuple[int, ...]"):
+            largest = _LARGEST.get(field.name, _LARGEST_NUMBER)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not 1 <= len(numbers) <= 10 or any(type(n) is not int or not 1 <= n <= largest for n in numbers):
+                raise ValueError(f"{field.name} is {value!r}, expected {field.type}, 1 to {largest}")
+        elif field.type in (float, "float"):
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} is {value!r}, expected a number, at least 0")
+        elif field.type in (bool, "bool") and not isinstance(value, bool):
+            raise ValueError(f"{field.name} is {value!r}, expected true or false")
+    for width, heads in (("width", "num_heads"), ("hidden_size", "num_heads")):
+        if hasattr(config, width) and getattr(config, width) % getattr(config, heads):
+            raise ValueError(f"{width} {getattr(config, width)} is not a multiple of {heads} {getattr(config, heads)}")
+    if isinstance(config, MaskgitVQGANConfig) and config.hidden_channels % 32:
+        raise ValueError(f"hidden_channels is {config.hidden_channels}, expected a multiple of 32")
 
 
 def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, Any]:
     """Replaces every string `${a.b.c}` (OmegaConf) by the value at that path of the same configuration.
 
     Raises:
-      WeightsError: for a reference to nothing, or in a circle.
+      WeightsError: for a reference to nothing, to more than a single value, or in a circle.
     """
 
     def resolve(value: Any, depth: int = 0) -> Any:
@@ -104,11 +379,17 @@ def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, 
         target: Any = config
         for key in match.group(1).split(".") if match else ():
             target = target.get(key) if isinstance(target, dict) else None
-        if match is None or target is None or depth > 10:
-            raise WeightsError(f"{source}: cannot resolve {value!r}")
+        if match is None or target is None or isinstance(target, dict | list) or depth > 10:
+            raise WeightsError(
+                f"{source}: cannot resolve {value!r}; expected ${{a.b.c}}, the path of a single value in this file"
+            )
         return resolve(target, depth + 1)
 
     return resolve(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
 
 
 def save(
@@ -129,6 +410,7 @@ def save(
 
     Raises:
       FileExistsError: the folder exists and `overwrite` is not set.
+      WeightsError: the parameters are not those of the configuration.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not overwrite:
@@ -156,37 +438,15 @@ def save(
 
 
 def _write(folder: Path, config: models.Config, params: convert.Params) -> None:
-    weights = convert.to_published(convert.table_for(config), params)
-    text = json.dumps(config.to_published(), indent=4) + "\n"
-    for name, data in ((WEIGHTS_FILE, safetensors.numpy.save(weights, {"format": "pt"})), (CONFIG_FILE, text.encode())):
-        with open(folder / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    tensors = convert.to_published(convert.table_for(config), params)
+    convert.check_shapes(published_shapes(config), {name: tensor.shape for name, tensor in tensors.items()}, "to be saved")
+    weights.write_safetensors(folder / WEIGHTS_FILE, tensors)
+    write_config(folder / CONFIG_FILE, config)
 
 
-class _LazyTensor:
-    """One tensor of a safetensors file, read when it becomes an array."""
-
-    def __init__(self, file: Any, name: str):
-        self._file, self._name = file, name
-        self.shape = tuple(file.get_slice(name).get_shape())
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        array = self._file.get_tensor(self._name)
-        return array if dtype is None else array.astype(dtype)
-
-
-@contextlib.contextmanager
-def open_safetensors(path: str | os.PathLike) -> Iterator[dict[str, _LazyTensor]]:
-    """{name: tensor} of a safetensors file, each read on use.
-
-    Raises:
-      WeightsError: the file is not a whole safetensors file.
-    """
-    try:
-        file = safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file: {error}") from None
-    with file:
-        yield {name: _LazyTensor(file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+def write_config(path: Path, config: models.Config) -> None:
+    """Writes a configuration in its published form. Returns when it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(json.dumps(config.to_published(), indent=4).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = ", ".join(zoo.KNOWN)
+    known = ", ".join(zoo.names("tokenizer"))
     parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a tokenizer (default: digits)")
     parser.add_argument("--out", default="reconstructions", help="folder to write (default: reconstructions)")
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.images and args.model != "digits":
         raise ValueError("no images given; name image files or a folder of them")
     out = check_output(args.out, args.overwrite, folder_of=_FILES)
-    zoo.find(args.model)  # before JAX is imported
+    zoo.find(args.model, "tokenizer")  # before JAX is imported
     files = find_images(args.images)
 
     from titok_jax import inference

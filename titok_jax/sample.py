@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = ", ".join(zoo.KNOWN)
+    known = ", ".join(zoo.names("generator"))
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a generator (default: digits)")
     parser.add_argument("--tokenizer", help="name or folder, if not the one in the generator's folder")
     parser.add_argument("--labels", default="all", help="classes: numbers separated by commas, or all (default: all)")
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--num is {args.num}, expected at least 1")
     kind = _output_kind(args.out, args.num)
     out = check_output(args.out, args.overwrite, folder_of=_FILES if kind is _Folder else None)
-    zoo.find(args.model)  # before JAX is imported
+    zoo.find(args.model, "generator")  # before JAX is imported
 
     from titok_jax import inference
 

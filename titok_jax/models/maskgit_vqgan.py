@@ -13,6 +13,8 @@ the finest level and runs from the coarsest.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,29 @@ class MaskgitVQGANConfig:
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, finest first."""
         return tuple(self.hidden_channels * m for m in self.channel_mult)
+
+    # The published weights have no configuration; this is the form of our `config.json`.
+
+    @classmethod
+    def from_published(cls, config: Mapping[str, Any]) -> "MaskgitVQGANConfig":
+        """From `{"model": {"maskgit_vqgan": {...}}}`; what is not in it has its default.
+
+        Raises:
+          ValueError: for another configuration or an unknown key.
+        """
+        model = config.get("model")
+        fields = model.get("maskgit_vqgan") if isinstance(model, Mapping) else None
+        if not isinstance(fields, Mapping):
+            raise ValueError("not a MaskGIT-VQGAN configuration: no model.maskgit_vqgan in it")
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown keys in model.maskgit_vqgan: {unknown}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+    def to_published(self) -> dict[str, Any]:
+        """What `from_published` reads back to an equal configuration."""
+        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {"model": {"maskgit_vqgan": fields}}
 
 
 def conv(in_channels: int, out_channels: int, size: int, *, use_bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Conv | nnx.Linear:
