@@ -292,3 +292,20 @@ def test_the_same_losses_on_any_mesh(tmp_path):
             else:
                 # Sums over devices are in another order, and Adam amplifies rounding in its first steps.
                 np.testing.assert_allclose(eight[name], one[name], rtol=1e-3, err_msg=name)
+
+
+def test_the_command_explains_itself_and_what_is_wrong_with_a_flag(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "titok_jax.train", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=NO_CACHE, capture_output=True, text=True)
+
+    text = run("--help").stdout
+    assert text.count("python -m titok_jax.train --config") >= 3
+    workdir = tmp_path / "run"
+    bad = run("--config", "configs/digits.py:tokenizer", "--workdir", str(workdir), "--config.nope=3")
+    assert bad.returncode != 0
+    assert "Traceback" not in bad.stderr
+    assert bad.stderr.strip().splitlines()[-1].startswith("error: --config.nope=3: the configuration has no field")
+    bad = run("--config", "configs/digits.py:tokenizer", "--workdir", str(workdir), "--config.task=paint")
+    assert bad.stderr.strip().splitlines()[-1].startswith("error: config.task is 'paint'")
+    assert not workdir.exists()

@@ -346,6 +346,15 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"error: {error}") from error
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing; an override of a field that the configuration does not have ends with one line, not a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError) as error:
+        overrides = " ".join(argument for argument in argv if argument.startswith("--config."))
+        raise SystemExit(f"error: {overrides}: the configuration has no field {error}, or one of another type") from None
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
