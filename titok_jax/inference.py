@@ -239,7 +239,8 @@ def load_tokenizer(
     ("hf://owner/name"), from a folder (of a generator's folder, the tokenizer in it) or a file of weights.
 
     Args:
-      revision, token: of what is on the hub: branch, tag or commit, and the token if not that of `hf auth login` or HF_TOKEN.
+      revision: branch, tag or commit, of what is on the hub.
+      token: for the hub, if not that of `hf auth login` or HF_TOKEN.
 
     Raises:
       ValueError: an unknown name (the message lists the known ones), or weights that do not fit.

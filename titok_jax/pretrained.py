@@ -205,6 +205,9 @@ def open_model(
         if config is None:
             config = match(tensors, kind, source=str(path))
         optional = buffers(config)
+        for name in optional.keys() & tensors.keys():
+            if not np.array_equal(np.asarray(tensors[name]), optional[name]):
+                raise WeightsError(f"{path}: {name} is not the constant that it is in the published models")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in optional}
         convert.check_shapes(published_shapes(config), {name: tensor.shape for name, tensor in tensors.items()}, str(path))
         for name, tensor in tensors.items():
@@ -288,9 +291,9 @@ def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> mode
         differences[f"{kind_name} {name}"] = len(differing), min(differing)
     closest = sorted(differences.items(), key=lambda item: item[1])[:5]
     raise WeightsError(
-        f"{source}: there is no configuration beside it, and its {len(found)} tensors are those of no known model. Put its "
-        f"configuration beside it, as {CONFIG_FILE} for a {WEIGHTS_FILE} or {TRAINER_FILE}, else with the file's name and the "
-        "ending .json. The closest are:"
+        f"{source}: there is no configuration beside it, and its {len(found)} tensors are those of no known model. Put one "
+        f"beside it: named {CONFIG_FILE} for a {WEIGHTS_FILE} or {TRAINER_FILE}, else like the file with the ending .json. "
+        "The closest known models are:"
         + "".join(f"\n  {name}: {count} tensors differ, the first is {first}" for name, (count, first) in closest)
     )
 

@@ -94,9 +94,8 @@ def _legacy(size: str, num_tokens: int) -> dict[str, Any]:
 
 def _single_stage(encoder: str, decoder: str, num_tokens: int, mode: str) -> dict[str, Any]:
     """The section `vq_model` of a single-stage tokenizer."""
-    quantizer = {"codebook_size": 8192, "use_l2_norm": False, "commitment_cost": 0.25} if mode == "vq" else {}
-    return quantizer | {
-        "quantize_mode": mode,
+    vq = {"codebook_size": 8192, "use_l2_norm": False, "commitment_cost": 0.25}
+    return (vq if mode == "vq" else {"quantize_mode": "vae"}) | {
         "token_size": 64 if mode == "vq" else 16,
         "vit_enc_model_size": encoder,
         "vit_dec_model_size": decoder,

@@ -1,0 +1,235 @@
+"""Reading from the Hugging Face hub, against a server on loopback that speaks its protocol."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny_models as tiny
+
+from titok_jax import convert, inference
+
+COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
+PUBLIC, PRIVATE = "yucornetto/tokenizer_titok_l32_imagenet", "someone/private"
+
+# Loads what its arguments (JSON, one per step) say and prints what came of each.
+CLIENT = """
+import hashlib, json, sys
+import huggingface_hub.constants
+import numpy as np
+from titok_jax import convert, inference
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096  # it writes 10 MB at a time, the files here are smaller
+for step in sys.argv[1:]:
+    step = json.loads(step)
+    load = {"tokenizer": inference.load_tokenizer, "generator": inference.load_generator}[step.pop("kind", "tokenizer")]
+    try:
+        params = convert.flatten(load(**step).params)
+        digest = hashlib.sha256(b"".join(np.asarray(params[path]).tobytes() for path in sorted(params))).hexdigest()
+        print(json.dumps(["loaded", digest]))
+    except (ValueError, OSError) as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Repositories of a name, a revision and files; the large ones come, as on the hub, from another place by redirect."""
+
+    def __init__(self, repositories):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories = repositories  # {name: {revision: (commit, {file: bytes})}}
+        self.blobs = {}
+        self.requests = []  # (method, path, the Range asked for)
+        self.break_after = None  # bytes after which the next download ends
+        self.truncated = None  # a large file that is said to end before it does
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def other_url(self):
+        """The same place by another name: a redirect to another host is where the client downloads from."""
+        return f"http://localhost:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, headers, body=b""):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub = self.server
+        hub.requests.append((self.command, self.path, self.headers.get("Range")))
+        if self.path.startswith("/large/"):
+            return self.large(hub.blobs[self.path.removeprefix("/large/")])
+        match = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
+        if match is None:
+            return self.answer(404, {})
+        repository, revision, file = match.groups()
+        allowed = repository != PRIVATE or self.headers.get("Authorization") == "Bearer good"
+        if repository not in hub.repositories or not allowed:
+            return self.answer(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
+        if revision not in hub.repositories[repository]:
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
+        commit, files = hub.repositories[repository][revision]
+        if file not in files:
+            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
+        data = files[file]
+        digest = hashlib.sha256(data).hexdigest()
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if file.endswith(".json"):
+            return self.answer(200, {**headers, "ETag": f'"{digest[:40]}"'}, data)
+        hub.blobs[digest] = data
+        linked = {
+            "X-Linked-Etag": f'"{digest}"',
+            "X-Linked-Size": str(len(data)),
+            "Location": f"{hub.other_url}/large/{digest}",
+        }
+        return self.answer(302, {**headers, **linked})
+
+    def large(self, data):
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-")).group(1))
+        body = data[start:]
+        if hashlib.sha256(data).hexdigest() == self.server.truncated:
+            body = body[:-100]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        stop, self.server.break_after = self.server.break_after, None
+        self.wfile.write(body[:stop])
+        if stop is not None:
+            self.close_connection = True
+
+
+def files_of(folder):
+    return {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("models")
+    models = {"tokenizer": tiny.TOKENIZER, "vae": tiny.VAE, "generator": tiny.GENERATOR}
+    return {name: tiny.save(tmp / name, config, tokenizer=None) for name, config in models.items()}
+
+
+@pytest.fixture
+def hub(folders):
+    tokenizer = files_of(folders["tokenizer"])
+    hub = Hub(
+        {
+            PUBLIC: {"main": (COMMIT, tokenizer), COMMIT: (COMMIT, tokenizer), "v0": (OLD_COMMIT, files_of(folders["vae"]))},
+            PRIVATE: {"main": (COMMIT, files_of(folders["generator"]))},
+            "someone/empty": {"main": (COMMIT, {"README.md": b"nothing"})},
+        }
+    )
+    thread = threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+    thread.join()
+
+
+def run(url, home, *steps, **settings):
+    """What came of each step, in a process of its own: the hub's address and cache are settings of a process."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    arguments = [sys.executable, "-c", CLIENT, *map(json.dumps, steps)]
+    result = subprocess.run(arguments, capture_output=True, text=True, env={**environment, **settings}, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return [tuple(json.loads(line)) for line in result.stdout.splitlines()]
+
+
+def digest_of(folder, load=inference.load_tokenizer):
+    import numpy as np
+
+    params = convert.flatten(load(folder).params)
+    return hashlib.sha256(b"".join(np.asarray(params[path]).tobytes() for path in sorted(params))).hexdigest()
+
+
+def test_download_and_what_the_hub_denies(hub, folders, tmp_path):
+    public, private = f"hf://{PUBLIC}", f"hf://{PRIVATE}"
+    results = run(
+        hub.url,
+        tmp_path,
+        {"source": "titok_l32"},
+        {"source": public, "revision": COMMIT},
+        {"source": public, "revision": "v0"},
+        {"source": public, "revision": "v9"},
+        {"source": private, "kind": "generator", "token": "bad"},
+        {"source": private, "kind": "generator"},
+        {"source": "hf://someone/nothing"},
+        {"source": "hf://someone/empty"},
+        {"source": private, "kind": "generator", "token": "good"},  # last, as what is in the cache needs no token
+    )
+    assert [kind for kind, _ in results] == ["loaded"] * 3 + ["DownloadError"] * 5 + ["loaded"]
+    tokenizer = digest_of(folders["tokenizer"])
+    generator = digest_of(folders["generator"], inference.load_generator)
+    loaded = [digest for kind, digest in results if kind == "loaded"]
+    assert loaded == [tokenizer, tokenizer, digest_of(folders["vae"]), generator]
+    for (_, message), pattern in zip(
+        results[3:8],
+        (
+            rf"cannot download {public}/config.json: there is no revision 'v9' of it; give a branch",
+            rf"cannot download {private}/config.json: the hub denies it \(status 401\).*HF_TOKEN",
+            rf"cannot download {private}/config.json: the hub denies it \(status 401\).*HF_TOKEN",
+            r"cannot download hf://someone/nothing/config.json: the hub denies it \(status 401\): the repository does not",
+            r"cannot download hf://someone/empty/config.json: the repository does not hold this file",
+        ),
+        strict=True,
+    ):
+        assert re.match(pattern, message), message
+    # The same commit by two names is downloaded once.
+    downloads = [path for method, path, _ in hub.requests if method == "GET" and path.startswith("/large/")]
+    assert len(downloads) == len(set(downloads)) == 3
+
+
+def test_a_broken_download_goes_on_and_the_cache_needs_no_network(hub, folders, tmp_path):
+    hub.break_after = 5 * 4096
+    step = {"source": "titok_l32"}
+    assert run(hub.url, tmp_path, step) == [("loaded", digest_of(folders["tokenizer"]))]
+    ranges = [asked for method, path, asked in hub.requests if method == "GET" and path.startswith("/large/")]
+    assert ranges == [None, "bytes=20480-"]
+
+    # Offline, and with a hub that is not there.
+    asked = len(hub.requests)
+    results = run(hub.url, tmp_path, step, {"source": "titok_b64"}, HF_HUB_OFFLINE="1")
+    assert len(hub.requests) == asked
+    assert results[0] == ("loaded", digest_of(folders["tokenizer"]))
+    assert results[1][0] == "DownloadError"
+    assert re.match(
+        r"cannot download hf://\S+titok_b64\S+config.json: it is not in the cache \S+ and HF_HUB_OFFLINE", results[1][1]
+    )
+    closed = "http://127.0.0.1:9"
+    assert run(closed, tmp_path, step) == results[:1]
+
+
+def test_a_hub_that_breaks_off_for_good_or_holds_a_damaged_file(hub, tmp_path):
+    """Half a file is never taken for a whole one; a whole download of a damaged file is an error as any other file's."""
+    files = hub.repositories[PUBLIC]["main"][1]
+    whole = files["model.safetensors"]
+    digest = hashlib.sha256(whole).hexdigest()
+    hub.truncated = digest
+    ((kind, message),) = run(hub.url, tmp_path, {"source": "titok_l32"})
+    assert (kind, message.split(": ")[0]) == ("DownloadError", f"cannot download hf://{PUBLIC}/model.safetensors")
+    files["model.safetensors"] = whole[:-1]
+    ((kind, message),) = run(hub.url, tmp_path, {"source": "titok_l32"})
+    assert kind == "WeightsError"
+    assert re.search(r"model.safetensors is not a whole safetensors file: it should have \d+ bytes, it has \d+", message)

@@ -1,0 +1,115 @@
+"""The table of published models against the names, shapes, counts and configurations of the published code."""
+
+import json
+
+import golden_data
+import numpy as np
+import pytest
+
+from titok_jax import models, pretrained, zoo
+
+PUBLISHED = [model for model in zoo.MODELS if model.architecture is not None]
+CLASSES = {"tokenizer": models.TiTokConfig, "generator": models.GeneratorConfig, "vqgan": models.MaskgitVQGANConfig}
+
+
+def golden_name(model):
+    if model.kind == "vqgan":
+        return "maskgit_vqgan"
+    return f"{model.kind}_{model.name}" + ("_c16" if model.name.endswith("_vae") else "")
+
+
+@pytest.mark.parametrize("model", PUBLISHED, ids=golden_name)
+def test_names_shapes_and_count_are_the_published_ones(model):
+    published = golden_data.load_json(f"shapes/{golden_name(model)}.json")
+    config = CLASSES[model.kind].from_published(model.published_config)
+    expected = {name: tuple(shape) for name, shape in published["tensors"].items()}
+    assert pretrained.published_shapes(config) == expected
+    assert model.num_params == published["num_params"] == sum(int(np.prod(shape)) for shape in expected.values())
+
+
+@pytest.mark.parametrize("model", [m for m in PUBLISHED if m.kind != "vqgan"], ids=golden_name)
+def test_configurations_are_the_published_ones(model):
+    name = f"configs/{golden_name(model)}"
+    resolved = (golden_data.GOLDEN / f"{name}.resolved.json").is_file()
+    published = golden_data.load_json(f"{name}.resolved.json" if resolved else f"{name}.json")
+    sections = ("vq_model", "generator") if model.kind == "generator" else ("vq_model",)
+    assert model.architecture == {section: published["model"][section] for section in sections}
+    assert model.published_config["dataset"] == published["dataset"]
+    assert model.checkpoint == published["experiment"][f"{model.kind}_checkpoint"]
+    raw = golden_data.load_json(f"{name}.json")  # as it lies on the hub
+    cls = CLASSES[model.kind]
+    read = cls.from_published(pretrained.resolve_interpolations(raw, source=name))
+    assert read == cls.from_published(model.published_config)
+
+
+def test_all_published_models_are_there():
+    assert len(PUBLISHED) == 13
+    assert len({(model.kind, model.name) for model in zoo.MODELS}) == len(zoo.MODELS)
+    # Every generator has the tokenizer of its name, and fits it.
+    for model in PUBLISHED:
+        if model.kind == "generator":
+            tokenizer = zoo.find(model.name, "tokenizer")
+            assert tokenizer.architecture["vq_model"] == model.architecture["vq_model"]
+
+
+def test_a_file_without_configuration_is_told_by_its_tensors():
+    """No two known models have the same tensors, and each finds itself."""
+    for (kind, name), config in pretrained.known_configs().items():
+        shapes = {n: np.broadcast_to(np.float32(0), shape) for n, shape in pretrained.published_shapes(config).items()}
+        assert pretrained.match(shapes, type(config), source="a") == config, (kind, name)
+    other = models.GeneratorConfig if kind != "generator" else models.TiTokConfig
+    with pytest.raises(ValueError, match=f"a is the {kind} {name}, expected a "):
+        pretrained.match(shapes, other, source="a")
+    del shapes["block_in.0.bias"]
+    with pytest.raises(
+        ValueError, match=r"(?s)no known model\. Put one .*discriminator: 1 tensors differ, the first is block_in"
+    ):
+        pretrained.match(shapes, None, source="a")
+
+
+def test_find(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert zoo.find("mine", "tokenizer") == zoo.Path("mine")
+    assert zoo.find("titok_l32", "generator").kind == "generator"
+    assert zoo.find("hf://owner/name") == "owner/name"
+    for wrong, message in (
+        ("titok_l33", r"(?s)unknown model 'titok_l33': neither .*\n  titok_l32: .*\n  titok_b64: "),
+        ("titok_bl64_vae", "'titok_bl64_vae' is a tokenizer, not a generator; of this kind there are: digits, titok_l32"),
+        ("hf://name", "expected hf://owner/name"),
+        ("hf://a/b/c", "expected hf://owner/name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            zoo.find(wrong, "generator")
+
+
+def test_the_printed_table(capsys, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    commit = "0" * 40
+    repository = tmp_path / "models--yucornetto--tokenizer_titok_b64_imagenet"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert zoo.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(zoo.MODELS)
+    rows = {tuple(line.split()[:2]): line for line in lines}
+    l32 = rows["titok_l32", "generator"]
+    assert "177,202,432" in l32
+    assert "gFID 2.77" in l32
+    assert "8 steps, temperature 9.5, guidance 4.5 linear, annealed" in l32
+    assert [name for name, line in rows.items() if line.endswith("yes") and name[0] != "digits"] == [
+        ("titok_b64", "tokenizer")
+    ]
+
+
+def test_what_the_table_says_of_sampling_is_what_is_done():
+    for model in PUBLISHED:
+        if model.kind == "generator":
+            sampling = models.GeneratorConfig.from_published(json.loads(json.dumps(model.published_config))).sampling
+            assert sampling.softmax_temperature_annealing
+            for value in (sampling.num_steps, sampling.temperature, sampling.guidance_scale, sampling.guidance_schedule):
+                assert str(value) in model.sampling

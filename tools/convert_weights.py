@@ -1,0 +1,177 @@
+"""Converts weights between their forms: folder, .safetensors, PyTorch .bin, and the JAX checkpoint of the MaskGIT-VQGAN."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from titok_jax import convert, models, pretrained, weights, zoo
+from titok_jax.cli import command, new_file, new_folder
+
+_EPILOG = """examples:
+  python tools/convert_weights.py tokenizer_titok_l32.bin titok_l32/
+      a published PyTorch checkpoint (needs torch) to a folder: config.json and model.safetensors
+  python tools/convert_weights.py runs/stage2/pretrained titok.bin
+      what was trained here to a state dict, which load_state_dict of the published code takes with strict=True
+  python tools/convert_weights.py tokenizer_imagenet256_checkpoint maskgit-vqgan.safetensors
+      the original JAX MaskGIT-VQGAN to the PyTorch one's names; to .msgpack for the other direction
+  python tools/convert_weights.py titok_l32 titok_l32_bf16.safetensors --dtype bfloat16 --dry-run
+      what would be written
+
+The form of the input is told from its content, that of the output from its name: .safetensors; .bin, .pt or .pth (PyTorch);
+.msgpack (Flax); no ending, or a slash: a folder. A file of a model that is not one of the published gets its configuration
+beside it, with the ending .json. A generator's folder is converted without the tokenizer in it; that is FOLDER/tokenizer.
+"""
+_ENDINGS = {
+    ".safetensors": "safetensors",
+    ".bin": "torch",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".msgpack": "flax",
+    "": "folder",
+}
+_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_KINDS = {"tokenizer": models.TiTokConfig, "generator": models.GeneratorConfig, "vqgan": models.MaskgitVQGANConfig}
+
+
+class Cast:
+    """A tensor in another dtype, read and checked on use."""
+
+    def __init__(self, name: str, tensor: Any, dtype: np.dtype):
+        self._name, self._tensor = name, tensor
+        self.shape, self.dtype = tuple(tensor.shape), dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = np.asarray(self._tensor)
+        with np.errstate(over="ignore"):
+            result = array.astype(self.dtype, copy=False)
+        for what, checked in (("the input", array), (f"{self.dtype}", result)):
+            # bfloat16 has no isfinite of its own
+            if not np.isfinite(checked.astype(np.float32) if checked.dtype.name == "bfloat16" else checked).all():
+                raise convert.WeightsError(f"{self._name} is not finite in {what}")
+        return result if dtype is None else result.astype(dtype)
+
+
+def config_of(files: pretrained.Source, kind: type | None) -> models.Config | None:
+    """The model that a configuration file describes: of the kinds that it can be (a published one may describe a tokenizer
+    and a generator) the one whose tensors the weights are. None: there is no such file."""
+    if files.config is None:
+        return None
+    configs, errors = [], []
+    for cls in _KINDS.values() if kind is None else [kind]:
+        try:
+            configs.append(pretrained.read_config_as(files.config, cls))
+        except convert.WeightsError as error:
+            errors.append(error)
+    if not configs:
+        raise errors[0]
+    with weights.open_weights(files.weights) as (_, tensors):
+        # The check of what is read says later what does not fit.
+        return max(configs, key=lambda config: len(tensors.keys() & pretrained.published_shapes(config).keys()))
+
+
+def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
+    """Names, shapes and dtypes (before and after) as lines of text."""
+    width = max(map(len, tensors))
+    lines = []
+    for name, tensor in tensors.items():
+        before, after = tensor.dtype.name, dtypes[name].name
+        lines.append(f"{name:{width}}  {list(tensor.shape)!s:22}  {before if before == after else f'{before} -> {after}'}")
+    return "\n".join(lines)
+
+
+def write(path: Path, form: str, tensors: Mapping[str, Any], config: models.Config) -> None:
+    """Writes {published name: tensor} in a form, not a folder."""
+    if isinstance(config, models.DiscriminatorConfig):
+        tensors = {**tensors, **pretrained.buffers(config)}  # a published state dict has them
+    if form == "safetensors":
+        weights.write_safetensors(path, tensors)
+    elif form == "torch":
+        weights.write_torch(path, tensors)
+    else:
+        weights.write_flax(path, convert.published_to_jax_vqgan(tensors, config=config))
+
+
+def compare(path: Path, tensors: Mapping[str, Any], config: models.Config) -> None:
+    """Reads a written file; raises WeightsError unless it holds exactly these tensors."""
+    with pretrained.open_model(path, type(config), config) as (_, written):
+        for name, tensor in tensors.items():
+            wanted, found = np.ascontiguousarray(tensor), np.ascontiguousarray(written[name])
+            if wanted.dtype != found.dtype or wanted.tobytes() != found.tobytes():
+                raise convert.WeightsError(f"{path}: {name} was not written as it should be; is the disk sound?")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python tools/convert_weights.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "input", help="a folder or file of weights, a known name (python -m titok_jax.zoo) or hf://owner/name"
+    )
+    parser.add_argument("output", help="folder or file to write; must not exist")
+    parser.add_argument("--kind", choices=_KINDS, help="which model of a name or folder (default: told from the tensors)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the output (default: that of each tensor)")
+    parser.add_argument("--dry-run", action="store_true", help="print names, shapes and dtypes; write nothing")
+    args = parser.parse_args(argv)
+
+    output = Path(args.output)
+    form = "folder" if args.output.endswith("/") else _ENDINGS.get(output.suffix)
+    if form is None:
+        raise ValueError(
+            f"{output}: unknown ending {output.suffix}; expected one of {', '.join(filter(None, _ENDINGS))}, or /"
+        )
+    kind = None if args.kind is None else _KINDS[args.kind]
+    if kind is None and args.input in zoo.names("generator") and args.input in zoo.names("tokenizer"):
+        raise ValueError(f"{args.input} is a tokenizer and a generator; add --kind tokenizer or --kind generator")
+    files = pretrained.locate(args.input, kind)
+    with pretrained.open_model(files.weights, kind, config_of(files, kind)) as (config, found):
+        known = config in pretrained.known_configs().values()
+        if form == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
+            raise ValueError(f"{output}: only the MaskGIT-VQGAN has a Flax form")
+        if form == "folder" and isinstance(config, models.DiscriminatorConfig):
+            raise ValueError(f"{output}: a discriminator has no configuration, so no folder; name a file")
+        beside = None if form == "folder" or known else output.with_suffix(".json")
+        dtypes = {name: tensor.dtype if args.dtype is None else _DTYPES[args.dtype] for name, tensor in found.items()}
+        if args.dry_run:
+            print(table(found, dtypes))
+        else:
+            for path in filter(None, (output, beside)):
+                if path.exists() or path.is_symlink():
+                    raise FileExistsError(f"{path} exists and nothing was overwritten; choose another output or remove it")
+            if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+                raise FileNotFoundError(
+                    f"cannot write {output}: {output.absolute().parent} is no folder that can be written in"
+                )
+        tensors = {name: Cast(name, tensor, dtypes[name]) for name, tensor in found.items()}
+        with contextlib.ExitStack() as stack:
+            if args.dry_run:
+                pass
+            elif form == "folder":
+                folder = stack.enter_context(new_folder(output))
+                write(folder / pretrained.WEIGHTS_FILE, "safetensors", tensors, config)
+                compare(folder / pretrained.WEIGHTS_FILE, tensors, config)
+                pretrained.write_config(folder / pretrained.CONFIG_FILE, config)
+            else:
+                partial = stack.enter_context(new_file(output))
+                write(partial, form, tensors, config)
+                compare(partial, tensors, config)
+                if beside is not None:
+                    pretrained.write_config(stack.enter_context(new_file(beside)), config)
+        count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+        done = "dry run, nothing written" if args.dry_run else "read again and equal"
+        names = sorted({dtype.name for dtype in dtypes.values()})
+        print(f"{files.weights} -> {output}: {len(tensors)} tensors, {count:,} parameters, {', '.join(names)}; {done}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
