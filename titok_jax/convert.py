@@ -40,6 +40,8 @@ SAME = _single(lambda a: a, lambda a: a)
 ROW = _single(lambda a: a[None], lambda a: a[0])  # [...] <-> [1, ...]
 LINEAR = _single(lambda a: a.T, lambda a: a.T)  # [in, out] <-> [out, in]
 CONV = _single(lambda a: a.transpose(3, 2, 0, 1), lambda a: a.transpose(2, 3, 1, 0))  # HWIO <-> OIHW
+CHANNELS = _single(lambda a: a[:, None, None], lambda a: a[:, 0, 0])  # [C] <-> [C, 1, 1]
+HEAD = _single(lambda a: a[None, :, None, None], lambda a: a[0, :, 0, 0])  # [in] <-> [1, in, 1, 1]
 CONV1X1 = _single(lambda a: a.T[:, :, None, None], lambda a: a[:, :, 0, 0].T)  # [in, out] <-> [out, in, 1, 1]
 # [D, 3, D] <-> [3 D, D], query, key and value stacked along the output
 QKV = _single(
@@ -395,6 +397,33 @@ def discriminator_buffers(num_stages: int) -> dict[str, np.ndarray]:
     return {f"blocks.{i}.1.kernel": kernel[None, None] for i in range(num_stages)}
 
 
+def perceptual_table() -> Table:
+    """ConvNeXt-S as torchvision names it, and LPIPS, below `convnext.` and `lpips.` as the published code holds them. The
+    constants that normalise the images are no parameters here."""
+    stages = len(models.perceptual.CONVNEXT_S)
+    rules = []
+    # torchvision alternates: features.0 is the first convolution and its norm, features.2 a norm and the second one, ...
+    for i in range(stages):
+        norm, conv = (0, 1) if i else (1, 0)
+        down, block = f"convnext.features.{2 * i}", f"convnext.features.{2 * i + 1}.{{layer}}"
+        rules += [
+            *_norm(f"convnext/downsample/{i}/norm", f"{down}.{norm}"),
+            *_linear(f"convnext/downsample/{i}/conv", f"{down}.{conv}", CONV),
+            Rule(f"convnext/stages/{i}/layer_scale", f"{block}.layer_scale", CHANNELS),
+            *_linear(f"convnext/stages/{i}/dwconv", f"{block}.block.0", CONV),
+            *_norm(f"convnext/stages/{i}/norm", f"{block}.block.2"),
+            *_linear(f"convnext/stages/{i}/mlp/fc1", f"{block}.block.3"),
+            *_linear(f"convnext/stages/{i}/mlp/fc2", f"{block}.block.5"),
+        ]
+    return [
+        *rules,
+        *_norm("convnext/norm", "convnext.classifier.0"),
+        *_linear("convnext/head", "convnext.classifier.2"),
+        *_linear(r"lpips/net/(slice\d)/(\d+)", r"lpips.net.\1.\2", CONV),
+        Rule(r"lpips/lin/(\d)", r"lpips.lin\1.model.1.weight", HEAD),
+    ]
+
+
 def table_for(config: models.Config) -> Table:
     """The table of the model that `config` describes."""
     if isinstance(config, models.TiTokConfig):
@@ -403,4 +432,6 @@ def table_for(config: models.Config) -> Table:
         return vit_generator_table() if config.model_type == "ViT" else uvit_generator_table()
     if isinstance(config, models.MaskgitVQGANConfig):
         return maskgit_vqgan_table()
+    if isinstance(config, models.PerceptualConfig):
+        return perceptual_table()
     return discriminator_table()

@@ -9,16 +9,17 @@ from flax import nnx
 from titok_jax.models.discriminator import DiscriminatorConfig, NLayerDiscriminator
 from titok_jax.models.generator import GeneratorConfig, make_generator
 from titok_jax.models.maskgit_vqgan import MaskgitVQGAN, MaskgitVQGANConfig
+from titok_jax.models.perceptual import PerceptualConfig, PerceptualLoss
 from titok_jax.models.titok import TiTok, TiTokConfig
 
-Config = TiTokConfig | GeneratorConfig | MaskgitVQGANConfig | DiscriminatorConfig
+Config = TiTokConfig | GeneratorConfig | MaskgitVQGANConfig | DiscriminatorConfig | PerceptualConfig
 
 
 def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> nnx.Module:
     """The module that a configuration describes, with new parameters.
 
     Args:
-      dtype: computation dtype; parameters are float32.
+      dtype: computation dtype; parameters are float32. Perceptual networks compute in float32 whatever it is.
       remat: recompute each transformer block's activations in the backward pass (TiTok and the generators).
     """
     if isinstance(config, TiTokConfig):
@@ -27,6 +28,8 @@ def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.
         return make_generator(config, dtype=dtype, remat=remat, rngs=rngs)
     if isinstance(config, MaskgitVQGANConfig):
         return MaskgitVQGAN(config, dtype=dtype, rngs=rngs)
+    if isinstance(config, PerceptualConfig):
+        return PerceptualLoss(config, rngs=rngs)
     return NLayerDiscriminator(config, dtype=dtype, rngs=rngs)
 
 
