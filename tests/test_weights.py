@@ -1,0 +1,464 @@
+"""Files of weights in every form: read as they were written, and as errors when anything about them is wrong."""
+
+import dataclasses
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import tiny_models as tiny
+from flax import serialization
+
+from titok_jax import convert, inference, pretrained, weights
+from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
+
+VQGAN = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=16)
+
+
+def assert_equal(a, b):
+    a, b = convert.flatten(a), convert.flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == np.float32, path
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def published(config):
+    return convert.to_published(convert.table_for(config), tiny.params(config))
+
+
+def load_numpy(source, kind):
+    return pretrained.load(source, kind, place=lambda path, array: array)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The forms
+
+
+def test_safetensors_are_written_as_by_their_own_library(tmp_path):
+    rng = np.random.default_rng(0)
+    dtypes = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int8, np.uint8, np.bool_)
+    shapes = ((), (0,), (3,), (2, 3), (1, 2, 3, 1), (5,), (4,), (7,), (1,))
+    tensors = {
+        f"ü{i}": np.asarray(10 * rng.standard_normal(shape)).astype(dtype)
+        for i, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True))
+    }
+    weights.write_safetensors(tmp_path / "ours", tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    for name in ("ours", "theirs"):
+        with weights.open_weights(tmp_path / name) as (form, read):
+            assert form == "safetensors"
+            assert read.keys() == tensors.keys()
+            for key, tensor in read.items():
+                array = np.asarray(tensor)
+                assert (tensor.shape, tensor.dtype) == (array.shape, array.dtype) == (tensors[key].shape, tensors[key].dtype)
+                np.testing.assert_array_equal(array, tensors[key])
+    same_dtype = {name: rng.standard_normal((2, 3)).astype(np.float32) for name in "cab"}
+    weights.write_safetensors(tmp_path / "ours", same_dtype)
+    safetensors.numpy.save_file(same_dtype, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_read_into_float32(dtype, tmp_path):
+    folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
+    half = {name: array.astype(dtype) for name, array in published(tiny.TOKENIZER).items()}
+    weights.write_safetensors(folder / "model.safetensors", half)
+    expected = convert.from_published(
+        convert.table_for(tiny.TOKENIZER),
+        tiny.params(tiny.TOKENIZER),
+        {name: array.astype(np.float32) for name, array in half.items()},
+        source="",
+    )
+    assert_equal(load_numpy(folder, TiTokConfig)[1], expected)
+
+
+def test_a_file_finds_its_configuration(tmp_path):
+    folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
+    # The folder's own file; a file of another name with its configuration beside it; a path as a string.
+    assert_equal(load_numpy(folder / "model.safetensors", TiTokConfig)[1], tiny.params(tiny.TOKENIZER))
+    (tmp_path / "mine.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"(?s)mine\.safetensors: there is no configuration beside it.*\n  tokenizer titok_"
+    ):
+        inference.load_tokenizer(tmp_path / "mine.safetensors")
+    (tmp_path / "mine.json").write_bytes((folder / "config.json").read_bytes())
+    tokenizer = inference.load_tokenizer(str(tmp_path / "mine.safetensors"))
+    assert_equal(tokenizer.params, tiny.params(tiny.TOKENIZER))
+    with pytest.raises(ValueError, match=r"revision 'main' given, but .* is not on the hub"):
+        inference.load_tokenizer(folder, revision="main")
+
+
+def test_a_published_file_needs_no_configuration(tmp_path):
+    """The smallest published model, as zeros that take no space on the disk."""
+    name = tmp_path / "maskgit-vqgan-imagenet-f16-256.safetensors"
+    shapes = pretrained.published_shapes(MaskgitVQGANConfig())
+    sparse_zeros(name, shapes)
+    config, params = load_numpy(name, MaskgitVQGANConfig)
+    assert config == MaskgitVQGANConfig()
+    assert sum(array.size for array in convert.flatten(params).values()) == 54_515_587
+    with pytest.raises(ValueError, match=r"safetensors is the vqgan maskgit_vqgan, expected a tokenizer"):
+        pretrained.load_config(name, TiTokConfig)
+
+
+def sparse_zeros(path, shapes):
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        end = position + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + position)
+
+
+MEMORY = """
+import sys
+import numpy as np
+from titok_jax import pretrained
+from titok_jax.models import TiTokConfig
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+files = pretrained.locate(sys.argv[1], TiTokConfig)
+config = pretrained.load_config(sys.argv[1], TiTokConfig)
+pretrained.published_shapes(config)
+pretrained.models.abstract(config)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+_, params = pretrained.load(sys.argv[1], TiTokConfig)
+print((status("VmHWM") - before) / files.weights.stat().st_size)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is measured through Linux's /proc")
+def test_peak_memory_of_loading(tmp_path):
+    """Of TiTok-S-128, 335 MB."""
+    config = dict(pretrained.known_configs(TiTokConfig))["tokenizer", "titok_s128"]
+    sparse_zeros(tmp_path / "tokenizer_titok_s128.safetensors", pretrained.published_shapes(config))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "tokenizer_titok_s128.safetensors")]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert 0.9 < float(result.stdout) < 1.3
+
+
+def test_the_jax_checkpoint_of_the_vqgan(tmp_path):
+    """As Flax writes it. That the names belong together is tested with the original tree."""
+    folder = pretrained.save(tmp_path / "vqgan", VQGAN, tiny.params(VQGAN))
+    assert pretrained.load_config(folder, MaskgitVQGANConfig) == VQGAN
+    assert_equal(load_numpy(folder, MaskgitVQGANConfig)[1], tiny.params(VQGAN))
+    tree = convert.published_to_jax_vqgan(published(VQGAN), config=VQGAN)
+    checkpoint = tmp_path / "tokenizer_imagenet256_checkpoint"
+    checkpoint.write_bytes(serialization.to_bytes(tree))
+    (tmp_path / "tokenizer_imagenet256_checkpoint.json").write_bytes((folder / "config.json").read_bytes())
+    config, params = load_numpy(checkpoint, MaskgitVQGANConfig)
+    assert config == VQGAN
+    assert_equal(params, tiny.params(VQGAN))
+    (tmp_path / "tokenizer_imagenet256_checkpoint.json").unlink()
+    with pytest.raises(ValueError, match="is a Flax checkpoint; of these only the MaskGIT-VQGAN's is read"):
+        pretrained.load(checkpoint, TiTokConfig)
+    pretrained.write_config(tmp_path / "tokenizer_imagenet256_checkpoint.json", VQGAN)
+    del tree["params"]["encoder"]["Conv_0"]
+    checkpoint.write_bytes(serialization.to_bytes(tree))
+    with pytest.raises(
+        convert.WeightsError, match=r"1 arrays are not a JAX MaskGIT-VQGAN's:\n  missing: encoder/Conv_0/kernel"
+    ):
+        pretrained.load(checkpoint, MaskgitVQGANConfig)
+
+
+def test_position_ids_are_dropped(tmp_path):
+    folder = tiny.save(tmp_path / "model", tokenizer=None)
+    name = "model.embeddings.position_ids"
+    tensors = {**published(tiny.GENERATOR), name: np.arange(tiny.GENERATOR.num_tokens + 1)[None]}
+    weights.write_safetensors(folder / "model.safetensors", tensors)
+    assert_equal(load_numpy(folder, GeneratorConfig)[1], tiny.params(tiny.GENERATOR))
+    weights.write_safetensors(folder / "model.safetensors", {**tensors, name: tensors[name] + 1})
+    with pytest.raises(convert.WeightsError, match=f"{name} is not the constant"):
+        load_numpy(folder, GeneratorConfig)
+    uvit = dataclasses.replace(tiny.GENERATOR, model_type="UViT", num_layers=4)
+    folder = tiny.save(tmp_path / "uvit", uvit, tokenizer=None)
+    weights.write_safetensors(folder / "model.safetensors", {**published(uvit), name: tensors[name]})
+    with pytest.raises(convert.WeightsError, match=f"surplus: {name}"):
+        load_numpy(folder, GeneratorConfig)
+
+
+def test_saving_checks_that_all_is_there(tmp_path):
+    params = dict(tiny.params(tiny.TOKENIZER))
+    del params["latent_tokens"]
+    with pytest.raises(
+        convert.WeightsError, match=r"to be saved: 1 tensors do not fit the model:\n  missing: latent_tokens"
+    ):
+        pretrained.save(tmp_path / "model", tiny.TOKENIZER, params)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong
+
+
+def test_other_files(tmp_path):
+    path = tmp_path / "weights"
+    for content, message in (
+        (b"", "it is empty"),
+        (b"GIF89a" * 9, "it starts with b'GIF89a"),
+        (b"<html>" * 9, "it starts with"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(convert.WeightsError, match=f"weights is no file of weights: expected safetensors.*{message}"):
+            pretrained.load(path, TiTokConfig)
+    with pytest.raises(FileNotFoundError, match="nothing is not a folder or file"):
+        pretrained.load(tmp_path / "nothing", TiTokConfig)
+
+
+def test_a_folder_of_the_published_trainer_names_what_is_in_it(tmp_path):
+    for name in ("ema_model", "unwrapped_model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(
+        FileNotFoundError, match=r"is not a model folder.*there is one in ema_model and one in unwrapped_model"
+    ):
+        pretrained.load(tmp_path, TiTokConfig)
+
+
+@pytest.mark.skipif(
+    "torch" in sys.modules or bool(__import__("importlib.util").util.find_spec("torch")), reason="torch is here"
+)
+def test_a_pytorch_file_without_pytorch(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"PK\x03\x04" + b"\0" * 20)
+    with pytest.raises(
+        convert.WeightsError, match=r"a\.bin is a PyTorch file and PyTorch is not installed.*titok_jax\[torch\]"
+    ):
+        pretrained.load(tmp_path / "a.bin", TiTokConfig)
+
+
+def test_headers_that_lie(tmp_path):
+    """Each would make a trusting reader take memory or time without end, or read what is not there."""
+    path = tmp_path / "a.safetensors"
+
+    def write(header, data=b""):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+    def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
+        return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{" + b" " * 100)
+    headers = [
+        None,
+        ({"a": entry((2**40, 2**40))}, b"\0" * 8),
+        ({"a": entry((2**62, 2**62, 0), (0, 0))}, b"\0" * 8),
+        ({"a": entry((-2, -1))}, b"\0" * 8),
+        ({"a": entry((True, 2))}, b"\0" * 8),
+        ({"a": entry(offsets=(-8, 0))}, b"\0" * 8),
+        ({"a": entry(), "b": entry()}, b"\0" * 8),
+        ({"a": entry(), "b": entry(offsets=(12, 20))}, b"\0" * 20),
+        ({"a": entry()}, b"\0" * 12),
+        ({"a": entry()}, b"\0" * 4),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": 1}', b"\0" * 8),
+        (b'{"a": ' + b"9" * 10_000 + b"}", b""),
+        (b'{"a": ' + b"[" * 100_000 + b"}", b""),
+        ({"a": entry(dtype="F4")}, b"\0" * 8),
+        ({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}, b"\0" * 8),
+        (b"{}" + b"\xff" * 9, b""),
+    ]
+    for header in headers:
+        if header is not None:
+            write(*header)
+        with pytest.raises(convert.WeightsError, match=r"a\.safetensors"):
+            pretrained.load(path, TiTokConfig)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "Mamba"}, "model_type is 'Mamba', expected 'ViT' or 'UViT'"),
+        ({"num_hidden_layers": 10**9}, "num_layers is 1000000000, expected"),
+        ({"hidden_size": 0}, "hidden_size is 0, expected"),
+        ({"hidden_size": "32"}, "hidden_size is '32', expected"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_heads 5"),
+        ({"image_seq_len": "${experiment.tokens}"}, r"cannot resolve '\$\{experiment.tokens\}'; expected"),
+        ({"image_seq_len": "${model}"}, r"cannot resolve '\$\{model\}'; expected .* single value"),
+        ({"randomize_temperature": float("nan")}, "temperature is nan, expected a number"),
+    ],
+)
+def test_configurations_that_cannot_be(change, message, tmp_path):
+    folder = tiny.save(tmp_path / "model", tokenizer=None)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["generator"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(convert.WeightsError, match=rf"config\.json: {message}"):
+        pretrained.load(folder, GeneratorConfig)
+
+
+# Mutations. A second reader, the format's own library, says whether a mutated file still holds the same tensors; only then
+# may it be loaded, as the same. Bytes of tensors are not mutated: any value is a weight.
+
+
+def mutate_bytes(data: bytes, rng: random.Random, structure: list[int]) -> bytes:
+    """One to three changes at the positions `structure`, which hold no tensor, or to the length."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        place = min(rng.choice(structure), len(data) - 1) if data else 0
+        kind = rng.randrange(9)
+        if kind == 0 and data:
+            del data[rng.randrange(len(data)) :]
+        elif kind == 1:
+            data += rng.randbytes(rng.randint(1, 50))
+        elif kind == 2:
+            data[place:place] = rng.randbytes(rng.randint(1, 9))
+        elif kind == 3:
+            del data[place : place + rng.randint(1, 9)]
+        elif kind == 4 and data:
+            data[:8] = struct.pack("<Q", rng.choice((0, 1, len(data), 2**31, 2**63, rng.getrandbits(64))))
+        elif kind == 5:
+            other = rng.choice(structure)
+            data[place : place + 8] = data[other : other + 8]
+        elif kind == 6 and data:
+            data[place] = rng.choice(b'0123456789"{}[]:,-.eE\\u')
+        elif data:
+            data[place] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def same_tensors(read, data, expected) -> bool:
+    try:
+        found = read(data)
+    except Exception:
+        return False
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == expected[name].dtype
+        and found[name].shape == expected[name].shape
+        and found[name].tobytes() == expected[name].tobytes()
+        for name in expected
+    )
+
+
+def check_mutations(path, folder_or_file, config, read, seed, count):
+    original, expected_params = path.read_bytes(), tiny.params(config)
+    expected = read(original)
+    inside = np.zeros(len(original), bool)
+    for array in expected.values():
+        start = original.find(array.tobytes())
+        inside[start : start + array.nbytes] = True
+    structure = np.flatnonzero(~inside).tolist()
+    rng = random.Random(seed)
+    refused = 0
+    for number in range(count):
+        data = mutate_bytes(original, rng, structure)
+        path.write_bytes(data)
+        error = None
+        try:
+            read_config, params = load_numpy(folder_or_file, type(config))
+        except convert.WeightsError as raised:
+            error = str(raised)
+        if error is None:
+            assert data == original or same_tensors(read, data, expected), number
+            assert read_config == config
+            assert_equal(params, expected_params)
+        else:
+            assert str(path) in error, (number, error)
+            refused += 1
+    path.write_bytes(original)
+    assert_equal(load_numpy(folder_or_file, type(config))[1], expected_params)
+    assert refused > 0.9 * count
+
+
+def test_mutated_safetensors(tmp_path):
+    folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
+    path = folder / "model.safetensors"
+    check_mutations(path, folder, tiny.TOKENIZER, safetensors.numpy.load, seed=0, count=1000)
+
+
+def test_mutated_flax_checkpoints(tmp_path):
+    path = tmp_path / "checkpoint.msgpack"
+    path.write_bytes(serialization.to_bytes(convert.published_to_jax_vqgan(published(VQGAN), config=VQGAN)))
+    pretrained.write_config(tmp_path / "checkpoint.json", VQGAN)
+
+    def read(data):
+        return {k: np.asarray(v) for k, v in convert.flatten(serialization.msgpack_restore(data)).items()}
+
+    check_mutations(path, path, VQGAN, read, seed=1, count=400)
+
+
+# No tensor says these; a change to them is a configuration like any other.
+FREE = {
+    "use_l2_norm", "commitment_cost", "finetune_decoder", "dropout", "attn_dropout", "class_label_dropout", "sampling",
+    "num_heads", "pixel_decoder",
+}  # fmt: skip
+STRANGE = (
+    None, True, -1, 0, 1, 2, 3, 7, 64, 2**31, 2**70, 1e308, float("nan"), float("inf"), -0.5, "", "x", "vq", "8", "ViT",
+    "${a}", "${model.vq_model.codebook_size}", [], [1], {}, {"a": 1}, [[]] * 3,
+)  # fmt: skip
+
+
+def mutate_config(text: str, rng: random.Random) -> bytes:
+    if rng.random() < 0.4:
+        data = text.encode()
+        return mutate_bytes(data, rng, list(range(len(data))))
+    config = json.loads(text)
+    for _ in range(rng.choice((1, 1, 2))):
+        node = config
+        while True:
+            if not isinstance(node, dict) or not node:
+                break
+            key = rng.choice(sorted(node))
+            if isinstance(node[key], dict) and node[key] and rng.random() < 0.9:
+                node = node[key]
+                continue
+            action = rng.randrange(4)
+            if action == 0:
+                del node[key]
+            elif action == 1:
+                node[key + rng.choice(("", "_", "x"))] = rng.choice(STRANGE)
+            else:
+                node[key] = rng.choice(STRANGE)
+            break
+    return json.dumps(config).encode()
+
+
+def differing(a, b) -> set[str]:
+    names = set()
+    for field in dataclasses.fields(a):
+        one, two = getattr(a, field.name), getattr(b, field.name)
+        if one == two:
+            continue
+        nested = dataclasses.is_dataclass(one) and field.name not in FREE
+        names |= differing(one, two) if nested else {field.name}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(tiny.TOKENIZER, 250), (tiny.GENERATOR, 250), (VQGAN, 100)],
+    ids=["tokenizer", "generator", "vqgan"],
+)
+def test_mutated_configurations(config, count, tmp_path):
+    folder = pretrained.save(tmp_path / "model", config, tiny.params(config))
+    path = folder / "config.json"
+    text = path.read_text()
+    rng = random.Random(2)
+    refused = 0
+    for number in range(count):
+        path.write_bytes(mutate_config(text, rng))
+        error = None
+        try:
+            read_config, params = load_numpy(folder, type(config))
+        except convert.WeightsError as raised:
+            error = str(raised)
+        if error is None:
+            assert differing(read_config, config) <= FREE | {"resolution"}, number
+            assert_equal(params, tiny.params(config))
+        else:
+            assert str(folder) in error, (number, error)
+            refused += 1
+    assert refused > 0.4 * count
