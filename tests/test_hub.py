@@ -16,6 +16,7 @@ from titok_jax import convert, inference
 
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
 PUBLIC, PRIVATE = "yucornetto/tokenizer_titok_l32_imagenet", "someone/private"
+GENERATOR = "yucornetto/generator_titok_l32_imagenet"
 
 # Loads what its arguments (JSON, one per step) say and prints what came of each.
 CLIENT = """
@@ -26,8 +27,12 @@ from titok_jax import convert, inference
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096  # it writes 10 MB at a time, the files here are smaller
 for step in sys.argv[1:]:
     step = json.loads(step)
-    load = {"tokenizer": inference.load_tokenizer, "generator": inference.load_generator}[step.pop("kind", "tokenizer")]
+    kind = step.pop("kind", "tokenizer")
+    load = {"tokenizer": inference.load_tokenizer, "generator": inference.load_generator, "pair": inference.load_pair}[kind]
     try:
+        if kind == "pair":
+            print(json.dumps(["loaded", [model.config.__class__.__name__ for model in load(**step)]]))
+            continue
         params = convert.flatten(load(**step).params)
         digest = hashlib.sha256(b"".join(np.asarray(params[path]).tobytes() for path in sorted(params))).hexdigest()
         print(json.dumps(["loaded", digest]))
@@ -135,6 +140,7 @@ def hub(folders):
     hub = Hub(
         {
             PUBLIC: {"main": (COMMIT, tokenizer), COMMIT: (COMMIT, tokenizer), "v0": (OLD_COMMIT, files_of(folders["vae"]))},
+            GENERATOR: {"main": (COMMIT, files_of(folders["generator"]))},
             PRIVATE: {"main": (COMMIT, files_of(folders["generator"]))},
             "someone/empty": {"main": (COMMIT, {"README.md": b"nothing"})},
         }
@@ -207,6 +213,9 @@ def test_a_broken_download_goes_on_and_the_cache_needs_no_network(hub, folders, 
     assert run(hub.url, tmp_path, step) == [("loaded", digest_of(folders["tokenizer"]))]
     ranges = [asked for method, path, asked in hub.requests if method == "GET" and path.startswith("/large/")]
     assert ranges == [None, "bytes=20480-"]
+
+    # The name of a pair gives both.
+    assert run(hub.url, tmp_path, {**step, "kind": "pair"}) == [("loaded", ["TiTokConfig", "GeneratorConfig"])]
 
     # Offline, and with a hub that is not there.
     asked = len(hub.requests)

@@ -462,3 +462,11 @@ def test_mutated_configurations(config, count, tmp_path):
             assert str(folder) in error, (number, error)
             refused += 1
     assert refused > 0.4 * count
+
+
+def test_models_and_what_they_cannot_take():
+    vae = inference.Tokenizer(tiny.VAE, tiny.params(tiny.VAE))
+    with pytest.raises(ValueError, match=r"latents are int32 \[1, 8\].*this tokenizer is a VAE, which has no token ids"):
+        vae.decode(np.zeros((1, 8), np.int32))
+    with pytest.raises(ValueError, match=r"images have shape \[1, 64, 64, 3\], expected \[batch, 32, 32, 3\].*crop or resize"):
+        vae.encode(np.zeros((1, 64, 64, 3), np.float32))

@@ -63,7 +63,10 @@ class Tokenizer:
         if not hasattr(images, "shape"):
             images = np.asarray(images)
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise ValueError(f"images have shape {list(images.shape)}, expected [batch, {size}, {size}, 3]")
+            raise ValueError(
+                f"images have shape {list(images.shape)}, expected [batch, {size}, {size}, 3]: the model takes this size "
+                "only, so crop or resize them (titok_jax.data.transforms)"
+            )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images have dtype {images.dtype}, expected uint8, or float in [0, 1]")
         if key is not None and self.config.quantize_mode == "vq":
@@ -91,7 +94,8 @@ class Tokenizer:
             expected = (config.num_latent_tokens, config.token_size)
             if tokens.ndim != 3 or tokens.shape[1:] != expected or not jnp.issubdtype(tokens.dtype, jnp.floating):
                 raise ValueError(
-                    f"latents are {tokens.dtype} {list(tokens.shape)}, expected float [batch, {expected[0]}, {expected[1]}]"
+                    f"latents are {tokens.dtype} {list(tokens.shape)}, expected float [batch, {expected[0]}, "
+                    f"{expected[1]}]: this tokenizer is a VAE, which has no token ids"
                 )
             return self._decode(self.params, tokens)
         if tokens.ndim != 2 or tokens.shape[1] != config.num_latent_tokens or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -300,4 +304,6 @@ def check_pair(tokenizer: TiTokConfig, generator: GeneratorConfig) -> None:
         ("codebook size", tokenizer.codebook_size, generator.codebook_size),
     ):
         if ours != theirs:
-            raise ValueError(f"the tokenizer does not fit the generator: {what} {ours} against {theirs}")
+            raise ValueError(
+                f"the tokenizer does not fit the generator: {what} {ours} against {theirs}; name the one it was trained with"
+            )

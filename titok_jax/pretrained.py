@@ -151,7 +151,8 @@ def load(
       source, revision, token: as in `locate`.
       kind: TiTokConfig, GeneratorConfig or MaskgitVQGANConfig: what is to be read.
       place: (path, array) -> array on its device or devices. It gets one whole parameter at a time, and no other copy of
-        the weights is held.
+        the weights is held. (A PyTorch file is mapped into memory; its pages may count as this process's, but are the
+        kernel's to drop.)
 
     Returns:
       The configuration and the parameters as a nested dict of float32 arrays.
