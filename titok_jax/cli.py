@@ -11,22 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
     """Makes a command of `main(argv)`: what was asked for and cannot be (ValueError, OSError) ends as the line
     `error: ...` on stderr and status 2, as argparse's own errors do; every other exception is a bug and keeps its traceback.
 
     Returns:
-      main(argv=None) -> exit status, for `sys.exit(main())`.
+      main(argv=None) -> exit status, for `sys.exit(main())`: what `main` returns, 0 if nothing.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
-            main(argv)
+            return main(argv) or 0
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        return 0
 
     return run
 
