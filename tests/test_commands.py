@@ -22,7 +22,6 @@ from titok_jax.data.digits import load_digits
 from titok_jax.data.transforms import center_crop_torchvision, to_uint8_truncate
 
 COMMANDS = {"sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
-embedded = pytest.mark.skipif(not (zoo.EMBEDDED / "digits").is_dir(), reason="the digits model is not embedded yet")
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +416,6 @@ def test_evaluate_refuses(arguments, message, model, tmp_path, capsys, no_weight
 # The embedded model
 
 
-@embedded
 def test_digits_without_arguments(tmp_path):
     result = run("-m", "titok_jax.sample", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -428,7 +426,6 @@ def test_digits_without_arguments(tmp_path):
     assert again.stderr.startswith("error: samples.png exists")
 
 
-@embedded
 def test_held_out_digits_are_reconstructed(tmp_path, capsys):
     assert reconstruct.main(["--num", "16", "--out", f"{tmp_path}/out"]) == 0
     mean = float(re.search(r"mean PSNR ([\d.]+) dB over 16 images", capsys.readouterr().out).group(1))
@@ -436,7 +433,6 @@ def test_held_out_digits_are_reconstructed(tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("digit_*_reconstruction.png"))) == 16
 
 
-@embedded
 def test_quality_of_the_digits(tmp_path):
     """What the README states, at its full size."""
     out = tmp_path / "digits.json"

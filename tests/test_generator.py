@@ -101,7 +101,7 @@ def test_dropout_acts_only_with_a_key(case):
 
 
 def test_remat_and_bfloat16_change_no_result_beyond_rounding(case):
-    _, config, graphdef, params, golden = case
+    _, config, _, params, golden = case
     ids, labels = golden["ids"].astype(np.int32), golden["labels"].astype(np.int32)
     weights = np.random.default_rng(0).standard_normal((2, config.num_tokens, config.codebook_size)).astype(np.float32)
 

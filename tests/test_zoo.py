@@ -42,6 +42,14 @@ def test_configurations_are_the_published_ones(model):
     assert read == cls.from_published(model.published_config)
 
 
+@pytest.mark.parametrize("model", [model for model in zoo.MODELS if model.folder], ids=lambda m: m.kind)
+def test_the_embedded_models_are_what_the_table_says(model):
+    config = pretrained.load_config(model.name, CLASSES[model.kind])
+    assert model.num_params == sum(int(np.prod(shape)) for shape in pretrained.published_shapes(config).values())
+    assert getattr(config, "image_size", model.image_size) == model.image_size
+    assert model.cached()
+
+
 def test_all_published_models_are_there():
     assert len(PUBLISHED) == 13
     assert len({(model.kind, model.name) for model in zoo.MODELS}) == len(zoo.MODELS)

@@ -167,8 +167,22 @@ def _sampling(steps: int, temperature: float, scale: float, schedule: str) -> di
 
 
 MODELS = (
-    Model("digits", "tokenizer", "embedded: hand-written digits, 32 x 32", folder=EMBEDDED / "digits" / "tokenizer"),
-    Model("digits", "generator", "embedded: hand-written digits, 32 x 32", folder=EMBEDDED / "digits"),
+    Model(
+        "digits",
+        "tokenizer",
+        "embedded: hand-written digits, 32 x 32",
+        image_size=32,
+        num_params=493_884,
+        folder=EMBEDDED / "digits" / "tokenizer",
+    ),
+    Model(
+        "digits",
+        "generator",
+        "embedded: hand-written digits, 32 x 32",
+        image_size=32,
+        num_params=829_184,
+        folder=EMBEDDED / "digits",
+    ),
     _tokenizer("titok_l32", "TiTok-L-32: 32 tokens of 4,096 codes", _L32, 641_054_735, 2.21),
     _tokenizer("titok_b64", "TiTok-B-64: 64 tokens of 4,096 codes", _B64, 204_814_095, 1.70),
     _tokenizer("titok_s128", "TiTok-S-128: 128 tokens of 4,096 codes", _S128, 83_674_639, 1.71),

@@ -1,6 +1,6 @@
-"""Masked token generators (MaskGIT, Chang et al., arXiv 2202.04200): a bidirectional transformer that fills in masked tokens
-given a class. Two published forms: ViT, a BERT with post-norm blocks, and U-ViT (Bao et al., arXiv 2209.12152), pre-norm with
-long skips.
+"""Masked token generators (MaskGIT, Chang et al., arXiv 2202.04200): a bidirectional transformer that fills in masked
+tokens given a class. Two published forms: ViT, a BERT with post-norm blocks, and U-ViT (Bao et al., arXiv 2209.12152),
+pre-norm with long skips.
 
 The vocabulary is [0, K) codes, K the mask, K + 1 + label a class, K + 1 + num_classes "no class"; the output has K entries.
 The class is position 0 of the sequence.

@@ -66,7 +66,7 @@ class TiTokConfig:
     decoder: TransformerSize = TRANSFORMER_SIZES["base"]
     is_legacy: bool = True
     finetune_decoder: bool = True
-    pixel_decoder: MaskgitVQGANConfig = MaskgitVQGANConfig()
+    pixel_decoder: MaskgitVQGANConfig = dataclasses.field(default_factory=MaskgitVQGANConfig)
 
     def __post_init__(self):
         if self.quantize_mode not in ("vq", "vae"):
@@ -159,7 +159,7 @@ class TiTokConfig:
 
 
 def transformer_size(value: Any) -> TransformerSize:
-    """"small", "base", "large" or {"width": ., "num_layers": ., "num_heads": .} -> TransformerSize; else ValueError."""
+    """A size by name (small, base, large) or as {"width": ., "num_layers": ., "num_heads": .}; else ValueError."""
     if isinstance(value, str) and value in TRANSFORMER_SIZES:
         return TRANSFORMER_SIZES[value]
     if isinstance(value, Mapping) and set(value) == {"width", "num_layers", "num_heads"}:
