@@ -1,12 +1,17 @@
 """Placement rules: every large parameter of a published model is cut along fsdp, and nothing that is indivisible is."""
 
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import titok_jax
 from titok_jax import models, sharding
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.titok import TRANSFORMER_SIZES, TiTokConfig
@@ -72,3 +77,27 @@ def test_a_batch_is_put_whole_on_one_device():
     batch = {"label": np.arange(4, dtype=np.int32)}
     placed = sharding.put_batch(sharding.make_mesh(), batch)
     np.testing.assert_array_equal(placed["label"], batch["label"])
+
+
+ON_EIGHT_DEVICES = """
+import jax, numpy as np, titok_jax
+from titok_jax import sharding
+mesh = sharding.make_mesh(2, 2, 2)
+tokenizer, generator = titok_jax.load_pair("digits", mesh=mesh)
+kernel = generator.params["layers"]["mlp"]["fc1"]["kernel"]
+assert kernel.shape == (4, 128, 512), kernel.shape
+assert {shard.data.shape for shard in kernel.addressable_shards} == {(4, 64, 256)}
+ids = titok_jax.generate(generator, np.arange(8), jax.random.key(0))
+images = np.asarray(tokenizer.decode(np.asarray(ids)))
+assert np.isfinite(images).all()
+print(np.asarray(generator.logits(np.full((2, 8), 128), [3, 10])).astype(np.float64).sum())
+"""
+
+
+def test_a_pretrained_model_is_read_onto_its_shards_and_gives_the_same():
+    root = str(pathlib.Path(__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": "8"}
+    run = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    expected = np.asarray(titok_jax.load_generator("digits").logits(np.full((2, 8), 128), [3, 10])).astype(np.float64).sum()
+    np.testing.assert_allclose(float(run.stdout), expected, rtol=1e-4)

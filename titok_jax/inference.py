@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from titok_jax import convert, decoding, models, pretrained, zoo
+from titok_jax import convert, decoding, models, pretrained, sharding, zoo
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.titok import TiTokConfig
 
@@ -237,12 +238,19 @@ def generate(
 
 
 def load_tokenizer(
-    source: str | os.PathLike, *, dtype="float32", revision: str | None = None, token: str | None = None
+    source: str | os.PathLike,
+    *,
+    dtype="float32",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Tokenizer:
     """A tokenizer: by name ("digits", "titok_l32", ...: `python -m titok_jax.zoo`), of a Hugging Face repository
     ("hf://owner/name"), from a folder (of a generator's folder, the tokenizer in it) or a file of weights.
 
     Args:
+      dtype: computation dtype, "float32" or "bfloat16".
+      mesh: from `titok_jax.sharding.make_mesh`: every parameter is read straight onto its shards; None: one device.
       revision: branch, tag or commit, of what is on the hub.
       token: for the hub, if not that of `hf auth login` or HF_TOKEN.
 
@@ -251,7 +259,7 @@ def load_tokenizer(
       FileNotFoundError: a folder that holds no model.
       DownloadError (an OSError): the hub does not give it.
     """
-    return Tokenizer(*pretrained.load(source, TiTokConfig, revision=revision, token=token), dtype=dtype)
+    return Tokenizer(*_load(source, TiTokConfig, mesh, revision, token), dtype=dtype)
 
 
 def load_tokenizer_config(
@@ -262,14 +270,24 @@ def load_tokenizer_config(
 
 
 def load_generator(
-    source: str | os.PathLike, *, dtype="float32", revision: str | None = None, token: str | None = None
+    source: str | os.PathLike,
+    *,
+    dtype="float32",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Generator:
     """A generator; arguments and errors as of `load_tokenizer`. A published one has the name of its tokenizer."""
-    return Generator(*pretrained.load(source, GeneratorConfig, revision=revision, token=token), dtype=dtype)
+    return Generator(*_load(source, GeneratorConfig, mesh, revision, token), dtype=dtype)
+
+
+def _load(source, kind: type, mesh: Mesh | None, revision: str | None, token: str | None):
+    place = {} if mesh is None else {"place": sharding.placer(mesh)}
+    return pretrained.load(source, kind, revision=revision, token=token, **place)
 
 
 def load_pair(
-    source: str | os.PathLike, tokenizer: str | os.PathLike | None = None, *, dtype="float32"
+    source: str | os.PathLike, tokenizer: str | os.PathLike | None = None, *, dtype="float32", mesh: Mesh | None = None
 ) -> tuple[Tokenizer, Generator]:
     """A generator and the tokenizer for its tokens: that of `tokenizer`, or the one of the same name or in the generator's
     folder.
@@ -279,8 +297,8 @@ def load_pair(
       FileNotFoundError: as `load_tokenizer`, and if no tokenizer belongs to the generator and none is named.
     """
     pair_configs(source, tokenizer)  # so that what does not fit is known before weights are read
-    generator = load_generator(source, dtype=dtype)
-    return load_tokenizer(source if tokenizer is None else tokenizer, dtype=dtype), generator
+    generator = load_generator(source, dtype=dtype, mesh=mesh)
+    return load_tokenizer(source if tokenizer is None else tokenizer, dtype=dtype, mesh=mesh), generator
 
 
 def pair_configs(

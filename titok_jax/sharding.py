@@ -11,7 +11,7 @@ no annotation. The same program runs on one device, where all three axes are 1.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -75,6 +75,11 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
+    """(path, array) -> the array on its shards; for reading weights straight onto a mesh."""
+    return lambda path, array: jax.device_put(array, NamedSharding(mesh, param_spec(path, array.shape, mesh.shape)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
