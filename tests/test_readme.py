@@ -36,7 +36,7 @@ def test_the_readme_shows_what_it_promises():
 
 
 def test_the_commands_run_one_after_the_other(tmp_path):
-    for name in ("configs", "titok_jax"):
+    for name in ("configs", "titok_jax", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for line in command_lines():
@@ -44,13 +44,13 @@ def test_the_commands_run_one_after_the_other(tmp_path):
             continue
         if ".train " in line:
             line += SHORTER
-        assert line.startswith("python -m titok_jax."), line
+        assert line.startswith(("python -m titok_jax.", "python tools/")), line
         run = subprocess.run(
             [sys.executable, *line.split()[1:]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
         )
         assert run.returncode == 0, f"{line}\n{run.stderr[-3000:]}"
     written = {path.name for path in tmp_path.iterdir()}
-    assert {"pi.png", "samples.npz", "reconstructions", "digits.json", "runs", "mine.png"} <= written
+    assert {"pi.png", "samples.npz", "reconstructions", "digits.json", "runs", "mine.png", "mine.safetensors"} <= written
 
 
 @pytest.mark.parametrize(("target", "command"), [("demo", "-m titok_jax.sample"), ("test", "-m pytest")])
