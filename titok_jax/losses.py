@@ -89,6 +89,11 @@ def stage1_loss(
     }
 
 
+def codebook_usage(tokens: jax.Array, codebook_size: int) -> jax.Array:
+    """Share of the codes that occur among `tokens` (int, any shape)."""
+    return jnp.zeros(codebook_size, bool).at[tokens.reshape(-1)].set(True).mean()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer on pixels: stage 2 and single stage (published: ReconstructionLoss_Stage2, ReconstructionLoss_Single_Stage)
 

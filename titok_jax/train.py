@@ -11,7 +11,6 @@ DIR/checkpoints and ends with the same parameters, bit for bit, as if it had not
 tensorboard/ and previews/.
 """
 
-import dataclasses
 import fcntl
 import json
 import signal
@@ -35,10 +34,9 @@ from titok_jax.data.loader import make_eval_loader, make_loader
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_eval_transform, make_train_transform
 from titok_jax.metric_log import MetricLog
-from titok_jax.models.discriminator import DiscriminatorConfig
-from titok_jax.models.generator import GeneratorConfig, SamplingConfig
-from titok_jax.models.titok import TiTokConfig, transformer_size
-from titok_jax.tasks import Task, generator, single_stage
+from titok_jax.models.generator import GeneratorConfig
+from titok_jax.tasks import Task
+from titok_jax.tasks.build import build_task
 
 # What may change when a run is continued; everything else decides the result.
 FREE_FIELDS = (
@@ -50,63 +48,6 @@ FREE_FIELDS = (
     "data.num_workers",
     "data.num_threads",
 )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From the configuration to the parts
-
-
-def _dataclass(cls: type, fields: Mapping[str, Any], name: str) -> Any:
-    """`cls(**fields)`; a field that it does not have, or a bad value, is an error that names the section."""
-    unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
-    if unknown:
-        raise ValueError(f"config.{name} has unknown fields: {', '.join(sorted(unknown))}")
-    try:
-        return cls(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config.{name}: {error}") from None
-
-
-def build_task(config: ConfigDict) -> Task:
-    """The task of a configuration, its frozen networks loaded.
-
-    Raises:
-      ValueError, FileNotFoundError: a bad field, or a frozen network that cannot be loaded.
-    """
-    fields = config.model.to_dict()
-    common = {
-        "optimizer": config.optimizer.to_dict(),
-        "num_steps": config.num_steps,
-        "ema_decay": config.ema_decay,
-        "compute_dtype": config.compute_dtype,
-        "remat": config.remat,
-        "gradient_accumulation": config.gradient_accumulation,
-    }
-    if config.task == "single_stage":
-        fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder") if tower in fields}
-        loss = _dataclass(single_stage.LossConfig, config.loss, "loss")
-        adversarial = loss.discriminator_weight > 0
-        return single_stage.make_task(
-            _dataclass(TiTokConfig, fields, "model"),
-            loss,
-            discriminator=_dataclass(DiscriminatorConfig, config.discriminator, "discriminator") if adversarial else None,
-            discriminator_optimizer=config.discriminator_optimizer.to_dict() if adversarial else None,
-            **common,
-        )
-    if config.task == "generator":
-        tokenizer = None
-        if config.tokenizer:
-            loaded = inference.load_tokenizer(config.tokenizer)
-            tokenizer = (loaded.config, jax.device_get(loaded.params))
-            fields |= {"num_tokens": loaded.config.num_latent_tokens, "codebook_size": loaded.config.codebook_size}
-        fields["sampling"] = _dataclass(SamplingConfig, fields.get("sampling", {}), "model.sampling")
-        model = _dataclass(GeneratorConfig, fields, "model")
-        if tokenizer:
-            inference.check_pair(tokenizer[0], model)
-        return generator.make_task(
-            model, _dataclass(generator.LossConfig, config.loss, "loss"), tokenizer=tokenizer, **common
-        )
-    raise ValueError(f"config.task is {config.task!r}, expected 'single_stage' or 'generator'")
 
 
 def check_batch(batch: Mapping[str, np.ndarray], config: ConfigDict, task: Task) -> None:
@@ -195,7 +136,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         abstract, shardings, lambda found: check_config(found, stored_config, FREE_FIELDS, str(workdir))
     )
     if restored is None:
-        start, state = 0, jax.jit(task.init, out_shardings=shardings)(jax.random.fold_in(key, 0))
+        start, state = 0, jax.jit(task.init, out_shardings=shardings)(jax.random.fold_in(key, 0), task.start)
     else:
         start, state = restored
         print(f"Continuing at step {start} of {num_steps} from {workdir}/checkpoints", flush=True)

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 
 from titok_jax import convert, models
+from titok_jax.models.layers import target_platform
 from titok_jax.optimizer import NO_DECAY_WORDS, adamw, clip_by_global_norm, constant_schedule, cosine_schedule
 
 State = dict[str, Any]
@@ -30,7 +31,8 @@ class Task:
     Attributes:
       networks: the trained networks by name, for the parameter table.
       frozen: parameters that steps read and nothing changes (a tokenizer, a perceptual network); not in checkpoints.
-      init: (key) -> state. Pure.
+      init: (key, start) -> state. Pure.
+      start: {network: parameters} that a run begins with in the place of new ones, given to `init`; None if all are new.
       draw: (key, batch) -> everything random that a step uses, as arrays or keys. Pure.
       update: (state, frozen, batch, draws) -> (state, metrics). Pure.
       preview: (state, frozen, batch, key) -> {title: images [n, H, W, 3] in [0, 1]}, pictures of the state's quality; the
@@ -41,12 +43,13 @@ class Task:
 
     networks: Mapping[str, "Network"]
     frozen: Any
-    init: Callable[[jax.Array], State]
+    init: Callable[..., State]
     draw: Callable[[jax.Array, Batch], Any]
     update: Callable[[State, Any, Batch, Any], tuple[State, Metrics]]
     preview: Callable[[State, Any, Batch, jax.Array], dict[str, jax.Array]] | None
     export: Callable[[State, Path], None]
     loss: str
+    start: Mapping[str, convert.Params] | None = None
 
     def step(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         """One training step; `key` belongs to the whole run, the step's own is derived from it."""
@@ -62,6 +65,8 @@ class Network:
       optimizer: AdamW with the published weight decay groups and the schedule.
       schedule: learning rate by update, for the log.
       max_grad_norm: gradients are clipped to this global norm.
+      trained: the top-level parts of the parameters that are trained; None: all. The others stay as they are, and their
+        average, a copy, does too.
     """
 
     config: models.Config
@@ -70,21 +75,28 @@ class Network:
     optimizer: optax.GradientTransformation
     schedule: Callable[[jax.Array], jax.Array]
     max_grad_norm: float
+    trained: tuple[str, ...] | None = None
 
-    def init(self, key: jax.Array) -> tuple[convert.Params, optax.OptState]:
-        params = models.init(self.config, key)
-        return params, self.optimizer.init(params)
+    def init(self, key: jax.Array, start: convert.Params | None = None) -> tuple[convert.Params, optax.OptState]:
+        """(parameters, optimizer state): new parameters, or `start`."""
+        params = models.init(self.config, key) if start is None else start
+        return params, self.optimizer.init(self.trainable(params))
 
     def module(self, params: convert.Params) -> nnx.Module:
         return nnx.merge(self.graphdef, params)
 
+    def trainable(self, params: convert.Params) -> convert.Params:
+        """The part of the parameters that is trained, what gradients are taken with respect to."""
+        return params if self.trained is None else {name: params[name] for name in self.trained}
+
     def apply(
         self, params: convert.Params, opt: optax.OptState, grads: convert.Params
     ) -> tuple[convert.Params, optax.OptState, jax.Array]:
-        """Clip, update -> (params, optimizer state, gradient norm before clipping)."""
+        """Clip, update -> (params, optimizer state, gradient norm before clipping); gradients of the trainable part."""
         grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
-        updates, opt = self.optimizer.update(grads, opt, params)
-        return optax.apply_updates(params, updates), opt, norm
+        trainable = self.trainable(params)
+        updates, opt = self.optimizer.update(grads, opt, trainable)
+        return {**params, **optax.apply_updates(trainable, updates)}, opt, norm
 
 
 def make_network(
@@ -92,6 +104,7 @@ def make_network(
     optimizer: Mapping[str, Any],
     num_steps: int,
     *,
+    trained: tuple[str, ...] | None = None,
     compute_dtype: str = "float32",
     remat: bool = False,
 ) -> Network:
@@ -101,6 +114,7 @@ def make_network(
       optimizer: learning_rate, end_learning_rate, schedule ("cosine" or "constant"), warmup_steps, beta1, beta2,
         weight_decay, max_grad_norm.
       num_steps: updates that the schedule spans.
+      trained: see `Network`.
 
     Raises:
       ValueError: an unknown schedule or dtype.
@@ -115,14 +129,15 @@ def make_network(
         schedule = constant_schedule(lr, warmup_steps=warmup)
     else:
         raise ValueError(f"schedule is {optimizer['schedule']!r}, expected 'cosine' or 'constant'")
+    decay_mask = convert.decay_mask(convert.table_for(config), abstract, NO_DECAY_WORDS)
     tx = adamw(
         schedule,
         b1=optimizer["beta1"],
         b2=optimizer["beta2"],
         weight_decay=optimizer["weight_decay"],
-        decay_mask=convert.decay_mask(convert.table_for(config), abstract, NO_DECAY_WORDS),
+        decay_mask=decay_mask if trained is None else {name: decay_mask[name] for name in trained},
     )
-    return Network(config, graphdef, abstract, tx, schedule, optimizer["max_grad_norm"])
+    return Network(config, graphdef, abstract, tx, schedule, optimizer["max_grad_norm"], trained)
 
 
 def split_batch(tree: Any, parts: int) -> Any:
@@ -136,12 +151,36 @@ def join_batch(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def accumulate(loss: Callable, params: convert.Params, rows: Any, parts: int) -> tuple[convert.Params, Metrics, Any]:
+# On a CPU the gradient of a convolution takes 25 times as long in a loop or a branch as in the main program.
+_INLINE = {"cpu": True, "gpu": False, "tpu": False}
+
+
+def cond(condition: jax.Array, branch: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """`branch()` where a traced condition holds, else `otherwise()`; on a CPU both are computed."""
+    if _INLINE[target_platform()]:
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), branch(), otherwise())
+    return jax.lax.cond(condition, branch, otherwise)
+
+
+def map_parts(function: Callable, rows: Any, parts: int) -> Any:
+    """`function` of a tree of [B, ...], computed one part of the batch at a time, and once more in the backward pass."""
+    if parts == 1:
+        return function(rows)
+    once = jax.checkpoint(function)
+    inline = _INLINE[target_platform()]
+    _, outputs = jax.lax.scan(lambda _, part: (None, once(part)), None, split_batch(rows, parts), unroll=inline)
+    return join_batch(outputs)
+
+
+def accumulate(
+    loss: Callable, params: convert.Params, rows: Any, parts: int, *, convolutions: bool = False
+) -> tuple[convert.Params, Metrics, Any]:
     """Gradient of the mean of a loss over `parts` parts of a batch, computed one part at a time.
 
     Args:
       loss: (params, rows of one part) -> (scalar, (metrics, outputs [b, ...])).
       rows: tree of [B, ...].
+      convolutions: the loss has some, so that on a CPU the parts must not be a loop.
 
     Returns:
       (gradients, metrics averaged over the parts, outputs of all rows [B, ...]).
@@ -156,7 +195,8 @@ def accumulate(loss: Callable, params: convert.Params, rows: Any, parts: int) ->
         return jax.tree.map(jnp.add, total, grads), (metrics, outputs)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, (metrics, outputs) = jax.lax.scan(body, zeros, split_batch(rows, parts))
+    inline = convolutions and _INLINE[target_platform()]
+    grads, (metrics, outputs) = jax.lax.scan(body, zeros, split_batch(rows, parts), unroll=inline)
     return (
         jax.tree.map(lambda g: g / parts, grads),
         jax.tree.map(lambda m: m.mean(0), metrics),

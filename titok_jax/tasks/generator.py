@@ -37,6 +37,7 @@ def make_task(
     optimizer: dict,
     num_steps: int,
     tokenizer: tuple[TiTokConfig, convert.Params] | None = None,
+    start: convert.Params | None = None,
     ema_decay: float = 0.999,
     compute_dtype: str = "float32",
     remat: bool = False,
@@ -47,6 +48,7 @@ def make_task(
     Args:
       optimizer: see `tasks.make_network`.
       tokenizer: makes tokens of the batch's images, and images of the previews' tokens; None for batches of tokens.
+      start: the generator's parameters to begin with; None: new ones.
       gradient_accumulation: parts that a batch is cut into; the gradient is that of the whole batch (but for the
         dropout's draws).
     """
@@ -54,8 +56,8 @@ def make_task(
     parts = gradient_accumulation
     tokenizer_graphdef = models.abstract(tokenizer[0])[0] if tokenizer else None
 
-    def init(key: jax.Array) -> State:
-        params, opt = network.init(key)
+    def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
+        params, opt = network.init(key, (start or {}).get("generator"))
         state = {"step": jnp.zeros((), jnp.int32), "params": {"generator": params}, "opt": {"generator": opt}}
         return {**state, "ema": {"generator": params}}
 
@@ -136,4 +138,5 @@ def make_task(
         preview=preview if tokenizer else None,
         export=export,
         loss="loss",
+        start=None if start is None else {"generator": start},
     )

@@ -1,0 +1,132 @@
+"""From a configuration to its task: the models, the frozen networks and the parameters that a run begins with."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from titok_jax import convert, inference, models, pretrained
+from titok_jax.models.discriminator import DiscriminatorConfig
+from titok_jax.models.generator import GeneratorConfig, SamplingConfig
+from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
+from titok_jax.models.titok import TiTokConfig, transformer_size
+from titok_jax.tasks import Task, generator, pixels, single_stage, stage1, stage2
+from titok_jax.tasks.perceptual import load_perceptual
+
+
+def build_task(config: ConfigDict) -> Task:
+    """The task of a configuration, its frozen networks loaded.
+
+    Raises:
+      ValueError, FileNotFoundError: a bad field, or a frozen network that cannot be loaded.
+    """
+    fields = config.model.to_dict()
+    common = {
+        "optimizer": config.optimizer.to_dict(),
+        "num_steps": config.num_steps,
+        "ema_decay": config.ema_decay,
+        "compute_dtype": config.compute_dtype,
+        "remat": config.remat,
+        "gradient_accumulation": config.gradient_accumulation,
+    }
+    if config.task == "generator":
+        tokenizer = None
+        if config.tokenizer:
+            loaded = inference.load_tokenizer(config.tokenizer)
+            tokenizer = (loaded.config, jax.device_get(loaded.params))
+            fields |= {"num_tokens": loaded.config.num_latent_tokens, "codebook_size": loaded.config.codebook_size}
+        fields["sampling"] = _dataclass(SamplingConfig, fields.get("sampling", {}), "model.sampling")
+        model = _dataclass(GeneratorConfig, fields, "model")
+        if tokenizer:
+            inference.check_pair(tokenizer[0], model)
+        loss = _dataclass(generator.LossConfig, config.loss, "loss")
+        return generator.make_task(model, loss, tokenizer=tokenizer, start=_start(config, model), **common)
+    if config.task not in ("stage1", "stage2", "single_stage"):
+        raise ValueError(f"config.task is {config.task!r}, expected 'stage1', 'stage2', 'single_stage' or 'generator'")
+
+    fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder") if tower in fields}
+    if config.task == "stage1":
+        model = _dataclass(TiTokConfig, fields, "model")
+        loss = _dataclass(stage1.LossConfig, config.loss, "loss")
+        return stage1.make_task(model, loss, vqgan=_vqgan(config), start=_start(config, model), **common)
+    loss = _dataclass(pixels.LossConfig, config.loss, "loss")
+    if loss.perceptual != "none":
+        common["perceptual"] = load_perceptual(loss.perceptual, config.get("perceptual_weights", ""))
+    if loss.discriminator_weight > 0:
+        common["discriminator"] = _dataclass(DiscriminatorConfig, config.discriminator, "discriminator")
+        common["discriminator_optimizer"] = config.discriminator_optimizer.to_dict()
+    if config.task == "stage2":
+        model, start = _stage2_start(config, fields)
+        return stage2.make_task(model, loss, start=start, **common)
+    model = _dataclass(TiTokConfig, fields, "model")
+    return single_stage.make_task(model, loss, start=_start(config, model), **common)
+
+
+def _dataclass(cls: type, fields: Mapping[str, Any], name: str) -> Any:
+    """`cls(**fields)`; a field that it does not have, or a bad value, is an error that names the section."""
+    unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"config.{name} has unknown fields: {', '.join(sorted(unknown))}")
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.{name}: {error}") from None
+
+
+def _load(source: str, kind: type) -> tuple[models.Config, convert.Params]:
+    """A model with its parameters in the host's memory: they are placed with the rest of the state."""
+    return pretrained.load(source, kind, place=lambda path, array: array)
+
+
+def _vqgan(config: ConfigDict) -> tuple[MaskgitVQGANConfig, convert.Params]:
+    """The MaskGIT-VQGAN `config.vqgan`: a name, folder or file; or "random", of the sizes `config.vqgan_model`, always the
+    same one: to see that a recipe runs."""
+    if not config.vqgan:
+        raise ValueError("no MaskGIT-VQGAN is set: set --config.vqgan to a name, a folder or a file of it")
+    if config.vqgan != "random":
+        return _load(config.vqgan, MaskgitVQGANConfig)
+    model = _dataclass(MaskgitVQGANConfig, config.vqgan_model.to_dict(), "vqgan_model")
+    return model, jax.device_get(jax.jit(functools.partial(models.init, model))(jax.random.key(0)))
+
+
+def _start(config: ConfigDict, model: models.Config) -> convert.Params | None:
+    """The parameters of the model `config.init_from`, which must be a `model`; None if nothing is set."""
+    if not config.get("init_from"):
+        return None
+    found, params = _load(config.init_from, type(model))
+    _check_same(found, model, config.init_from)
+    return params
+
+
+def _stage2_start(config: ConfigDict, fields: dict[str, Any]) -> tuple[TiTokConfig, convert.Params | None]:
+    """(the model, the parameters it begins with): from a stage 1 model and a VQGAN, or from a stage 2 model."""
+    if not config.init_from:
+        raise ValueError("stage 2 fine-tunes a stage 1 model: set --config.init_from to it, or to 'random' for a trial")
+    if config.init_from == "random":
+        return _dataclass(TiTokConfig, fields | {"pixel_decoder": _vqgan(config)[0]}, "model"), None
+    found, params = _load(config.init_from, TiTokConfig)
+    if found.predicts_codes:
+        vqgan, vqgan_params = _vqgan(config)
+        params = stage2.from_stage1(params, vqgan_params)
+    else:
+        vqgan = found.pixel_decoder
+    model = _dataclass(TiTokConfig, fields | {"pixel_decoder": vqgan}, "model")
+    # What stage 1 differs in, or has no meaning in one of the two.
+    free = {name: getattr(model, name) for name in ("finetune_decoder", "commitment_cost", "pixel_decoder")}
+    _check_same(dataclasses.replace(found, **free), model, config.init_from)
+    return model, params
+
+
+def _check_same(found: models.Config, expected: models.Config, source: str) -> None:
+    """Raises ValueError, listing every field that differs."""
+    ours = {field.name for field in dataclasses.fields(expected)} - {"sampling"}
+    different = [
+        f"  {name}: {getattr(found, name)!r}, config.model has {getattr(expected, name)!r}"
+        for name in sorted(ours)
+        if getattr(found, name) != getattr(expected, name)
+    ]
+    if different:
+        raise ValueError(f"config.init_from: {source} is another model:\n" + "\n".join(different))

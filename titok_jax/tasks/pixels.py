@@ -1,0 +1,236 @@
+"""What single-stage training and stage 2 have in common: a tokenizer trained on its pixels, against a discriminator.
+
+Order of a step, as published: the tokenizer's loss and update against the discriminator as it is; from `discriminator_start`
+on the discriminator's, on the same reconstructions, made before the update; then the average of the tokenizer's parameters.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from titok_jax import convert, losses, pretrained
+from titok_jax.models.discriminator import DiscriminatorConfig
+from titok_jax.models.titok import TiTokConfig
+from titok_jax.optimizer import ema_update
+from titok_jax.tasks import (
+    Batch,
+    Metrics,
+    Network,
+    State,
+    Task,
+    accumulate,
+    cond,
+    float_images,
+    make_network,
+    map_parts,
+)
+from titok_jax.tasks.perceptual import Perceptual
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms; a term with weight 0 is not computed.
+
+    Attributes:
+      reconstruction: "l2" or "l1".
+      perceptual: which perceptual network, e.g. "lpips-convnext_s-1.0-0.1", or "none".
+      discriminator_start: first update of the adversarial terms.
+      kl_weight: of a VAE.
+    """
+
+    reconstruction: str = "l2"
+    reconstruction_weight: float = 1.0
+    quantizer_weight: float = 1.0
+    kl_weight: float = 1e-6
+    perceptual: str = "none"
+    perceptual_weight: float = 1.1
+    discriminator_weight: float = 0.0
+    discriminator_factor: float = 1.0
+    discriminator_start: int = 0
+    lecam_weight: float = 0.001
+    lecam_decay: float = 0.999
+
+
+def make_task(
+    config: TiTokConfig,
+    loss: LossConfig,
+    *,
+    optimizer: dict,
+    num_steps: int,
+    discriminator: DiscriminatorConfig | None = None,
+    discriminator_optimizer: dict | None = None,
+    perceptual: Perceptual | None = None,
+    trained: tuple[str, ...] | None = None,
+    start: convert.Params | None = None,
+    ema_decay: float = 0.999,
+    compute_dtype: str = "float32",
+    remat: bool = False,
+    gradient_accumulation: int = 1,
+) -> Task:
+    """The task.
+
+    Args:
+      optimizer: see `tasks.make_network`.
+      num_steps: length of the training; the discriminator's schedule spans what is left of it after its start.
+      discriminator, discriminator_optimizer: needed if `loss.discriminator_weight` is not 0.
+      perceptual: the network that `loss.perceptual` names, None for "none".
+      trained: the top-level parts of the tokenizer that are trained; None: all.
+      start: the tokenizer's parameters to begin with; None: new ones.
+      gradient_accumulation: parts that a batch is cut into; the step is that of the whole batch.
+
+    Raises:
+      ValueError: a loss without what it needs.
+    """
+    if loss.perceptual != ("none" if perceptual is None else perceptual.name):
+        found = "no network is given" if perceptual is None else f"the network given is {perceptual.name!r}"
+        raise ValueError(f"loss.perceptual is {loss.perceptual!r}, but {found}")
+    tokenizer = make_network(config, optimizer, num_steps, trained=trained, compute_dtype=compute_dtype, remat=remat)
+    networks: dict[str, Network] = {"tokenizer": tokenizer}
+    adversarial = loss.discriminator_weight > 0
+    if adversarial:
+        if discriminator is None or discriminator_optimizer is None:
+            raise ValueError("loss.discriminator_weight is set, but no discriminator")
+        networks["discriminator"] = make_network(
+            discriminator, discriminator_optimizer, num_steps - loss.discriminator_start, compute_dtype=compute_dtype
+        )
+
+    def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
+        state: State = {"step": jnp.zeros((), jnp.int32), "params": {}, "opt": {}, "ema": {}}
+        for name, network, network_key in zip(
+            networks, networks.values(), jax.random.split(key, len(networks)), strict=True
+        ):
+            state["params"][name], state["opt"][name] = network.init(network_key, (start or {}).get(name))
+        state["ema"]["tokenizer"] = state["params"]["tokenizer"]
+        if adversarial:
+            state["lecam"] = losses.init_lecam()
+        return state
+
+    def draw(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        if config.quantize_mode == "vq":
+            return {}
+        shape = (batch["image"].shape[0], config.num_latent_tokens, config.token_size)
+        return {"noise": jax.random.normal(key, shape)}
+
+    def tokenizer_loss(trainable, rows, *, state: State, frozen):
+        images = rows["images"]
+        model = tokenizer.module({**state["params"]["tokenizer"], **trainable})
+        if config.quantize_mode == "vq":
+            bottleneck = model.quantized(images)
+            z, tokens = bottleneck.quantized, bottleneck.tokens
+        else:
+            posterior = model.posterior(images)
+            z, tokens = posterior.sample(rows["noise"]), None
+        reconstructions = model.decode(z)
+
+        factor, logits_fake = jnp.float32(0.0), None
+        if adversarial:
+            factor = losses.discriminator_factor(state["step"], loss.discriminator_start, loss.discriminator_factor)
+            critic = networks["discriminator"].module(jax.lax.stop_gradient(state["params"]["discriminator"]))
+            grid = jax.eval_shape(critic, reconstructions)
+            logits_fake = cond(factor > 0, lambda: critic(reconstructions), lambda: jnp.zeros(grid.shape, grid.dtype))
+        shared = {
+            "perceptual": jnp.float32(0.0) if perceptual is None else perceptual.distance(frozen, images, reconstructions),
+            "logits_fake": logits_fake,
+            "factor": factor,
+            "kind": loss.reconstruction,
+            "reconstruction_weight": loss.reconstruction_weight,
+            "perceptual_weight": loss.perceptual_weight,
+            "discriminator_weight": loss.discriminator_weight,
+        }
+        if config.quantize_mode == "vq":
+            # Of a quantizer that is not trained, the losses are logged as 0.
+            counts = trained is None or "quantize" in trained
+            total, metrics = losses.vq_generator_loss(
+                images,
+                reconstructions,
+                quantizer_loss=counts * bottleneck.quantizer_loss,
+                commitment_loss=counts * bottleneck.commitment_loss,
+                codebook_loss=counts * bottleneck.codebook_loss,
+                quantizer_weight=loss.quantizer_weight,
+                **shared,
+            )
+        else:
+            total, metrics = losses.vae_generator_loss(
+                images, reconstructions, kl=posterior.kl(), kl_weight=loss.kl_weight, **shared
+            )
+        return total, (metrics, {"reconstructions": reconstructions, "tokens": tokens})
+
+    def discriminator_update(state: State, images, reconstructions):
+        """-> (params, optimizer state, LeCam averages, metrics) of the discriminator."""
+        network, start = networks["discriminator"], state["step"] >= loss.discriminator_start
+
+        def logits(params, images):
+            # LeCam is not linear in the mean logits, so that gradients of parts would not add up to that of the whole:
+            # the logits of all parts enter one loss.
+            return map_parts(lambda part: network.module(params)(part), images, gradient_accumulation)
+
+        def discriminator_loss(params):
+            total, metrics, lecam = losses.discriminator_loss(
+                logits(params, images),
+                logits(params, jax.lax.stop_gradient(reconstructions)),
+                state["lecam"],
+                factor=loss.discriminator_factor,
+                lecam_weight=loss.lecam_weight,
+                lecam_decay=loss.lecam_decay,
+            )
+            return total, (metrics, lecam)
+
+        def train():
+            params, opt = state["params"]["discriminator"], state["opt"]["discriminator"]
+            grads, (metrics, lecam) = jax.grad(discriminator_loss, has_aux=True)(params)
+            updates_made = state["step"] - loss.discriminator_start
+            params, opt, norm = network.apply(params, opt, grads)
+            return params, opt, lecam, {**metrics, "disc_grad_norm": norm, "disc_lr": network.schedule(updates_made)}
+
+        def wait():
+            nothing = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss", "disc_grad_norm", "disc_lr")
+            metrics = {name: jnp.float32(jnp.nan) for name in nothing}
+            return state["params"]["discriminator"], state["opt"]["discriminator"], state["lecam"], metrics
+
+        return cond(start, train, wait)
+
+    def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        images = float_images(batch)
+        params, opt, ema = dict(state["params"]), dict(state["opt"]), dict(state["ema"])
+
+        def loss_of(trainable, rows):
+            return tokenizer_loss(trainable, rows, state=state, frozen=frozen)
+
+        rows, trainable = {"images": images, **draws}, tokenizer.trainable(params["tokenizer"])
+        grads, metrics, outputs = accumulate(loss_of, trainable, rows, gradient_accumulation, convolutions=True)
+        metrics["lr"] = tokenizer.schedule(state["step"])
+        params["tokenizer"], opt["tokenizer"], metrics["grad_norm"] = tokenizer.apply(
+            params["tokenizer"], opt["tokenizer"], grads
+        )
+        new = {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}
+        if adversarial:
+            trained = discriminator_update(state, images, outputs["reconstructions"])
+            params["discriminator"], opt["discriminator"], new["lecam"], disc_metrics = trained
+            metrics |= disc_metrics
+        if outputs["tokens"] is not None:
+            metrics["codebook_usage"] = losses.codebook_usage(outputs["tokens"], config.codebook_size)
+        ema["tokenizer"] = ema_update(ema["tokenizer"], params["tokenizer"], state["step"], ema_decay)
+        return new, metrics
+
+    def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        del frozen, key
+        model, images = tokenizer.module(state["ema"]["tokenizer"]), float_images(batch)
+        z = model.quantized(images).quantized if config.quantize_mode == "vq" else model.posterior(images).mean
+        return {"image": images, "reconstruction": jnp.clip(model.decode(z), 0.0, 1.0)}
+
+    def export(state: State, folder: Path) -> None:
+        pretrained.save(folder, config, state["ema"]["tokenizer"], overwrite=True)
+
+    return Task(
+        networks=networks,
+        frozen=None if perceptual is None else perceptual.params,
+        init=init,
+        draw=draw,
+        update=update,
+        preview=preview,
+        export=export,
+        loss="total_loss",
+        start=None if start is None else {"tokenizer": start},
+    )
