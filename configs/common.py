@@ -1,0 +1,122 @@
+"""What the recipes for ImageNet share, and their small form: the embedded digits, to see in a minute that a recipe runs."""
+
+from ml_collections import ConfigDict
+
+# Sizes of the published two-stage tokenizers: (transformers, tokens).
+TWO_STAGE = {"l32": ("large", 32), "b64": ("base", 64), "s128": ("small", 128)}
+
+
+def pick(variants: dict, variant: str):
+    """The entry `variant`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if variant not in variants:
+        raise ValueError(f"variant {variant!r}, expected one of {list(variants)}")
+    return variants[variant]
+
+
+def base(task: str) -> ConfigDict:
+    """Everything that is the same in all recipes."""
+    config = ConfigDict()
+    config.task = task
+    config.seed = 42
+    config.init_from = ""
+    config.data = ConfigDict(
+        {
+            "source": {"name": "folder", "path": ""},
+            "eval_source": None,
+            "transform": {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256},
+            "eval_transform": {"name": "center_crop_torchvision", "size": 256},
+            "batch_size": 256,
+            "num_workers": 16,
+            "num_threads": 16,
+        },
+        type_safe=False,  # a source has other fields than another
+    )
+    config.ema_decay = 0.999
+    config.compute_dtype = "bfloat16"
+    config.remat = False
+    config.gradient_accumulation = 1
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.log_every = 50
+    config.checkpoint_every = 5000
+    config.keep_checkpoints = 2
+    config.preview_every = 5000
+    config.preview_images = 32
+    config.preview_columns = 8
+    return config
+
+
+def optimizer(learning_rate: float, *, beta2: float, weight_decay: float, warmup_steps: int) -> ConfigDict:
+    """AdamW as in all published recipes: cosine to 1e-5, gradients clipped to norm 1."""
+    return ConfigDict(
+        {
+            "learning_rate": learning_rate,
+            "end_learning_rate": 1e-5,
+            "schedule": "cosine",
+            "warmup_steps": warmup_steps,
+            "beta1": 0.9,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "max_grad_norm": 1.0,
+        }
+    )
+
+
+def two_stage_model(size: str, num_tokens: int, *, finetune_decoder: bool) -> ConfigDict:
+    """A published two-stage tokenizer."""
+    return ConfigDict(
+        {
+            "image_size": 256,
+            "patch_size": 16,
+            "num_latent_tokens": num_tokens,
+            "token_size": 12,
+            "quantize_mode": "vq",
+            "codebook_size": 4096,
+            "use_l2_norm": True,
+            "commitment_cost": 0.0 if finetune_decoder else 0.25,
+            "encoder": size,
+            "decoder": size,
+            "is_legacy": True,
+            "finetune_decoder": finetune_decoder,
+        },
+        type_safe=False,  # a size is a name or numbers
+    )
+
+
+def shrink(config: ConfigDict) -> ConfigDict:
+    """The recipe on the digits of 32 x 32 pixels, for a few steps."""
+    config.num_steps = 150
+    config.compute_dtype = "float32"
+    config.log_every = 10
+    config.checkpoint_every = 75
+    config.preview_every = 75
+    config.preview_images, config.preview_columns = 20, 10
+    config.data.update({"batch_size": 32, "num_workers": 0, "num_threads": 2})
+    config.data.eval_transform = None
+    config.data.source = ConfigDict({"name": "digits", "split": "train"})
+    config.data.eval_source = ConfigDict({"name": "digits", "split": "test"})
+    config.data.transform = ConfigDict({"name": "jitter"})
+    for name in ("optimizer", "discriminator_optimizer"):
+        if name in config:
+            config[name].update({"learning_rate": 1e-3, "warmup_steps": 15})
+    if "discriminator" in config:
+        config.discriminator.update({"hidden_channels": 32, "num_stages": 2, "logits_size": 8})
+        config.loss.discriminator_start = 75
+    if "vqgan" in config:  # nothing is learnt from a random one; it shows that the steps work
+        config.vqgan = "random"
+        config.vqgan_model = ConfigDict({"hidden_channels": 32, "channel_mult": (1, 1, 1, 1), "z_channels": 32})
+    if "perceptual_weights" in config:  # no trained network comes with the package
+        config.loss.perceptual = "none"
+    size = {"width": 96, "num_layers": 2, "num_heads": 3}
+    if config.task == "generator":
+        config.tokenizer = "digits"
+        config.model.update(
+            {"num_classes": 10, "hidden_size": 96, "num_layers": 2, "num_heads": 3, "intermediate_size": 192}
+        )
+    else:
+        config.model.update({"image_size": 32, "patch_size": 8, "num_latent_tokens": 8, "encoder": size, "decoder": size})
+        config.model.codebook_size = 256
+    return config

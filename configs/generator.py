@@ -1,0 +1,56 @@
+"""Masked generators of a tokenizer's tokens, given the class.
+
+  python -m titok_jax.train --config configs/generator.py:b64 --workdir runs/b64_generator \
+      --config.data.source.paths='TOKENS/*.array_record'
+
+The data are token records; for tokens made from images on the way, set --config.tokenizer and an image source. Variants l32
+and b64 (ViT), s128 (U-ViT); published gFID 2.77, 2.48, 1.97, about 1 day (32 tokens) to 2 days (128) on 32 A800. `:smoke` is
+a small one of the embedded digits' tokens, about a minute on a CPU.
+
+Values: the published configs/training/generator/maskgit.yaml (B-64; batch 64 on each of 32 GPUs). There is none for the two
+others: sizes are those of their published weights, the rest is the same. Sampling settings: those of the published results.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# model, tokens, (width, layers, heads, MLP), (steps, temperature, guidance, its schedule)
+VIT, UVIT = (768, 24, 16, 3072), (1024, 20, 16, 4096)
+VARIANTS = {
+    "l32": ("ViT", 32, VIT, (8, 9.5, 4.5, "linear")),
+    "b64": ("ViT", 64, VIT, (8, 11.0, 3.0, "linear")),
+    "s128": ("UViT", 128, UVIT, (64, 2.8, 6.9, "power-cosine")),
+    "smoke": ("ViT", 8, VIT, (8, 1.0, 3.0, "linear")),
+}
+
+
+def get_config(variant: str = "l32") -> ConfigDict:
+    model_type, num_tokens, (width, layers, heads, mlp), sampling = common.pick(VARIANTS, variant)
+    config = common.base("generator")
+    config.num_steps = 500_000
+    config.tokenizer = ""
+    config.data.source = ConfigDict({"name": "tokens", "paths": ""})
+    config.data.transform = config.data.eval_transform = None
+    config.data.batch_size = 2048
+    config.model = ConfigDict(
+        {
+            "model_type": model_type,
+            "num_tokens": num_tokens,
+            "codebook_size": 4096,
+            "num_classes": 1000,
+            "hidden_size": width,
+            "num_layers": layers,
+            "num_heads": heads,
+            "intermediate_size": mlp,
+            "dropout": 0.1,
+            "attn_dropout": 0.1,
+            "class_label_dropout": 0.1,
+            "sampling": dict(
+                zip(("num_steps", "temperature", "guidance_scale", "guidance_schedule"), sampling, strict=True)
+            ),
+        }
+    )
+    config.loss = ConfigDict({"label_smoothing": 0.1, "unmasked_weight": 0.1})
+    config.optimizer = common.optimizer(2e-4, beta2=0.96, weight_decay=0.03, warmup_steps=10_000)
+    return common.shrink(config) if variant == "smoke" else config

@@ -1,0 +1,26 @@
+"""Stage 1 of the two-stage tokenizers: predict the codes of the MaskGIT-VQGAN.
+
+  python -m titok_jax.train --config configs/stage1.py:l32 --workdir runs/l32_stage1 --config.data.source.path=IMAGENET/train
+
+Variants l32, b64, s128; published: L-32 took 74 hours on 64 A100, B-64 41 hours on 32, and S-128 ends with a cross entropy
+of about 3.0. `:smoke` is a small one on the embedded digits, about a minute on a CPU, whose VQGAN has random weights: its
+cross entropy falls from 6.9 all the same.
+
+Values: the published configs/training/stage1/titok_l32.yaml, TiTok/stage1/titok_b64.yaml and stage1/titok_s128.yaml (batch
+32 on each of 8 GPUs). fp16 there is bfloat16 here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "l32") -> ConfigDict:
+    size, num_tokens = common.pick(common.TWO_STAGE | {"smoke": ("small", 8)}, variant)
+    config = common.base("stage1")
+    config.num_steps = 1_000_000
+    config.vqgan = "maskgit_vqgan"
+    config.model = common.two_stage_model(size, num_tokens, finetune_decoder=False)
+    config.loss = ConfigDict({"quantizer_weight": 1.0})
+    config.optimizer = common.optimizer(1e-4, beta2=0.99, weight_decay=1e-4, warmup_steps=10_000)
+    return common.shrink(config) if variant == "smoke" else config

@@ -1,0 +1,115 @@
+"""The recipes: their models are the published ones, the published values are in them, and the small ones can be built."""
+
+import dataclasses
+import importlib
+
+import golden_data as gd
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from titok_jax import convert, models, pretrained
+from titok_jax.models import GeneratorConfig, TiTokConfig
+from titok_jax.models.perceptual import VGG_LEVELS, PerceptualConfig
+from titok_jax.models.titok import transformer_size
+from titok_jax.tasks.build import build_task
+from titok_jax.tasks.perceptual import load_perceptual
+
+
+def config(file: str, variant: str):
+    return importlib.import_module(f"configs.{file}").get_config(variant)
+
+
+PUBLISHED = pretrained.known_configs()
+TWO_STAGE = ("l32", "b64", "s128")
+SINGLE_STAGE = ("bl64_vq8k", "bl128_vq8k", "sl256_vq8k", "ll32_vae", "bl64_vae", "bl128_vae")
+
+
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [(f, v) for f in ("stage1", "stage2") for v in TWO_STAGE] + [("single_stage", v) for v in SINGLE_STAGE],
+)
+def test_tokenizers_are_the_published_ones(file, variant):
+    fields = config(file, variant).model.to_dict()
+    fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder")}
+    expected = PUBLISHED["tokenizer", f"titok_{variant}"]
+    # Of stage 2 the published training has no commitment; a VAE has no codebook.
+    free = {"finetune_decoder": file == "stage2"} if file != "single_stage" else {}
+    if file == "stage2":
+        free["commitment_cost"] = 0.0
+    if expected.quantize_mode == "vae":
+        free |= {name: fields[name] for name in ("codebook_size", "use_l2_norm", "commitment_cost")}
+    assert TiTokConfig(**fields) == dataclasses.replace(expected, **free)
+
+
+@pytest.mark.parametrize("variant", TWO_STAGE)
+def test_generators_are_the_published_ones(variant):
+    fields = config("generator", variant).model.to_dict()
+    expected = PUBLISHED["generator", f"titok_{variant}"]
+    sampling = dataclasses.replace(expected.sampling, **fields.pop("sampling"))
+    assert GeneratorConfig(**fields, sampling=sampling) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "variant", "steps", "batch", "rate", "beta2", "decay", "warmup"),
+    [
+        ("stage1", "s128", 1_000_000, 256, 1e-4, 0.99, 1e-4, 10_000),
+        ("stage2", "l32", 500_000, 256, 1e-4, 0.999, 1e-4, 5_000),
+        ("single_stage", "bl64_vq8k", 1_000_000, 256, 1e-4, 0.999, 1e-4, 10_000),
+        ("generator", "b64", 500_000, 2048, 2e-4, 0.96, 0.03, 10_000),
+    ],
+)
+def test_optimizers_are_the_published_ones(file, variant, steps, batch, rate, beta2, decay, warmup):
+    found = config(file, variant)
+    assert (found.num_steps, found.data.batch_size, found.seed, found.ema_decay) == (steps, batch, 42, 0.999)
+    for name in ("optimizer", "discriminator_optimizer"):
+        if name in found:
+            assert found[name].to_dict() == {
+                "learning_rate": rate,
+                "end_learning_rate": 1e-5,
+                "schedule": "cosine",
+                "warmup_steps": warmup,
+                "beta1": 0.9,
+                "beta2": beta2,
+                "weight_decay": decay,
+                "max_grad_norm": 1.0,
+            }
+    assert ("discriminator_optimizer" in found) == (file in ("stage2", "single_stage"))
+
+
+@pytest.mark.parametrize("file", ["stage1", "stage2", "single_stage", "generator"])
+def test_small_recipes_can_be_built(file):
+    task = build_task(config(file, "smoke"))
+    assert task.networks
+    with pytest.raises(ValueError, match="variant 'huge', expected one of"):
+        config(file, "huge")
+
+
+def test_stage2_says_what_it_needs():
+    found = config("stage2", "smoke")
+    found.init_from = ""
+    with pytest.raises(ValueError, match=r"set --config.init_from to it"):
+        build_task(found)
+    found.loss.perceptual = "convnext_s"
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)convnext_small-0c510722.pth.*download.pytorch.org.*perceptual_weights"
+    ):
+        build_task(found)
+
+
+def test_lpips_is_read_from_the_files_it_is_published_in(tmp_path):
+    found = PerceptualConfig("lpips")
+    table, abstract = convert.table_for(found), models.abstract(found)[1]
+    seeded = gd.seeded_weights(convert.published_shapes(table, abstract))
+    names = {f"lpips.net.slice{i + 1}.{n}": f"features.{n}" for i, level in enumerate(VGG_LEVELS) for n in level}
+    vgg = {names[k.rpartition(".")[0]] + "." + k.rpartition(".")[2]: w for k, w in seeded.items() if ".net." in k}
+    safetensors.numpy.save_file(
+        {**vgg, "classifier.0.bias": np.zeros(3, np.float32)}, tmp_path / "vgg16-397923af.safetensors"
+    )
+    with pytest.raises(FileNotFoundError, match="lpips_vgg"):
+        load_perceptual("lpips", tmp_path)
+    heads = {k.removeprefix("lpips."): w for k, w in seeded.items() if ".lin" in k}
+    safetensors.numpy.save_file(heads, tmp_path / "lpips_vgg.safetensors")
+    loaded = convert.to_published(table, load_perceptual("lpips", tmp_path).params)
+    assert loaded.keys() == seeded.keys()
+    assert all(np.array_equal(loaded[name], seeded[name]) for name in seeded)
