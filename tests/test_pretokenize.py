@@ -1,0 +1,156 @@
+"""Pretokenizing: every image once, in order, whatever was killed; the published crops and forms."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_models
+from PIL import Image
+
+from titok_jax import pretokenize
+from titok_jax.data.sources import make_source
+from titok_jax.data.transforms import center_crop_adm, ten_crop
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Stands for one: tokens that any change of a picture changes, which those of random weights are not."""
+
+    def encode(images):
+        assert images.dtype == np.uint8
+        return (images.reshape(len(images), 8, -1).astype(np.int64) * np.arange(1, 385)).sum(-1) % 50_000
+
+    return SimpleNamespace(config=tiny_models.TOKENIZER, encode=encode)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), np.uint8)).save(path)
+    return folder
+
+
+def settings(**changes):
+    base = {
+        "data": "photos",
+        "model": "tiny",
+        "crops": "flip",
+        "passes": 1,
+        "seed": 0,
+        "shards": 3,
+        "format": "array_record",
+    }
+    return base | changes
+
+
+def read(folder):
+    pattern = next(str(folder / f"*.{s}") for s in ("array_record", "jsonl") if list(folder.glob(f"*.{s}")))
+    source = make_source({"name": "tokens", "paths": pattern})
+    return [(source[i]["tokens"].tolist(), int(source[i]["label"])) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("crops", ["center", "flip", "ten"])
+def test_records_are_the_tokens_of_the_published_crops(tokenizer, photos, tmp_path, crops):
+    source = make_source({"name": "folder", "path": str(photos)})
+    assert pretokenize.pretokenize(tokenizer, source, tmp_path, settings=settings(crops=crops), batch_size=4) == (3, 0)
+    expected = []
+    for i in range(len(source)):
+        image = source[i]["image"]
+        center = center_crop_adm(image, 32)
+        pictures = {"center": [center], "flip": [center, center[:, ::-1]], "ten": ten_crop(image, 32)}[crops]
+        expected += [(t, int(source[i]["label"])) for t in np.asarray(tokenizer.encode(np.stack(pictures))).tolist()]
+    assert read(tmp_path) == expected
+
+
+def test_form_shards_processes_and_batches_do_not_change_the_records(tokenizer, photos, tmp_path):
+    source = make_source({"name": "folder", "path": str(photos)})
+    random = settings(crops="random", passes=2)
+    pretokenize.pretokenize(tokenizer, source, tmp_path / "a", settings=random, batch_size=4)
+    other = random | {"shards": 5, "format": "jsonl"}
+    for process in (1, 0):
+        options = {"settings": other, "process_index": process, "process_count": 2, "batch_size": 3}
+        pretokenize.pretokenize(tokenizer, source, tmp_path / "b", **options)
+    assert read(tmp_path / "a") == read(tmp_path / "b")
+    assert len(read(tmp_path / "a")) == 14
+    first, second = read(tmp_path / "a")[:7], read(tmp_path / "a")[7:]
+    assert first != second  # each pass draws anew
+    line = json.loads((tmp_path / "b" / "tokens-00000-of-00005.jsonl").read_text().splitlines()[0])
+    assert set(line) == {"class_id", "tokens"}
+
+
+def test_a_crash_loses_and_doubles_nothing(tokenizer, photos, tmp_path):
+    source = make_source({"name": "folder", "path": str(photos)})
+    pretokenize.pretokenize(tokenizer, source, tmp_path / "straight", settings=settings(), batch_size=4)
+    calls = []
+
+    class Failing:
+        config = tokenizer.config
+
+        @staticmethod
+        def encode(images):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return tokenizer.encode(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretokenize.pretokenize(Failing, source, tmp_path / "killed", settings=settings(), batch_size=4)
+    done = sorted(p.name for p in (tmp_path / "killed").glob("*.array_record"))
+    assert done == ["tokens-00000-of-00003.array_record"]
+    result = pretokenize.pretokenize(tokenizer, source, tmp_path / "killed", settings=settings(), batch_size=4)
+    assert result == (2, 1)
+    assert read(tmp_path / "killed") == read(tmp_path / "straight")
+    with pytest.raises(ValueError, match=r"crops: 'flip' there, 'ten' now"):
+        pretokenize.pretokenize(tokenizer, source, tmp_path / "killed", settings=settings(crops="ten"))
+
+
+def test_the_command_goes_on_after_sigkill(tmp_path):
+    command = [sys.executable, "-m", "titok_jax.pretokenize", "digits:train", "--shards", "30", "--batch-size", "8"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "killed").glob("*.array_record"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list((tmp_path / "killed").glob("*.array_record"))) < 30
+    for name in ("killed", "straight"):
+        subprocess.run([*command, "--out", str(tmp_path / name)], check=True, capture_output=True)
+    assert read(tmp_path / "killed") == read(tmp_path / "straight")
+    assert len(read(tmp_path / "killed")) == 2 * 1437
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["tfds:imagenet2012"], "expected tfds:NAME:SPLIT"),
+        (["digits:validation"], "no split 'validation'"),
+        (["digits:test", "--shards", "0"], "--shards is 0"),
+        (["digits:test", "--shards", "999"], "more than the 360 images"),
+        (["digits:test", "--passes", "2"], "the same in every pass"),
+        (["digits:test", "--model", "titok_xxl"], "unknown model"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
+    assert pretokenize.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_is_refused(tmp_path, capsys):
+    folder = tiny_models.save(tmp_path / "vae", tiny_models.VAE)
+    assert pretokenize.main(["digits:test", "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "VAE" in capsys.readouterr().err
