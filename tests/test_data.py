@@ -581,3 +581,11 @@ def test_token_file_errors(tmp_path):
         sources.make_source({"name": "tokens", "paths": str(tmp_path / "*")})
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl: no such file"):
         sources.make_source({"name": "tokens", "paths": tmp_path / "gone.jsonl"})
+
+
+def test_grey_of_16_bits_keeps_its_levels():
+    levels = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "PNG")
+    image = transforms.decode_image(file.getvalue())
+    np.testing.assert_array_equal(image, np.repeat((levels // 256).astype(np.uint8)[..., None], 3, axis=-1))

@@ -21,13 +21,16 @@ _BICUBIC = Image.Resampling.BICUBIC
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Decodes JPEG, PNG, WebP, ... to uint8 [H, W, 3] RGB; grey and CMYK are converted, transparency is dropped.
+    """Decodes JPEG, PNG, WebP, ... to uint8 [H, W, 3] RGB; grey (also of 16 bits) and CMYK are converted,
+    transparency is dropped.
 
     Raises:
       ValueError: the bytes are no image Pillow can read, or are cut short; `name` says where they came from.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, whose values Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # broken PNG chunks are SyntaxErrors
         raise ValueError(f"{name}: cannot read these {len(data)} bytes as an image (JPEG, PNG, WebP): {error}") from error
