@@ -92,6 +92,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         if path.exists():
+            # Two renames: between them the old folder is whole under another name beside it.
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
             os.replace(path, old)
             os.replace(partial, path)

@@ -12,8 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ import jax
 import numpy as np
 
 from titok_jax import convert, models, weights, zoo
+from titok_jax.cli import new_folder
 from titok_jax.convert import WeightsError
 from titok_jax.models import DiscriminatorConfig, GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 
@@ -420,24 +419,11 @@ def save(
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; remove it, choose another, or allow overwriting")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
+    with new_folder(folder) as partial:
         _write(partial, config, params)
         if tokenizer is not None:
             (partial / "tokenizer").mkdir()
             _write(partial / "tokenizer", *tokenizer)
-        partial.chmod(0o755)
-        if folder.exists():
-            # Two renames: between them the old folder is whole under another name beside it.
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-            os.replace(folder, old)
-            os.replace(partial, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
 
 
