@@ -15,7 +15,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest
 
 # The 13 published models at full size, one at a time, against what the published code gave with the same weights; prints the
-# rows of the table in docs/parity.md. About 15 minutes on 2 CPU cores, 4.2 GB of memory.
+# rows of the table in docs/parity.md. About 7 minutes on 2 CPU cores, 4.2 GB of memory.
 parity: .venv/installed-test
 	$(BIN)/python -m pytest tests/test_parity_full.py -m "parity or not parity" -s
 
