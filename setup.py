@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="titok_jax",
     version="0.1.0",
-    description="Compact 1D image tokenizers (TiTok) and masked image generators in JAX, from a laptop CPU to a TPU pod",
+    description="Compact 1D image tokenizers (TiTok) and masked image generators in JAX/Flax",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -305,3 +305,13 @@ def test_a_save_killed_in_each_of_its_steps_leaves_no_half_folder(tmp_path):
     (old,) = [path for path in tmp_path.iterdir() if path.name.startswith(".over_4.old-")]
     assert inference.load_pair(old)[1].config == tiny.GENERATOR
     assert pretrained.load(tmp_path / "over_5", TiTokConfig)[0] == tiny.VAE
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
+    folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        pretrained.save(folder, tiny.TOKENIZER, tiny.params(tiny.TOKENIZER), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    pretrained.save(folder, tiny.TOKENIZER, tiny.params(tiny.TOKENIZER), overwrite=True)

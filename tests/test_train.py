@@ -99,7 +99,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(kind, tmp_path, monkeyp
     one, two = ([json.loads(line) for line in log] for log in logs)
     assert [line["step"] for line in two] == [line["step"] for line in one] == [2, 4, 6]
     for a, b in zip(one, two, strict=True):
-        timing = {"images_per_second", "data_wait"}
+        timing = {"images_per_second", "data_wait", "seconds_left"}
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
 
 
@@ -143,7 +143,8 @@ def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
     kill_when(start(killed), lambda: finished(12) or finished(16) or finished(20))
     assert not (killed / "pretrained").exists()
     for workdir in (killed, straight):
-        subprocess.run(command(workdir), cwd=ROOT, env=NO_CACHE, check=True, capture_output=True)
+        run = subprocess.run(command(workdir), cwd=ROOT, env=NO_CACHE, check=True, capture_output=True, text=True)
+        assert ("Continuing at step" in run.stdout) == (workdir == killed)
     a, b = weights(killed), weights(straight)
     assert a.keys() == b.keys()
     for name in a:
@@ -218,6 +219,7 @@ def test_a_second_run_on_one_workdir_is_refused(tmp_path):
         ("model", {"image_size": 64}, "images have shape"),
         ("mesh", {"fsdp": 3}, "does not fit 1 devices"),
         (None, {"compute_dtype": "float16"}, "compute_dtype"),
+        (None, {"log_every": 0}, "log_every is 0"),
     ],
 )
 def test_bad_configurations_are_refused_before_anything_is_written(section, change, message, tmp_path):

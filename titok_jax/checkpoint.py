@@ -57,7 +57,7 @@ class Checkpoints:
           check: is given the configuration that the checkpoint was made with; raises to refuse.
 
         Raises:
-          RuntimeError: there are checkpoints, but none of them can be read.
+          ValueError: there are checkpoints, but none of them can be read.
         """
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         damaged: dict[int, str] = {}
@@ -75,6 +75,8 @@ class Checkpoints:
                 continue
             for bad, problem in damaged.items():
                 place = self._folder.parent / "damaged" / str(bad)
+                while place.exists():
+                    place = place.with_name(place.name + "_again")
                 print(f"warning: the checkpoint of step {bad} cannot be read ({problem}); moved to {place}", flush=True)
                 if jax.process_index() == 0:
                     place.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ class Checkpoints:
             return step, state
         if damaged:
             listed = "".join(f"\n  step {step}: {problem}" for step, problem in damaged.items())
-            raise RuntimeError(f"none of the checkpoints in {self._folder} can be read:{listed}")
+            raise ValueError(f"none of the checkpoints in {self._folder} can be read:{listed}")
         return None
 
     def _read(self, step: int, item: str, args: Any) -> Any:

@@ -52,7 +52,7 @@ class MetricLog:
             f"{rate:.0f} images/s  data wait {100 * wait:.0f} %  left {_duration(remaining)}",
             flush=True,
         )
-        line |= {"images_per_second": rate, "data_wait": wait}
+        line |= {"images_per_second": rate, "data_wait": wait, "seconds_left": remaining}
         for name, value in line.items():
             if not math.isnan(value):  # what a step did not compute
                 self._tensorboard.add_scalar(name, value, step)

@@ -2,7 +2,8 @@
 
 The output is a folder of shards `tokens-00003-of-00016.array_record` (or `.jsonl`, the published form) and
 `pretokenize.json`, which says how they were made. A shard appears when it is complete, so the same command, started again
-after any kill, makes the missing ones; no record is lost or doubled. Processes share the shards.
+after any kill, makes the missing ones; no record is lost or doubled. Where `jax.distributed` is initialised, processes share
+the shards.
 """
 
 import argparse

@@ -412,12 +412,16 @@ def save(
       overwrite: replace an existing folder.
 
     Raises:
-      FileExistsError: the folder exists and `overwrite` is not set.
+      FileExistsError: the folder exists and `overwrite` is not set, or it holds more than a model.
       WeightsError: the parameters are not those of the configuration.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; remove it, choose another, or allow overwriting")
+    if folder.is_dir():
+        foreign = sorted({path.name for path in folder.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE, "tokenizer"})
+        if foreign:
+            raise FileExistsError(f"{folder} holds other files ({foreign[0]}) and is not replaced; move them away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as partial:
         _write(partial, config, params)

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from titok_jax import inference, pictures, pretrained, sharding
+from titok_jax import inference, pictures, sharding
 from titok_jax.checkpoint import Checkpoints, check_config
 from titok_jax.data.loader import make_eval_loader, make_loader
 from titok_jax.data.sources import make_source
@@ -96,6 +96,11 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Runs a training to its end, from its newest checkpoint if there is one. Returns the final state."""
     # Parts: everything that can be wrong with the configuration shows here, before anything is written.
     workdir = epath.Path(workdir).expanduser().resolve()
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir} is a file, expected a folder")
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} is {config[name]}, expected at least 1")
     mesh = sharding.make_mesh(**config.mesh)
     batch_size, num_steps = config.data.batch_size, config.num_steps
     sharding.check_batch_size(mesh, batch_size, config.gradient_accumulation)
@@ -283,7 +288,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at the level of information
     try:
         train(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, FileNotFoundError, pretrained.WeightsError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -291,6 +296,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing; an override of a field that the configuration does not have ends with one line, not a traceback."""
     try:
         return app.parse_flags_with_usage(argv)
+    except OSError as error:
+        raise SystemExit(f"error: cannot read the file of --config: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         overrides = " ".join(argument for argument in argv if argument.startswith("--config."))
         raise SystemExit(f"error: {overrides}: the configuration has no field {error}, or one of another type") from None

@@ -15,6 +15,12 @@ from titok_jax.cli import command
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_PREFIX = "hf://"  # before owner/name of a Hugging Face repository that is not in the table
+_EPILOG = """examples:
+  python -m titok_jax.zoo
+      all models: parameters, published FID, sampling settings, where the weights are
+  python -m titok_jax.sample --model titok_b64 --labels 207,360 --num 8
+      uses one by its name
+"""
 KINDS = ("tokenizer", "generator", "vqgan")
 
 
@@ -330,7 +336,10 @@ def table(models: Sequence[Model] = MODELS) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m titok_jax.zoo", description="Prints the known models and which are on this machine."
+        prog="python -m titok_jax.zoo",
+        description="Prints the known models and which are on this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(argv)
     print(table())

@@ -29,10 +29,10 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, whose values Pillow would cut off at 255
+            if image.mode.startswith("I;16"):  # 16-bit grey, whose values Pillow would cut off at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # broken PNG chunks are SyntaxErrors
+    except Exception as error:  # each of Pillow's readers has exceptions of its own for damaged files
         raise ValueError(f"{name}: cannot read these {len(data)} bytes as an image (JPEG, PNG, WebP): {error}") from error
 
 
