@@ -188,7 +188,7 @@ def test_the_same_samples_as_npz_and_as_folder(model, pair, tmp_path, capsys):
         assert sorted(file.files) == ["arr_0", "labels"]
         images, labels = file["arr_0"], file["labels"]
     assert images.dtype == np.uint8
-    assert labels.tolist() == [3, 3, 3, 3, 1, 1, 1]
+    assert labels.tolist() == [3, 1, 3, 1, 3, 1, 3]
     names = [f"{index:06d}_{label}.png" for index, label in enumerate(labels)]
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [*names, "grid.png"]
     # As the library gives them in one call; in batches of another size sums may round differently.
@@ -206,7 +206,7 @@ def test_the_same_samples_as_npz_and_as_folder(model, pair, tmp_path, capsys):
 
 def test_batches_share_one_program_and_do_not_change_images(pair):
     tokenizer, generator = pair
-    labels = sample.spread_labels(range(10), 7)
+    labels = sample.balanced_labels(range(10), 7)
     ((_, ids, images),) = sample.sample(tokenizer, generator, labels, 0, batch_size=7, num_steps=3)
     compiled = generator._sample._cache_size()
     parts = list(sample.sample(tokenizer, generator, labels, 0, batch_size=3, num_steps=3))
@@ -228,12 +228,88 @@ def test_a_picture_with_one_row_per_class(model, tmp_path):
 
 
 @pytest.mark.parametrize(("classes", "num"), [([3, 1, 4], 64), (range(10), 64), (range(1000), 64), ([7], 5), ([2, 2, 5], 6)])
-def test_labels_are_balanced_and_in_order(classes, num):
-    labels = sample.spread_labels(classes, num).tolist()
+def test_labels_are_balanced_and_take_turns(classes, num):
+    labels = sample.balanced_labels(classes, num).tolist()
     assert len(labels) == num
     counts = [labels.count(label) / list(classes).count(label) for label in classes]
     assert max(counts) - min(counts) <= 1
-    assert labels == sorted(labels, key=list(classes).index)
+    grouped = [labels[place] for place in sample.by_class(np.array(labels))]
+    assert grouped == sorted(labels, key=list(classes).index)
+    if num >= len(classes):
+        assert labels == [classes[i % len(classes)] for i in range(num)]
+
+
+def test_labels_of_the_published_evaluation():
+    # The published script's list, `list(range(1000)) * (50000 // 1000)`, which one process takes from the front.
+    assert sample.balanced_labels(range(1000), 50000).tolist() == list(range(1000)) * 50
+
+
+# A process that is killed (SIGKILL) while it writes its fourth piece, half of which is on the disk then.
+KILLED = """
+import os, sys, titok_jax.sample, titok_jax.shards
+savez, pieces = titok_jax.shards.np.savez, []
+def dies(file, **arrays):
+    pieces.append(arrays)
+    savez(file, **arrays)
+    if len(pieces) == 4:
+        file.truncate(file.tell() // 2)
+        file.flush()
+        os.kill(os.getpid(), 9)
+titok_jax.shards.np.savez = dies
+titok_jax.sample.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_process_is_continued_with_the_same_images(model, tmp_path, capsys):
+    arguments = ["--model", model, "--num", "20", "--steps", "3", "--batch-size", "3"]
+    killed, whole = tmp_path / "killed.npz", tmp_path / "whole.npz"
+    assert run("-c", KILLED, *arguments, "--out", str(killed)).returncode == -9
+    shards = tmp_path / "killed.npz.shards"
+    there = files(shards)
+    assert not killed.exists()
+    assert sorted(name for name in there if not name.startswith(".")) == [
+        *("00000.npz", "00001.npz", "00002.npz", "settings.json")
+    ]
+    assert len(there) == 5  # and half a piece
+    # Another seed is another job: refused, and nothing is touched.
+    assert sample.main([*arguments, "--out", str(killed), "--seed", "1"]) == 2
+    assert "other settings (seed: 0 there, 1 now)" in capsys.readouterr().err
+    assert files(shards) == there
+    made = (shards / "00001.npz").stat().st_mtime_ns
+
+    class Keeps(sample.Shards):
+        def remove(self):
+            assert (shards / "00001.npz").stat().st_mtime_ns == made  # not made again
+            super().remove()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "Shards", Keeps)
+        assert sample.main([*arguments, "--out", str(killed)]) == 0
+    assert "11 images in" in capsys.readouterr().out  # 20 without three batches of 3
+    assert sample.main([*arguments, "--out", str(whole)]) == 0
+    with np.load(killed) as a, np.load(whole) as b:
+        np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+        np.testing.assert_array_equal(a["labels"], np.arange(20) % 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.npz", "whole.npz"]
+
+
+def test_processes_share_the_batches(model, tmp_path, monkeypatch, capsys):
+    """Three processes, here one after the other, the first last: the file that one process writes."""
+    arguments = ["--model", model, "--num", "20", "--steps", "3", "--batch-size", "3", "--out"]
+    assert sample.main([*arguments, str(tmp_path / "one.npz")]) == 0
+    monkeypatch.setattr(sample.Shards, "wait", lambda self, event: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with monkeypatch.context() as patch:  # so that the others find the settings
+        patch.setattr(sample.Shards, "missing", lambda self: [])
+        assert sample.main([*arguments, str(tmp_path / "three.npz")]) == 2
+        assert "00000.npz" in capsys.readouterr().err
+    for index in (2, 1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        assert sample.main([*arguments, str(tmp_path / "three.npz")]) == 0
+    images = [np.load(tmp_path / name)["arr_0"] for name in ("one.npz", "three.npz")]
+    np.testing.assert_array_equal(*images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "three.npz"]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,15 @@
-"""Generates images from class labels: `python -m titok_jax.sample` makes a labelled grid of digits."""
+"""Generates images from class labels: `python -m titok_jax.sample` makes a labelled grid of digits.
+
+The images are made in batches, kept in OUT.shards until all are there: the same command, started again after any kill, makes
+the missing ones and ends with the same file. Where `jax.distributed` is initialised, processes share the batches.
+"""
 
 import argparse
+import math
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from tqdm import tqdm
 from titok_jax import pictures, zoo
 from titok_jax.cli import check_output, command, new_file, new_folder
 from titok_jax.data.transforms import to_uint8_truncate
+from titok_jax.shards import Shards
 
 # JAX is imported where it is first used: `--help` and wrong arguments need not wait for it.
 
@@ -22,14 +28,17 @@ _EPILOG = """examples:
       64 digits into samples.png, a labelled grid
   python -m titok_jax.sample --labels 3,1,4 --num 30 --out pi.png
       ten images of each of three classes
-  python -m titok_jax.sample --model runs/generator/pretrained --num 5000 --out samples.npz
-      class-balanced samples for an evaluation: arr_0 uint8 [5000, H, W, 3], and labels
+  python -m titok_jax.sample --model titok_l32 --num 50000 --out samples.npz
+      samples for the published evaluation: arr_0 uint8 [50000, 256, 256, 3], and labels; stop and start it at will
   python -m titok_jax.sample --num 1000 --steps 4 --guidance-scale 2 --seed 7 --out samples/
       a folder with one PNG per image, INDEX_LABEL.png, and grid.png
 """
 _FILES = r"\d{6,}_\d+\.png|grid\.png"  # what a folder of samples holds
 _LARGEST_GRID = 1024  # images in a .png
 _SHOWN = 100  # images in the grid.png of a folder
+
+# Of the computation dtypes. On TPU and GPU a float32 product is otherwise one of bfloat16 or TF32.
+MATMUL_PRECISION = {"float32": "highest", "bfloat16": "default"}
 
 
 def sample(
@@ -39,6 +48,7 @@ def sample(
     seed: int,
     *,
     batch_size: int = 64,
+    batches: Iterable[int] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Images for labels, batch by batch. Image i depends on its label, the seed and i, and on the batch size by no
@@ -49,6 +59,7 @@ def sample(
       labels: int [n], 0 .. num_classes - 1.
       seed: of all randomness.
       batch_size: images at a time; the last batch is filled up, so that one program serves all.
+      batches: the numbers of the batches to make, counted from 0; all if not given.
       settings: of `titok_jax.generate`.
 
     Yields:
@@ -63,7 +74,8 @@ def sample(
 
     key = jax.random.key(seed, impl="threefry2x32")
     batch_size = min(batch_size, len(labels))
-    for start in range(0, len(labels), batch_size):
+    for batch in range(math.ceil(len(labels) / batch_size)) if batches is None else batches:
+        start = batch * batch_size
         part = labels[start : start + batch_size]
         padded = np.pad(part, (0, batch_size - len(part)), mode="edge")
         ids = generate(generator, padded, key, first_index=start, **settings)
@@ -71,12 +83,35 @@ def sample(
         yield slice(start, start + len(part)), np.asarray(ids)[: len(part)], images[: len(part)]
 
 
-def spread_labels(classes: Sequence[int], num: int) -> np.ndarray:
-    """`num` labels, in the order of `classes`, each as often as the others (differing by one at most): int32 [num].
+def balanced_labels(classes: Sequence[int], num: int) -> np.ndarray:
+    """`num` labels, the classes in turn, 0 1 2 ... 0 1 2 ..., as the published sampling script gives them: int32 [num].
 
-    With fewer images than classes these are spread evenly over the classes.
+    Each is there as often as the others (differing by one at most). With fewer images than classes these are spread evenly
+    over the classes. (The published script, run on R processes, deals the list out in R parts and numbers their images in
+    turn, so that its file has these labels in another order.)
     """
-    return np.asarray(classes, np.int32)[np.arange(num) * len(classes) // num]
+    places = np.arange(num) % len(classes) if num >= len(classes) else np.arange(num) * len(classes) // num
+    return np.asarray(classes, np.int32)[places]
+
+
+def by_class(labels: np.ndarray) -> np.ndarray:
+    """The places of labels [n] with equal ones together, classes in the order in which they first appear: int64 [n]."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(first[inverse], kind="stable")
+
+
+def weights_sha256(model: str, tokenizer: str | None) -> dict[str, str]:
+    """{"generator": hex digest, "tokenizer": hex digest} of the files that `titok_jax.load_pair` reads; errors as there."""
+    import hashlib
+
+    from titok_jax import pretrained
+    from titok_jax.models import GeneratorConfig, TiTokConfig
+
+    result = {}
+    for name, source, config in (("generator", model, GeneratorConfig), ("tokenizer", tokenizer or model, TiTokConfig)):
+        with open(pretrained.locate(source, config).weights, "rb") as file:
+            result[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return result
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,14 +119,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling", "what is not given is taken from the model's configuration")
     group.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     group.add_argument("--steps", type=int, help="decoding steps")
-    group.add_argument("--guidance-scale", type=float, help="of classifier-free guidance; more: clearer, less varied")
+    group.add_argument("--guidance-scale", type=float, help="of classifier-free guidance; more: less varied; 0: none")
     group.add_argument("--guidance-schedule", help="how it grows over the steps: constant, linear or power-cosine")
     group.add_argument("--temperature", type=float, help="of the noise in the first steps; more: more varied")
     group.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
 
 
 def sampling_settings(args: argparse.Namespace, defaults) -> dict[str, Any]:
-    """The checked arguments of `titok_jax.generate`, complete.
+    """The checked arguments of `titok_jax.generate`, complete. A guidance scale of 0 is none under every schedule: that of
+    "power-cosine" would otherwise lead from conditional to unconditional images.
 
     Args:
       args: from a parser with `add_sampling_arguments`.
@@ -120,10 +156,11 @@ def sampling_settings(args: argparse.Namespace, defaults) -> dict[str, Any]:
     def either(value, default):
         return default if value is None else value
 
+    guidance_scale = either(args.guidance_scale, defaults.guidance_scale)
     return {
         "num_steps": either(args.steps, defaults.num_steps),
-        "guidance_scale": either(args.guidance_scale, defaults.guidance_scale),
-        "guidance_schedule": either(args.guidance_schedule, defaults.guidance_schedule),
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": either(args.guidance_schedule, defaults.guidance_schedule) if guidance_scale else "constant",
         "temperature": either(args.temperature, defaults.temperature),
         "softmax_temperature_annealing": defaults.softmax_temperature_annealing,
     }
@@ -148,8 +185,10 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
 
 
 def labelled_grid(images: np.ndarray, labels: np.ndarray, title: str | None = None):
-    """A grid in which each row is a class if every class has the same number of images, up to 16; else each image has its
-    label below. images uint8 [B, H, W, 3], labels int [B], equal ones together -> PIL image."""
+    """A grid of the images by class: each row is a class if every class has the same number of images, up to 16; else each
+    image has its label below. images uint8 [B, H, W, 3], labels int [B] -> PIL image."""
+    order = by_class(labels)
+    images, labels = images[order], labels[order]
     starts = np.flatnonzero(np.diff(labels, prepend=-1))
     counts = np.diff(starts, append=len(labels))
     if len(set(counts)) == 1 and 2 <= counts[0] <= 16:
@@ -175,7 +214,8 @@ class _Folder:
 
     def __init__(self, path: Path, labels: np.ndarray):
         self._path, self._labels, self._shown = path, labels, {}
-        self._chosen = np.arange(min(_SHOWN, len(labels))) * len(labels) // min(_SHOWN, len(labels))
+        shown = min(_SHOWN, len(labels))
+        self._chosen = by_class(labels)[np.arange(shown) * len(labels) // shown]  # of every class, or of many
 
     def add(self, where: slice, images: np.ndarray) -> None:
         from PIL import Image
@@ -186,7 +226,7 @@ class _Folder:
                 self._shown[index] = image
 
     def close(self) -> None:
-        images = np.stack([self._shown[index] for index in self._chosen])
+        images = np.stack([self._shown[index] for index in self._chosen.tolist()])
         labelled_grid(images, self._labels[self._chosen]).save(self._path / "grid.png")
 
 
@@ -228,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         default="samples.png",
         help="FILE.png: one picture; FILE.npz: arrays; else a folder with one PNG per image (default: samples.png)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output, and unfinished work of other settings")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="to compute in")
     add_sampling_arguments(parser)
     return parser
@@ -263,9 +303,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     classes = parse_labels(args.labels, config.num_classes)
     if args.labels.strip() != "all" and args.num < len(classes):
         raise ValueError(f"--num is {args.num}, but --labels names {len(classes)} classes")
-    labels = spread_labels(classes, args.num)
+    labels = balanced_labels(classes, args.num)
 
-    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype)
+    import jax
+
+    batch_size = min(args.batch_size, args.num)
+    weights = weights_sha256(args.model, args.tokenizer)
+    shards = Shards(
+        f"{out}.shards",
+        {"num": args.num, "labels": args.labels, "seed": args.seed, "batch_size": batch_size, "dtype": args.dtype}
+        | settings
+        | weights,
+        math.ceil(args.num / batch_size),
+        restart=args.overwrite,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    missing = shards.missing()
     print(
         f"{args.model}: {config.num_classes} classes, {config.num_tokens} tokens of {config.codebook_size} codes per image, "
         f"{tokenizer_config.image_size}x{tokenizer_config.image_size} pixels\n"
@@ -273,22 +327,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         + ", ".join(f"{name} {value}" for name, value in settings.items())
         + f", seed {args.seed}"
     )
-    print("compiling; the first batch takes longer", flush=True)
-    new = new_folder if kind is _Folder else new_file
-    start = time.perf_counter()
-    with new(out) as path, tqdm(total=args.num, unit="image") as bar:
-        writer = kind(path, labels)
-        first = None
-        for where, _, images in sample(tokenizer, generator, labels, args.seed, batch_size=args.batch_size, **settings):
-            writer.add(where, images)
-            bar.update(len(images))
-            first = first or (where.stop, time.perf_counter())
+    if missing:
+        tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype)
+        print("compiling; the first batch takes longer", flush=True)
+        start, first = time.perf_counter(), None
+        images_of = {number: len(labels[number * batch_size : (number + 1) * batch_size]) for number in shards.mine()}
+        num = sum(images_of[number] for number in missing)
+        with (
+            tqdm(total=sum(images_of.values()), initial=sum(images_of.values()) - num, unit="image") as bar,
+            jax.default_matmul_precision(MATMUL_PRECISION[args.dtype]),
+        ):
+            options = {"batch_size": batch_size, "batches": missing, **settings}
+            for number, (_, _, images) in zip(
+                missing, sample(tokenizer, generator, labels, args.seed, **options), strict=True
+            ):
+                shards.write(number, images=images)
+                bar.update(len(images))
+                first = first or (len(images), time.perf_counter())
         seconds = time.perf_counter() - start
-        writer.close()
-    speed = f"{args.num / seconds:.1f} images/s with compilation"
-    if first[0] < args.num:
-        speed += f", {(args.num - first[0]) / (start + seconds - first[1]):.1f} images/s after the first batch"
-    print(f"{args.num} images in {seconds:.1f} s ({speed})\nwrote {out}")
+        speed = f"{num / seconds:.1f} images/s with compilation"
+        if first[0] < num:
+            speed += f", {(num - first[0]) / (start + seconds - first[1]):.1f} images/s after the first batch"
+        print(f"{num} images in {seconds:.1f} s ({speed})")
+    shards.wait("made")
+    if shards.first:
+        with (new_folder if kind is _Folder else new_file)(out) as path:
+            writer, place = kind(path, labels), 0
+            for piece in shards:
+                writer.add(slice(place, place + len(piece["images"])), piece["images"])
+                place += len(piece["images"])
+            writer.close()
+        shards.remove()
+        print(f"wrote {out}")
+    shards.wait("written")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Pieces of long jobs: what is there is kept, what is missing is named, what does not belong together is refused."""
+
+import numpy as np
+import pytest
+
+from titok_jax.shards import Shards
+
+SETTINGS = {"seed": 1, "temperature": 2.0}
+
+
+def begin(folder, settings=SETTINGS, count=5, **options):
+    return Shards(folder, settings, count, **options)
+
+
+def test_pieces_come_back_in_order(tmp_path):
+    shards = begin(tmp_path / "s")
+    assert shards.missing() == [0, 1, 2, 3, 4]
+    for number in (3, 0, 4):
+        shards.write(number, images=np.full((2, 3), number, np.uint8), loss=np.float64(number / 3))
+    again = begin(tmp_path / "s")  # as after a kill
+    assert again.missing() == [1, 2]
+    with pytest.raises(FileNotFoundError):
+        list(again)
+    for number in again.missing():
+        again.write(number, images=np.full((2, 3), number, np.uint8), loss=np.float64(number / 3))
+    pieces = list(again)
+    assert [int(piece["images"][1, 2]) for piece in pieces] == [0, 1, 2, 3, 4]
+    assert [float(piece["loss"]) for piece in pieces] == [number / 3 for number in range(5)]  # every bit
+    assert pieces[0]["images"].dtype == np.uint8
+
+
+def test_processes_share_the_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(Shards, "wait", lambda self, event: None)  # one after the other here
+    parts = [begin(tmp_path / "s", process_index=i, process_count=3) for i in range(3)]
+    assert [part.missing() for part in parts] == [[0, 3], [1, 4], [2]]
+    assert [part.first for part in parts] == [True, False, False]
+    for part in reversed(parts):
+        for number in part.missing():
+            part.write(number, x=np.array(number))
+    assert [int(piece["x"]) for piece in parts[0]] == [0, 1, 2, 3, 4]
+    assert begin(tmp_path / "s").missing() == []  # by any other number of processes
+    with pytest.raises(FileNotFoundError, match="process 1 does not see it; name an output in a folder that all"):
+        begin(tmp_path / "elsewhere", process_index=1, process_count=2)
+
+
+def test_other_settings_are_refused(tmp_path):
+    begin(tmp_path / "s").write(0, x=np.zeros(1))
+    with pytest.raises(ValueError, match=r"other settings \(seed: 1 there, 2 now; steps: None there, 8 now\)"):
+        begin(tmp_path / "s", {"seed": 2, "temperature": 2.0, "steps": 8})
+    with pytest.raises(ValueError, match=r"\(temperature: 2.0 there, None now\)"):
+        begin(tmp_path / "s", {"seed": 1})
+    assert begin(tmp_path / "s").missing() == [1, 2, 3, 4]
+    assert begin(tmp_path / "s", restart=True).missing() == [1, 2, 3, 4]  # the same settings go on
+    assert begin(tmp_path / "s", {"seed": 2}, restart=True).missing() == [0, 1, 2, 3, 4]
+    assert begin(tmp_path / "s", {"seed": 2}).missing() == [0, 1, 2, 3, 4]
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "00001.npz").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=r"files of other origin \(00001.npz\)"):
+        begin(tmp_path / "photos", restart=True)
+    (tmp_path / "file").write_bytes(b"precious")
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        begin(tmp_path / "file")
+    shards = begin(tmp_path / "s")
+    shards.write(0, x=np.zeros(1))
+    (tmp_path / "s" / ".00001.partial-17.npz").write_bytes(b"half")  # of a killed process
+    (tmp_path / "s" / "notes.txt").write_bytes(b"precious")
+    shards.remove()
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]
+    (tmp_path / "s" / "notes.txt").unlink()
+    shards.remove()
+    assert not (tmp_path / "s").exists()
+
+
+def test_damage_is_named(tmp_path):
+    shards = begin(tmp_path / "s")
+    shards.write(0, x=np.arange(1000))
+    path = tmp_path / "s" / "00000.npz"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"00000.npz is damaged .* remove it"):
+        shards.read(0)
