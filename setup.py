@@ -27,6 +27,7 @@ setup(
         "absl-py>=2.1",
         "etils[epath]>=1.12",
         "numpy>=2.0,<3",
+        "scipy>=1.14",
         "pillow>=11",
         "safetensors>=0.5",
         "huggingface_hub>=1.0,<3",
