@@ -160,7 +160,6 @@ def test_adm_evaluator(golden):
 def test_precision_recall(golden, k, block):
     found = metrics.precision_recall(golden["pr/ref"], golden["pr/sample"], k, block=block)
     assert found == (float(golden[f"pr/precision_k{k}_f64"]), float(golden[f"pr/recall_k{k}_f64"]))
-    assert 0 < found[0] < 1 and 0 < found[1] < 1
 
 
 def test_precision_recall_does_not_depend_on_order_and_refuses_nonsense(golden):
@@ -238,7 +237,7 @@ def test_frechet_distance_of_a_root_that_is_not_finite(golden, monkeypatch):
     np.testing.assert_allclose(arguments[0], real.covariance @ fake.covariance)
     assert expected != pytest.approx(float(golden["b/rFID_f64"]), rel=1e-6)
     monkeypatch.setattr(scipy.linalg, "sqrtm", lambda matrix: sqrtm(matrix) + 0.1j)
-    with pytest.raises(ValueError, match="imaginary part of 0.1"):
+    with pytest.raises(ValueError, match=r"imaginary part of 0\.1"):
         metrics.frechet_distance(real, fake)
 
 
@@ -282,23 +281,23 @@ def test_reference_of_adm(tmp_path):
 
 
 def test_files_that_are_no_statistics(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.npz is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.npz is not a file"):
         FeatureStatistics.load(tmp_path / "absent.npz")
     path = tmp_path / "x.npz"
     path.write_bytes(b"GIF89a")
-    with pytest.raises(ValueError, match="x.npz is no .npz file"):
+    with pytest.raises(ValueError, match=r"x\.npz is no \.npz file"):
         FeatureStatistics.load(path)
     np.savez(path, mu=np.zeros(3), sigma=np.zeros((4, 4)))
     with pytest.raises(ValueError, match=r"mu float64 \[3\] and sigma float64 \[4, 4\]"):
         FeatureStatistics.load(path)
     np.savez(path, mu=np.array([{}]), sigma=np.zeros((1, 1)))  # a pickle
-    with pytest.raises(ValueError, match="x.npz is damaged"):
+    with pytest.raises(ValueError, match=r"x\.npz is damaged"):
         FeatureStatistics.load(path)
     np.savez_compressed(path, mu=np.zeros(3), sigma=np.random.default_rng(0).random((3, 3)))
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 8] = b"\xff" * 8
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="x.npz is"):
+    with pytest.raises(ValueError, match=r"x\.npz is"):
         FeatureStatistics.load(path)
 
 

@@ -388,15 +388,15 @@ class InceptionScore:
         """
         if not self.count:
             raise ValueError("an Inception score of no images")
-        return float(np.mean(self._scores + [self._score()] if self._in_chunk else self._scores))
+        return float(np.mean([*self._scores, self._score()] if self._in_chunk else self._scores))
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3, *, block: int = 512) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991).
 
     Around each vector lies a ball that reaches to its k-th nearest neighbour within its own set. Precision is the fraction
-    of the samples inside some reference's ball, recall that of the references inside some sample's. All in float64, in
-    O((R + S)^2 D); ADM's evaluator computes the distances in float16 where they are finite and may differ in the third digit.
+    of the samples inside some reference's ball, recall that of the references inside some sample's. All in float64; ADM's
+    evaluator computes the distances in float16 where these are finite and may differ in the third digit.
 
     Args:
       reference, samples: [R, D] and [S, D], any real dtype. ADM takes the features of its 10,000 reference images and of all
