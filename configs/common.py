@@ -2,8 +2,16 @@
 
 from ml_collections import ConfigDict
 
-# Sizes of the published two-stage tokenizers: (transformers, tokens).
-TWO_STAGE = {"l32": ("large", 32), "b64": ("base", 64), "s128": ("small", 128)}
+# Sizes of the two-stage tokenizers: (transformers, tokens, pixels per side). Of the two for 512 pixels no weights were
+# published; the paper says (arXiv 2406.07550, section 4) that for this resolution the number of tokens is doubled.
+TWO_STAGE = {
+    "l32": ("large", 32, 256),
+    "b64": ("base", 64, 256),
+    "s128": ("small", 128, 256),
+    "l64_512": ("large", 64, 512),
+    "b128_512": ("base", 128, 512),
+    "smoke": ("small", 8, 256),
+}
 
 
 def pick(variants: dict, variant: str):
@@ -65,11 +73,20 @@ def optimizer(learning_rate: float, *, beta2: float, weight_decay: float, warmup
     )
 
 
-def two_stage_model(size: str, num_tokens: int, *, finetune_decoder: bool) -> ConfigDict:
-    """A published two-stage tokenizer."""
+def at_size(config: ConfigDict, pixels: int) -> ConfigDict:
+    """The recipe on images of another size than 256: the crops too, and the discriminator's patches as large as before."""
+    config.data.transform.update({"resize_shorter_edge": pixels, "crop_size": pixels})
+    config.data.eval_transform.size = pixels
+    if "discriminator" in config:
+        config.discriminator.logits_size = pixels // 16
+    return config
+
+
+def two_stage_model(size: str, num_tokens: int, pixels: int, *, finetune_decoder: bool) -> ConfigDict:
+    """A two-stage tokenizer."""
     return ConfigDict(
         {
-            "image_size": 256,
+            "image_size": pixels,
             "patch_size": 16,
             "num_latent_tokens": num_tokens,
             "token_size": 12,
@@ -105,13 +122,16 @@ def shrink(config: ConfigDict) -> ConfigDict:
     if "discriminator" in config:
         config.discriminator.update({"hidden_channels": 32, "num_stages": 2, "logits_size": 8})
         config.loss.discriminator_start = 75
+    vqgan = {"hidden_channels": 32, "channel_mult": (1, 1, 1, 1), "z_channels": 32}
     if "vqgan" in config:  # nothing is learnt from a random one; it shows that the steps work
         config.vqgan = "random"
-        config.vqgan_model = ConfigDict({"hidden_channels": 32, "channel_mult": (1, 1, 1, 1), "z_channels": 32})
+        config.vqgan_model = ConfigDict(vqgan)
     if "perceptual_weights" in config:  # no trained network comes with the package
         config.loss.perceptual = "none"
     size = {"width": 96, "num_layers": 2, "num_heads": 3}
-    if config.task == "generator":
+    if config.task == "maskgit_vqgan":
+        config.model.update({**vqgan, "resolution": 32})
+    elif config.task == "generator":
         config.tokenizer = "digits"
         config.model.update(
             {"num_classes": 10, "hidden_size": 96, "num_layers": 2, "num_heads": 3, "intermediate_size": 192}

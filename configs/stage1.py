@@ -16,11 +16,11 @@ from configs import common
 
 
 def get_config(variant: str = "l32") -> ConfigDict:
-    size, num_tokens = common.pick(common.TWO_STAGE | {"smoke": ("small", 8)}, variant)
+    size, num_tokens, pixels = common.pick(common.TWO_STAGE, variant)
     config = common.base("stage1")
     config.num_steps = 1_000_000
     config.vqgan = "maskgit_vqgan"
-    config.model = common.two_stage_model(size, num_tokens, finetune_decoder=False)
+    config.model = common.two_stage_model(size, num_tokens, pixels, finetune_decoder=False)
     config.loss = ConfigDict({"quantizer_weight": 1.0})
     config.optimizer = common.optimizer(1e-4, beta2=0.99, weight_decay=1e-4, warmup_steps=10_000)
     return common.shrink(config) if variant == "smoke" else config

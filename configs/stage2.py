@@ -17,12 +17,12 @@ from configs import common
 
 
 def get_config(variant: str = "l32") -> ConfigDict:
-    size, num_tokens = common.pick(common.TWO_STAGE | {"smoke": ("small", 8)}, variant)
+    size, num_tokens, pixels = common.pick(common.TWO_STAGE, variant)
     config = common.base("stage2")
     config.num_steps = 500_000
     config.vqgan = "maskgit_vqgan"
     config.perceptual_weights = ""
-    config.model = common.two_stage_model(size, num_tokens, finetune_decoder=True)
+    config.model = common.two_stage_model(size, num_tokens, pixels, finetune_decoder=True)
     config.loss = ConfigDict(
         {
             "reconstruction": "l2",

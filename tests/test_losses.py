@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from golden_data import compare, load
 
 from titok_jax import losses
@@ -180,3 +182,77 @@ def test_kl_loss(golden):
 def test_reconstruction_kind():
     with pytest.raises(ValueError, match="'l1' or 'l2'"):
         losses.reconstruction_loss(jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 3)), "huber")
+
+
+def test_non_saturating_losses():
+    real, fake = np.random.default_rng(0).normal(scale=3.0, size=(2, 2, 4, 4)).astype(np.float32)
+    value = losses.non_saturating_d_loss(jnp.asarray(real), jnp.asarray(fake))
+    expected = (
+        -np.log(scipy.special.expit(real.astype(float))).mean() - np.log1p(-scipy.special.expit(fake.astype(float))).mean()
+    )
+    np.testing.assert_allclose(value, expected, rtol=TOLERANCE)
+    expected = -np.log(scipy.special.expit(fake.astype(float))).mean()
+    np.testing.assert_allclose(losses.non_saturating_g_loss(jnp.asarray(fake)), expected, rtol=TOLERANCE)
+    # Of the generator the gradient grows where the discriminator is sure; large logits overflow nothing.
+    slope = jax.grad(losses.non_saturating_g_loss)(jnp.array([-200.0, 0.0, 200.0]))
+    np.testing.assert_allclose(slope, [-1 / 3, -1 / 6, 0.0], atol=1e-7)
+
+
+def test_entropy_loss_and_its_gradient():
+    """Against scipy in float64, the gradient by central differences."""
+    distances = np.random.default_rng(1).uniform(0.0, 0.05, (2, 3, 5))
+
+    def expected(distances):
+        p = scipy.special.softmax(-distances.reshape(-1, 5) / 0.01, axis=-1)
+        return scipy.stats.entropy(p, axis=-1).mean() - scipy.stats.entropy(p.mean(0))
+
+    value, grad = jax.value_and_grad(losses.entropy_loss)(jnp.float32(distances), 0.01)
+    # The published code adds 1e-5 to the probabilities in one logarithm: 5 codes times 1e-5 at most.
+    np.testing.assert_allclose(value, expected(distances), atol=6e-5)
+    for index in np.ndindex(distances.shape):
+        step = np.zeros_like(distances)
+        step[index] = 1e-6
+        slope = (expected(distances + step) - expected(distances - step)) / 2e-6
+        np.testing.assert_allclose(grad[index], slope, atol=2e-3 * np.abs(grad).max())
+
+
+def test_entropy_loss_rewards_sure_vectors_and_even_use():
+    sure_and_even = 1.0 - jnp.eye(4)
+    np.testing.assert_allclose(losses.entropy_loss(sure_and_even, 0.01), -np.log(4), atol=1e-4)
+    one_code = jnp.ones((4, 4)).at[:, 0].set(0.0)
+    np.testing.assert_allclose(losses.entropy_loss(one_code, 0.01), 0.0, atol=1e-4)
+    unsure = jnp.ones((4, 4))
+    np.testing.assert_allclose(losses.entropy_loss(unsure, 0.01), 0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_maskgit_vqgan_total(golden, factor):
+    images, fake = nhwc(golden["gan/real"]), nhwc(golden["gan/fake"])
+    logits = stand_in_discriminator(jnp.asarray(golden["gan/w"]), fake)
+    total, metrics = losses.maskgit_vqgan_loss(
+        images,
+        fake,
+        perceptual=jnp.array([2.0, 4.0]),
+        logits_fake=logits,
+        factor=factor,
+        commitment_loss=0.3,
+        codebook_loss=0.5,
+        entropy=-1.5,
+        perceptual_weight=0.1,
+        commitment_weight=0.25,
+        entropy_weight=0.2,
+        discriminator_weight=0.4,
+    )
+    gan = np.log1p(np.exp(-np.asarray(logits, float))).mean()
+    parts = [np.square(np.asarray(images, float) - np.asarray(fake)).mean(), 0.3, 0.25 * 0.3, 0.5, -0.3, factor * 0.4 * gan]
+    np.testing.assert_allclose(total, sum(parts), rtol=TOLERANCE)
+    names = (
+        "reconstruction_loss",
+        "perceptual_loss",
+        "commitment_loss",
+        "codebook_loss",
+        "entropy_loss",
+        "weighted_gan_loss",
+    )
+    np.testing.assert_allclose([metrics[name] for name in names], parts, rtol=TOLERANCE)
+    np.testing.assert_allclose(metrics["gan_loss"], gan if factor else 0.0, rtol=TOLERANCE)

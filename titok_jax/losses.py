@@ -240,6 +240,18 @@ def update_lecam(ema: LeCamEma, real_mean: jax.Array, fake_mean: jax.Array, deca
     return jax.tree.map(lambda e, m: decay * e + (1.0 - decay) * m, ema, means)
 
 
+def non_saturating_d_loss(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
+    """mean(-log sigmoid(real)) + mean(-log(1 - sigmoid(fake))), over logits of any shape (Goodfellow et al. 2014)."""
+    real, fake = logits_real.astype(jnp.float32), logits_fake.astype(jnp.float32)
+    return jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
+
+
+def r1_penalty(square_norms: jax.Array) -> jax.Array:
+    """Mean over the images of |gradient of the discriminator's output with respect to a real image|^2, given these squares
+    [B] (Mescheder et al. 2018; the original MaskGIT code weights it by 10, without the factor 1/2 of that paper)."""
+    return jnp.mean(square_norms)
+
+
 def discriminator_loss(
     logits_real: jax.Array,
     logits_fake: jax.Array,
@@ -248,14 +260,80 @@ def discriminator_loss(
     factor: jax.Array | float,
     lecam_weight: float,
     lecam_decay: float = 0.999,
+    kind: str = "hinge",
 ) -> tuple[jax.Array, Metrics, LeCamEma]:
-    """Total of the discriminator side: factor * hinge + lecam_weight * LeCam, and the averages after this step.
+    """Total of the discriminator side: factor * adversarial + lecam_weight * LeCam, and the averages after this step.
 
     LeCam uses the averages before this step's update. It and the averages act whatever the factor is: before the
-    discriminator starts, do not call this, so that they stay 0 as in the published training.
+    discriminator starts, do not call this, so that they stay 0 as in the published training. `kind` is "hinge" or
+    "non_saturating".
     """
     real_mean, fake_mean = (jnp.mean(x.astype(jnp.float32)) for x in (logits_real, logits_fake))
     lecam = lecam_weight * lecam_penalty(real_mean, fake_mean, ema)
-    total = factor * hinge_d_loss(logits_real, logits_fake) + lecam
+    adversarial = {"hinge": hinge_d_loss, "non_saturating": non_saturating_d_loss}[kind](logits_real, logits_fake)
+    total = factor * adversarial + lecam
     metrics = {"discriminator_loss": total, "logits_real": real_mean, "logits_fake": fake_mean, "lecam_loss": lecam}
     return total, metrics, update_lecam(ema, real_mean, fake_mean, lecam_decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MaskGIT-VQGAN (published: google-research/maskgit, libml/losses.py and nets/vqgan_tokenizer.py)
+
+
+def non_saturating_g_loss(logits_fake: jax.Array) -> jax.Array:
+    """mean(-log sigmoid(fake)), over logits of any shape (Goodfellow et al. 2014)."""
+    return jnp.mean(jax.nn.softplus(-logits_fake.astype(jnp.float32)))
+
+
+def entropy_loss(distances: jax.Array, temperature: float) -> jax.Array:
+    """Mean entropy of the codes of each vector less the entropy of their mean, in nats, of p = softmax(-distances / T).
+
+    It falls where each vector is sure of its code and all codes are used alike. `distances` [..., K] are squared; the mean
+    is over all vectors of the batch. The published 1e-5 inside the logarithm of the mean is kept.
+    """
+    log_p = jax.nn.log_softmax(-distances.astype(jnp.float32).reshape(-1, distances.shape[-1]) / temperature, axis=-1)
+    p = jnp.exp(log_p)
+    mean = p.mean(0)
+    return jnp.sum(mean * jnp.log(mean + 1e-5)) - jnp.mean(jnp.sum(p * log_p, axis=-1))
+
+
+def maskgit_vqgan_loss(
+    images: jax.Array,
+    reconstructions: jax.Array,
+    *,
+    perceptual: jax.Array,
+    logits_fake: jax.Array | None,
+    factor: jax.Array | float,
+    commitment_loss: jax.Array,
+    codebook_loss: jax.Array,
+    entropy: jax.Array,
+    kind: str = "l2",
+    perceptual_weight: float,
+    commitment_weight: float,
+    entropy_weight: float,
+    discriminator_weight: float,
+) -> tuple[jax.Array, Metrics]:
+    """Total of the generator side: reconstruction + codebook + the other terms times their weights.
+
+    Arguments as in `vq_generator_loss`; commitment and codebook loss without weights, `entropy` from `entropy_loss`. The
+    adversarial term is the non-saturating one.
+    """
+    reconstruction = reconstruction_loss(images, reconstructions, kind)
+    perceptual = perceptual_weight * jnp.mean(perceptual)
+    commitment, entropy = commitment_weight * commitment_loss, entropy_weight * entropy
+    gan = jnp.zeros((), jnp.float32)
+    if logits_fake is not None:
+        gan = jnp.where(jnp.asarray(factor) > 0, non_saturating_g_loss(logits_fake), 0.0)
+    weighted_gan = discriminator_weight * factor * gan
+    total = reconstruction + perceptual + commitment + codebook_loss + entropy + weighted_gan
+    return total, {
+        "total_loss": total,
+        "reconstruction_loss": reconstruction,
+        "perceptual_loss": perceptual,
+        "commitment_loss": commitment,
+        "codebook_loss": codebook_loss,
+        "entropy_loss": entropy,
+        "weighted_gan_loss": weighted_gan,
+        "discriminator_factor": jnp.asarray(factor, jnp.float32),
+        "gan_loss": gan,
+    }

@@ -48,6 +48,11 @@ class MaskgitVQGANConfig:
     resolution: int = 256
 
     @property
+    def image_size(self) -> int:
+        """`resolution`, by the name that the other models have for it."""
+        return self.resolution
+
+    @property
     def downsampling(self) -> int:
         """Pixels per side of the square that one code stands for."""
         return 2 ** (len(self.channel_mult) - 1)
@@ -234,21 +239,23 @@ class VQGANQuantizerOutput:
     Attributes:
       quantized: [B, h, w, C] float32 the chosen code vectors, straight-through: their gradient goes to z.
       codes: [B, h, w] int32.
-      loss: scalar, what training minimises besides the reconstruction.
+      commitment_loss: mean((sg(q) - z)^2), which draws latents to their codes.
+      codebook_loss: mean((q - sg(z))^2), the same number, which draws codes to their latents. Trainings differ in which of
+        the two is weighted by 0.25: the original one, van den Oord et al. 2017 (eq. 3) and TiTok the first, the published
+        PyTorch port the second.
     """
 
     quantized: jax.Array
     codes: jax.Array
-    loss: jax.Array
+    commitment_loss: jax.Array
+    codebook_loss: jax.Array
 
 
 class VQGANQuantizer(nnx.Module):
     """Nearest code by Euclidean distance, in float32."""
 
-    codebook_cost = 0.25
-
     def __init__(self, codebook_size: int, channels: int, *, rngs: nnx.Rngs):
-        bound = 1.0 / codebook_size
+        bound = (3.0 / codebook_size) ** 0.5  # as the original code has it
         init = jax.random.uniform(rngs.params(), (codebook_size, channels), jnp.float32, -bound, bound)
         self.embedding = nnx.Param(init)
 
@@ -269,19 +276,14 @@ class VQGANQuantizer(nnx.Module):
         return jax.nn.softmax(-self.distances(z), axis=-1)
 
     def __call__(self, z: jax.Array) -> VQGANQuantizerOutput:
-        """z [B, h, w, C] -> VQGANQuantizerOutput.
-
-        The loss is mean((sg(q) - z)^2) + 0.25 mean((q - sg(z))^2) as in the published PyTorch code: the small weight is on
-        the codebook's term. The VQ-VAE (van den Oord et al. 2017, eq. 3), the original JAX code and TiTok have it on the
-        other.
-        """
+        """z [B, h, w, C] -> VQGANQuantizerOutput."""
         z = z.astype(jnp.float32)
         codes = self.codes(z)
         q = self.lookup(codes)
         commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(q) - z))
         codebook = jnp.mean(jnp.square(q - jax.lax.stop_gradient(z)))
         quantized = z + jax.lax.stop_gradient(q - z)
-        return VQGANQuantizerOutput(quantized, codes, commitment + self.codebook_cost * codebook)
+        return VQGANQuantizerOutput(quantized, codes, commitment, codebook)
 
 
 class MaskgitVQGAN(nnx.Module):

@@ -13,8 +13,15 @@ from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.generator import GeneratorConfig, SamplingConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig, transformer_size
-from titok_jax.tasks import Task, generator, pixels, single_stage, stage1, stage2
+from titok_jax.tasks import Task, generator, maskgit_vqgan, pixels, single_stage, stage1, stage2
 from titok_jax.tasks.perceptual import load_perceptual
+
+_LOSSES = {
+    "maskgit_vqgan": maskgit_vqgan.LossConfig,
+    "stage1": stage1.LossConfig,
+    "stage2": pixels.LossConfig,
+    "single_stage": pixels.LossConfig,
+}
 
 
 def build_task(config: ConfigDict) -> Task:
@@ -44,20 +51,22 @@ def build_task(config: ConfigDict) -> Task:
             inference.check_pair(tokenizer[0], model)
         loss = _dataclass(generator.LossConfig, config.loss, "loss")
         return generator.make_task(model, loss, tokenizer=tokenizer, start=_start(config, model), **common)
-    if config.task not in ("stage1", "stage2", "single_stage"):
-        raise ValueError(f"config.task is {config.task!r}, expected 'stage1', 'stage2', 'single_stage' or 'generator'")
+    if config.task not in _LOSSES:
+        raise ValueError(f"config.task is {config.task!r}, expected 'generator' or one of {', '.join(map(repr, _LOSSES))}")
 
     fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder") if tower in fields}
+    loss = _dataclass(_LOSSES[config.task], config.loss, "loss")
     if config.task == "stage1":
         model = _dataclass(TiTokConfig, fields, "model")
-        loss = _dataclass(stage1.LossConfig, config.loss, "loss")
         return stage1.make_task(model, loss, vqgan=_vqgan(config), start=_start(config, model), **common)
-    loss = _dataclass(pixels.LossConfig, config.loss, "loss")
     if loss.perceptual != "none":
         common["perceptual"] = load_perceptual(loss.perceptual, config.get("perceptual_weights", ""))
     if loss.discriminator_weight > 0:
         common["discriminator"] = _dataclass(DiscriminatorConfig, config.discriminator, "discriminator")
         common["discriminator_optimizer"] = config.discriminator_optimizer.to_dict()
+    if config.task == "maskgit_vqgan":
+        model = _dataclass(MaskgitVQGANConfig, fields, "model")
+        return maskgit_vqgan.make_task(model, loss, start=_start(config, model), **common)
     if config.task == "stage2":
         model, start = _stage2_start(config, fields)
         return stage2.make_task(model, loss, start=start, **common)

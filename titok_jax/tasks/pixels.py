@@ -14,18 +14,8 @@ from titok_jax import convert, losses, pretrained
 from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.optimizer import ema_update
-from titok_jax.tasks import (
-    Batch,
-    Metrics,
-    Network,
-    State,
-    Task,
-    accumulate,
-    cond,
-    float_images,
-    make_network,
-    map_parts,
-)
+from titok_jax.tasks import Batch, Metrics, Network, State, Task, accumulate, float_images, make_network
+from titok_jax.tasks.adversarial import Adversary
 from titok_jax.tasks.perceptual import Perceptual
 
 
@@ -88,12 +78,20 @@ def make_task(
         raise ValueError(f"loss.perceptual is {loss.perceptual!r}, but {found}")
     tokenizer = make_network(config, optimizer, num_steps, trained=trained, compute_dtype=compute_dtype, remat=remat)
     networks: dict[str, Network] = {"tokenizer": tokenizer}
-    adversarial = loss.discriminator_weight > 0
-    if adversarial:
+    adversary = None
+    if loss.discriminator_weight > 0:
         if discriminator is None or discriminator_optimizer is None:
             raise ValueError("loss.discriminator_weight is set, but no discriminator")
         networks["discriminator"] = make_network(
             discriminator, discriminator_optimizer, num_steps - loss.discriminator_start, compute_dtype=compute_dtype
+        )
+        adversary = Adversary(
+            networks["discriminator"],
+            loss.discriminator_start,
+            factor=loss.discriminator_factor,
+            lecam_weight=loss.lecam_weight,
+            lecam_decay=loss.lecam_decay,
+            parts=gradient_accumulation,
         )
 
     def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
@@ -103,7 +101,7 @@ def make_task(
         ):
             state["params"][name], state["opt"][name] = network.init(network_key, (start or {}).get(name))
         state["ema"]["tokenizer"] = state["params"]["tokenizer"]
-        if adversarial:
+        if adversary:
             state["lecam"] = losses.init_lecam()
         return state
 
@@ -124,12 +122,7 @@ def make_task(
             z, tokens = posterior.sample(rows["noise"]), None
         reconstructions = model.decode(z)
 
-        factor, logits_fake = jnp.float32(0.0), None
-        if adversarial:
-            factor = losses.discriminator_factor(state["step"], loss.discriminator_start, loss.discriminator_factor)
-            critic = networks["discriminator"].module(jax.lax.stop_gradient(state["params"]["discriminator"]))
-            grid = jax.eval_shape(critic, reconstructions)
-            logits_fake = cond(factor > 0, lambda: critic(reconstructions), lambda: jnp.zeros(grid.shape, grid.dtype))
+        factor, logits_fake = adversary.judge(state, reconstructions) if adversary else (jnp.float32(0.0), None)
         shared = {
             "perceptual": jnp.float32(0.0) if perceptual is None else perceptual.distance(frozen, images, reconstructions),
             "logits_fake": logits_fake,
@@ -157,40 +150,6 @@ def make_task(
             )
         return total, (metrics, {"reconstructions": reconstructions, "tokens": tokens})
 
-    def discriminator_update(state: State, images, reconstructions):
-        """-> (params, optimizer state, LeCam averages, metrics) of the discriminator."""
-        network, start = networks["discriminator"], state["step"] >= loss.discriminator_start
-
-        def logits(params, images):
-            # LeCam is not linear in the mean logits, so that gradients of parts would not add up to that of the whole:
-            # the logits of all parts enter one loss.
-            return map_parts(lambda part: network.module(params)(part), images, gradient_accumulation)
-
-        def discriminator_loss(params):
-            total, metrics, lecam = losses.discriminator_loss(
-                logits(params, images),
-                logits(params, jax.lax.stop_gradient(reconstructions)),
-                state["lecam"],
-                factor=loss.discriminator_factor,
-                lecam_weight=loss.lecam_weight,
-                lecam_decay=loss.lecam_decay,
-            )
-            return total, (metrics, lecam)
-
-        def train():
-            params, opt = state["params"]["discriminator"], state["opt"]["discriminator"]
-            grads, (metrics, lecam) = jax.grad(discriminator_loss, has_aux=True)(params)
-            updates_made = state["step"] - loss.discriminator_start
-            params, opt, norm = network.apply(params, opt, grads)
-            return params, opt, lecam, {**metrics, "disc_grad_norm": norm, "disc_lr": network.schedule(updates_made)}
-
-        def wait():
-            nothing = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss", "disc_grad_norm", "disc_lr")
-            metrics = {name: jnp.float32(jnp.nan) for name in nothing}
-            return state["params"]["discriminator"], state["opt"]["discriminator"], state["lecam"], metrics
-
-        return cond(start, train, wait)
-
     def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
         images = float_images(batch)
         params, opt, ema = dict(state["params"]), dict(state["opt"]), dict(state["ema"])
@@ -205,8 +164,8 @@ def make_task(
             params["tokenizer"], opt["tokenizer"], grads
         )
         new = {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}
-        if adversarial:
-            trained = discriminator_update(state, images, outputs["reconstructions"])
+        if adversary:
+            trained = adversary.update(state, images, outputs["reconstructions"])
             params["discriminator"], opt["discriminator"], new["lecam"], disc_metrics = trained
             metrics |= disc_metrics
         if outputs["tokens"] is not None:

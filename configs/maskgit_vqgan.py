@@ -1,0 +1,59 @@
+"""The MaskGIT-VQGAN, the 2D tokenizer whose codes stage 1 predicts and whose decoder stage 2 fine-tunes, from scratch.
+
+  python -m titok_jax.train --config configs/maskgit_vqgan.py:imagenet256 --workdir runs/vqgan \
+      --config.data.source.path=IMAGENET/train --config.perceptual_weights=WEIGHTS
+
+WEIGHTS holds convnext_small-0c510722.pth of torchvision. Stages 1 and 2 take the result by
+--config.vqgan=runs/vqgan/pretrained. Variants and the rFID of the published weights: imagenet256 2.28, imagenet512 1.97; how
+long the training takes was not published. `:smoke` is a small one on the embedded digits, about a minute on a CPU, without
+perceptual loss.
+
+Values: google-research/maskgit, maskgit/configs/vqgan_config.py (Adam without weight decay, clipping or warm-up; batch size
+global; float32) and base_config.py (average 0.999). That repository does not say how images are cropped for training: here
+as in TiTok's stages. Also our choice: the discriminator, its size, and the perceptual network (tasks/maskgit_vqgan.py).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+VARIANTS = {"imagenet256": 256, "imagenet512": 512, "smoke": 256}
+
+
+def get_config(variant: str = "imagenet256") -> ConfigDict:
+    size = common.pick(VARIANTS, variant)
+    config = common.base("maskgit_vqgan")
+    config.num_steps = 1_000_000
+    config.compute_dtype = "float32"
+    config.perceptual_weights = ""
+    config.model = ConfigDict(
+        {
+            "hidden_channels": 128,
+            "channel_mult": (1, 1, 2, 2, 4),
+            "num_res_blocks": 2,
+            "z_channels": 256,
+            "codebook_size": 1024,
+            "resolution": size,
+        }
+    )
+    config.loss = ConfigDict(
+        {
+            "reconstruction": "l2",
+            "commitment_weight": 0.25,
+            "entropy_weight": 0.1,
+            "entropy_temperature": 0.01,
+            "perceptual": "convnext_s",
+            "perceptual_weight": 0.1,
+            "discriminator_weight": 0.1,
+            "discriminator_start": 0,
+            "gradient_penalty": 10.0,
+            "lecam_weight": 0.0,
+            "lecam_decay": 0.999,
+        }
+    )
+    adam = {"schedule": "constant", "beta1": 0.0, "max_grad_norm": float("inf")}
+    config.optimizer = common.optimizer(1e-4, beta2=0.99, weight_decay=0.0, warmup_steps=0)
+    config.optimizer.update(adam)
+    config.discriminator = ConfigDict({"hidden_channels": 128, "num_stages": 3, "logits_size": 16})
+    config.discriminator_optimizer = ConfigDict(config.optimizer.to_dict())
+    return common.shrink(config) if variant == "smoke" else common.at_size(config, size)
