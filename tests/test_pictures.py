@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from titok_jax import pictures
 
@@ -115,3 +116,57 @@ def test_arguments_that_do_not_fit(options, message):
         pictures.grid(coloured(4), **options)
     with pytest.raises(ValueError, match="at least one"):
         pictures.grid(coloured(0))
+
+
+def markers(picture, colour):
+    """Centres (x, y) of the discs of a colour, from left to right. Lines and words are thinner and fall away."""
+    near = np.abs(np.asarray(picture).astype(int) - colour).max(-1) < 40
+    labels, count = scipy.ndimage.label(scipy.ndimage.binary_erosion(near, np.ones((5, 5))))
+    centres = scipy.ndimage.center_of_mass(labels > 0, labels, range(1, count + 1))
+    return np.array(sorted((x, y) for y, x in centres))
+
+
+def test_curves_pass_through_their_points():
+    lines = {"one": [(10, 1.0), (20, 2.0), (40, 9.0)], "two": [(15, 8.0)]}
+    names = {"one": ["a", "b", "c"], "two": ["d"]}
+    picture = pictures.curve(lines, x_label="IS", y_label="FID", title="a title", names=names)
+    assert picture.size == (720, 540)
+    one, two = (markers(picture, colour) for colour in pictures._COLOURS[:2])
+    assert len(one) == 3
+    assert len(two) == 1
+    # One scale for each axis, y upwards.
+    x_scale, y_scale = (one[2] - one[0]) / (30, 8)
+    assert x_scale > 0 > y_scale
+    np.testing.assert_allclose(one[1], one[0] + (10 * x_scale, y_scale), atol=1)
+    np.testing.assert_allclose(two[0], one[0] + (5 * x_scale, 7 * y_scale), atol=1)
+    for x, y in one.astype(int):  # the words
+        assert ink(picture, x + 5, y - 16, x + 16, y - 6)
+    assert markers(pictures.curve({"one": lines["one"]}, x_label="", y_label=""), pictures._COLOURS[0]).size == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 10], ["0", "2", "4", "6", "8", "10"]),
+        ([2.31, 2.77], ["2.3", "2.4", "2.5", "2.6", "2.7"]),
+        ([-1000, 50000], ["0", "10,000", "20,000", "30,000", "40,000", "50,000"]),
+        ([3], ["2.6", "2.8", "3.0", "3.2", "3.4"]),
+        ([0, 0], ["-1.0", "-0.5", "0.0", "0.5", "1.0"]),
+    ],
+)
+def test_axes_have_round_numbers(values, expected):
+    assert [text for _, text in pictures._ticks(np.array(values, float))] == expected
+
+
+def test_curves_need_points():
+    for lines in ({}, {"one": []}, {"one": [(0, np.nan)]}):
+        with pytest.raises(ValueError, match="expected at least one, and all finite"):
+            pictures.curve(lines, x_label="", y_label="")
+
+
+def test_tables_and_curves_stand_side_by_side():
+    picture = pictures.table([["a", "FID"], ["1", "12.34"], ["200", "5.67"]])
+    assert ink(picture, 0, picture.height - 30, 40, picture.height)  # the last row
+    whole = pictures.beside(picture, picture.resize((300, 200)))
+    assert whole.size == (picture.width + 300, 200)
+    find(whole, np.asarray(picture), 1)

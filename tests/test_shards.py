@@ -8,21 +8,30 @@ from titok_jax.shards import Shards
 SETTINGS = {"seed": 1, "temperature": 2.0}
 
 
-def begin(folder, settings=SETTINGS, count=5, **options):
-    return Shards(folder, settings, count, **options)
+def begin(folder, settings=SETTINGS, length=14, size=3, **options):
+    return Shards(folder, settings, length, size, **options)
 
 
 def test_pieces_come_back_in_order(tmp_path):
     shards = begin(tmp_path / "s")
     assert shards.missing() == [0, 1, 2, 3, 4]
+    assert [shards.items(number) for number in (0, 3, 4)] == [slice(0, 3), slice(9, 12), slice(12, 14)]
     for number in (3, 0, 4):
         shards.write(number, images=np.full((2, 3), number, np.uint8), loss=np.float64(number / 3))
     again = begin(tmp_path / "s")  # as after a kill
     assert again.missing() == [1, 2]
     with pytest.raises(FileNotFoundError):
         list(again)
-    for number in again.missing():
-        again.write(number, images=np.full((2, 3), number, np.uint8), loss=np.float64(number / 3))
+    wanted = []
+
+    def pieces(numbers):
+        for number in numbers:
+            wanted.append(number)
+            yield {"images": np.full((2, 3), number, np.uint8), "loss": np.float64(number / 3)}
+
+    assert again.make(pieces, quiet=True).startswith("6 images in ")
+    assert again.make(pieces, quiet=True) == "all 14 images were there"
+    assert wanted == [1, 2]
     pieces = list(again)
     assert [int(piece["images"][1, 2]) for piece in pieces] == [0, 1, 2, 3, 4]
     assert [float(piece["loss"]) for piece in pieces] == [number / 3 for number in range(5)]  # every bit
@@ -53,6 +62,8 @@ def test_other_settings_are_refused(tmp_path):
     assert begin(tmp_path / "s", restart=True).missing() == [1, 2, 3, 4]  # the same settings go on
     assert begin(tmp_path / "s", {"seed": 2}, restart=True).missing() == [0, 1, 2, 3, 4]
     assert begin(tmp_path / "s", {"seed": 2}).missing() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"\(num: 14 there, 15 now; batch_size: 3 there, 4 now\)"):
+        begin(tmp_path / "s", {"seed": 2}, 15, 4)
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):

@@ -5,16 +5,15 @@ the missing ones and ends with the same file. Where `jax.distributed` is initial
 """
 
 import argparse
-import math
+import hashlib
+import os
 import sys
-import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from titok_jax import pictures, zoo
 from titok_jax.cli import check_output, command, new_file, new_folder
@@ -74,7 +73,7 @@ def sample(
 
     key = jax.random.key(seed, impl="threefry2x32")
     batch_size = min(batch_size, len(labels))
-    for batch in range(math.ceil(len(labels) / batch_size)) if batches is None else batches:
+    for batch in range(-(-len(labels) // batch_size)) if batches is None else batches:
         start = batch * batch_size
         part = labels[start : start + batch_size]
         padded = np.pad(part, (0, batch_size - len(part)), mode="edge")
@@ -100,29 +99,43 @@ def by_class(labels: np.ndarray) -> np.ndarray:
     return np.argsort(first[inverse], kind="stable")
 
 
-def weights_sha256(model: str, tokenizer: str | None) -> dict[str, str]:
-    """{"generator": hex digest, "tokenizer": hex digest} of the files that `titok_jax.load_pair` reads; errors as there."""
-    import hashlib
+def sha256(path: str | os.PathLike) -> str:
+    """Of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+def weights_sha256(generator: str | None, tokenizer: str | None) -> dict[str, str]:
+    """{"generator": ..., "tokenizer": ...}: SHA-256 of the files that `load_generator` and `load_tokenizer` read for these
+    names or folders; what is None is left out. Errors as there."""
     from titok_jax import pretrained
     from titok_jax.models import GeneratorConfig, TiTokConfig
 
-    result = {}
-    for name, source, config in (("generator", model, GeneratorConfig), ("tokenizer", tokenizer or model, TiTokConfig)):
-        with open(pretrained.locate(source, config).weights, "rb") as file:
-            result[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return result
+    sources = {"generator": (generator, GeneratorConfig), "tokenizer": (tokenizer, TiTokConfig)}
+    return {
+        name: sha256(pretrained.locate(source, kind).weights)
+        for name, (source, kind) in sources.items()
+        if source is not None
+    }
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say how tokens are sampled."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The options that say how tokens are sampled; with `several`, guidance scale and temperature are lists of numbers."""
+    number, more = (_numbers, "; several, separated by commas: a grid") if several else (float, "")
     group = parser.add_argument_group("sampling", "what is not given is taken from the model's configuration")
     group.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     group.add_argument("--steps", type=int, help="decoding steps")
-    group.add_argument("--guidance-scale", type=float, help="of classifier-free guidance; more: less varied; 0: none")
+    group.add_argument(
+        "--guidance-scale", type=number, help=f"of classifier-free guidance; more: less varied; 0: none{more}"
+    )
     group.add_argument("--guidance-schedule", help="how it grows over the steps: constant, linear or power-cosine")
-    group.add_argument("--temperature", type=float, help="of the noise in the first steps; more: more varied")
+    group.add_argument("--temperature", type=number, help=f"of the noise in the first steps; more: more varied{more}")
     group.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+
+
+def _numbers(text: str) -> list[float]:
+    """ "0,1.5" -> [0.0, 1.5]."""
+    return [float(part) for part in text.split(",")]
 
 
 def sampling_settings(args: argparse.Namespace, defaults) -> dict[str, Any]:
@@ -308,54 +321,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
     batch_size = min(args.batch_size, args.num)
-    weights = weights_sha256(args.model, args.tokenizer)
     shards = Shards(
         f"{out}.shards",
-        {"num": args.num, "labels": args.labels, "seed": args.seed, "batch_size": batch_size, "dtype": args.dtype}
+        {"labels": args.labels, "seed": args.seed, "dtype": args.dtype}
         | settings
-        | weights,
-        math.ceil(args.num / batch_size),
+        | weights_sha256(args.model, args.tokenizer or args.model),
+        args.num,
+        batch_size,
         restart=args.overwrite,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    missing = shards.missing()
+    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype)
+
+    def pieces(numbers):
+        options = {"batch_size": batch_size, "batches": numbers, **settings}
+        for _, _, images in sample(tokenizer, generator, labels, args.seed, **options):
+            yield {"images": images}
+
     print(
         f"{args.model}: {config.num_classes} classes, {config.num_tokens} tokens of {config.codebook_size} codes per image, "
         f"{tokenizer_config.image_size}x{tokenizer_config.image_size} pixels\n"
         + "sampling: "
         + ", ".join(f"{name} {value}" for name, value in settings.items())
-        + f", seed {args.seed}"
+        + f", seed {args.seed}\ncompiling; the first batch takes longer",
+        flush=True,
     )
-    if missing:
-        tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype)
-        print("compiling; the first batch takes longer", flush=True)
-        start, first = time.perf_counter(), None
-        images_of = {number: len(labels[number * batch_size : (number + 1) * batch_size]) for number in shards.mine()}
-        num = sum(images_of[number] for number in missing)
-        with (
-            tqdm(total=sum(images_of.values()), initial=sum(images_of.values()) - num, unit="image") as bar,
-            jax.default_matmul_precision(MATMUL_PRECISION[args.dtype]),
-        ):
-            options = {"batch_size": batch_size, "batches": missing, **settings}
-            for number, (_, _, images) in zip(
-                missing, sample(tokenizer, generator, labels, args.seed, **options), strict=True
-            ):
-                shards.write(number, images=images)
-                bar.update(len(images))
-                first = first or (len(images), time.perf_counter())
-        seconds = time.perf_counter() - start
-        speed = f"{num / seconds:.1f} images/s with compilation"
-        if first[0] < num:
-            speed += f", {(num - first[0]) / (start + seconds - first[1]):.1f} images/s after the first batch"
-        print(f"{num} images in {seconds:.1f} s ({speed})")
-    shards.wait("made")
+    with jax.default_matmul_precision(MATMUL_PRECISION[args.dtype]):
+        print(shards.make(pieces))
     if shards.first:
         with (new_folder if kind is _Folder else new_file)(out) as path:
-            writer, place = kind(path, labels), 0
-            for piece in shards:
-                writer.add(slice(place, place + len(piece["images"])), piece["images"])
-                place += len(piece["images"])
+            writer = kind(path, labels)
+            for number, piece in enumerate(shards):
+                writer.add(shards.items(number), piece["images"])
             writer.close()
         shards.remove()
         print(f"wrote {out}")

@@ -3,13 +3,16 @@ missing ones only; several processes share the pieces. Imports no JAX until ther
 
 import contextlib
 import json
+import math
 import os
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from titok_jax.cli import new_file
 
@@ -17,10 +20,12 @@ _SETTINGS = "settings.json"
 
 
 class Shards:
-    """A folder of the pieces 0 .. count - 1 of one job, `00012.npz`, and the settings that they were made with.
+    """A folder of the pieces of one job, `00012.npz`, and the settings that they were made with.
 
     Attributes:
       folder: where they are; with several processes, one that all of them reach.
+      length: items of the whole job: images.
+      size: items in a piece; the last one has what is left.
       count: how many pieces the whole job has.
       first: this is the process that does what is done once.
     """
@@ -29,7 +34,8 @@ class Shards:
         self,
         folder: str | os.PathLike,
         settings: dict[str, Any],
-        count: int,
+        length: int,
+        size: int,
         *,
         restart: bool = False,
         process_index: int = 0,
@@ -38,24 +44,24 @@ class Shards:
         """Begins a job, or continues one.
 
         Args:
-          settings: everything that decides what the pieces hold, as JSON has it.
+          settings: everything that decides what the pieces hold, as JSON has it; length and size are added.
           restart: pieces of other settings are removed, where otherwise they are an error.
 
         Raises:
           ValueError: the folder was begun with other settings; the message lists them.
           NotADirectoryError, FileExistsError: there is a file of that name, or a folder with something else in it.
         """
-        self.folder, self.count = Path(folder), count
+        self.folder, self.length, self.size, self.count = Path(folder), length, size, math.ceil(length / size)
         self.first = process_index == 0
         self._index, self._processes = process_index, process_count
         path = self.folder / _SETTINGS
-        settings = json.loads(json.dumps(settings, allow_nan=False))
+        settings = json.loads(json.dumps({"num": length, "batch_size": size} | settings, allow_nan=False))
         if self.first:
             if self.folder.exists() and not self.folder.is_dir():
                 raise NotADirectoryError(f"{self.folder} is a file, expected a folder of unfinished work, or nothing")
             if restart and path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
                 self.remove()
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 foreign = sorted(child.name for child in self.folder.iterdir() if not child.name.startswith("."))
                 if foreign:
@@ -90,9 +96,53 @@ class Shards:
         """The pieces that this process makes."""
         return range(self._index, self.count, self._processes)
 
+    def items(self, number: int) -> slice:
+        """Which items a piece is of."""
+        return slice(number * self.size, min((number + 1) * self.size, self.length))
+
     def missing(self) -> list[int]:
         """Those of them that are not there yet."""
         return [number for number in self.mine() if not self._path(number).exists()]
+
+    def make(
+        self,
+        pieces: Callable[[list[int]], Iterable[dict[str, np.ndarray]]],
+        *,
+        unit: str = "image",
+        name: str | None = None,
+        quiet: bool = False,
+    ) -> str:
+        """Makes the missing pieces of this process, with a progress bar, and waits for the other processes.
+
+        Args:
+          pieces: numbers of pieces -> their arrays, in this order, one at a time.
+          unit: what an item is called.
+          name: in front of the bar.
+          quiet: no bar.
+
+        Returns:
+          What was made and how fast, in words.
+        """
+
+        def items(numbers):
+            return sum(self.items(number).stop - self.items(number).start for number in numbers)
+
+        missing = self.missing()
+        num, total = items(missing), items(self.mine())
+        start, first = time.perf_counter(), None
+        with tqdm(total=total, initial=total - num, unit=unit, desc=name, disable=quiet or not self.first) as bar:
+            for number, arrays in zip(missing, pieces(missing), strict=True):
+                self.write(number, **arrays)
+                bar.update(items([number]))
+                first = first or (items([number]), time.perf_counter())
+        now = time.perf_counter()
+        self.wait("made")
+        if not missing:
+            return f"all {total} {unit}s were there"
+        speed = f"{num / (now - start):.1f} {unit}s/s with compilation"
+        if first[0] < num:
+            speed += f", {(num - first[0]) / (now - first[1]):.1f} {unit}s/s after the first batch"
+        return f"{num} {unit}s in {now - start:.1f} s ({speed})"
 
     def write(self, number: int, **arrays: np.ndarray) -> None:
         """Adds a piece. Returns when it is on the disk."""
