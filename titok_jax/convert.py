@@ -424,6 +424,18 @@ def perceptual_table() -> Table:
     ]
 
 
+def inception_table() -> Table:
+    """InceptionV3 in torch-fidelity's names, its batch statistics among the parameters."""
+    conv = r"convs/([\w.]+)"
+    return [
+        Rule(conv + "/kernel", r"\1.conv.weight", CONV),
+        Rule(conv + "/scale", r"\1.bn.weight"),
+        Rule(conv + "/bias", r"\1.bn.bias"),
+        Rule(conv + "/(mean|var)", r"\1.bn.running_\2"),
+        *_linear("fc", "fc"),
+    ]
+
+
 def table_for(config: models.Config) -> Table:
     """The table of the model that `config` describes."""
     if isinstance(config, models.TiTokConfig):
@@ -434,4 +446,6 @@ def table_for(config: models.Config) -> Table:
         return maskgit_vqgan_table()
     if isinstance(config, models.PerceptualConfig):
         return perceptual_table()
+    if isinstance(config, models.InceptionConfig):
+        return inception_table()
     return discriminator_table()

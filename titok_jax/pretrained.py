@@ -22,7 +22,7 @@ import numpy as np
 from titok_jax import convert, models, weights, zoo
 from titok_jax.cli import new_folder
 from titok_jax.convert import WeightsError
-from titok_jax.models import DiscriminatorConfig, GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.models import DiscriminatorConfig, GeneratorConfig, InceptionConfig, MaskgitVQGANConfig, TiTokConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -33,6 +33,7 @@ _KINDS = {
     GeneratorConfig: "generator",
     MaskgitVQGANConfig: "vqgan",
     DiscriminatorConfig: "discriminator",
+    InceptionConfig: "inception",
 }
 
 
@@ -269,6 +270,7 @@ def known_configs(kind: type | None = None) -> dict[tuple[str, str], models.Conf
         if cls is TiTokConfig and config.is_legacy:
             configs[model.kind, f"{model.name}, stage 1"] = dataclasses.replace(config, finetune_decoder=False)
     configs["discriminator", "discriminator"] = DiscriminatorConfig()
+    configs["inception", "inception-2015-12-05"] = InceptionConfig()
     return {key: config for key, config in configs.items() if kind is None or key[0] == _KINDS[kind]}
 
 

@@ -8,18 +8,19 @@ from flax import nnx
 
 from titok_jax.models.discriminator import DiscriminatorConfig, NLayerDiscriminator
 from titok_jax.models.generator import GeneratorConfig, make_generator
+from titok_jax.models.inception import InceptionConfig, InceptionV3
 from titok_jax.models.maskgit_vqgan import MaskgitVQGAN, MaskgitVQGANConfig
 from titok_jax.models.perceptual import PerceptualConfig, PerceptualLoss
 from titok_jax.models.titok import TiTok, TiTokConfig
 
-Config = TiTokConfig | GeneratorConfig | MaskgitVQGANConfig | DiscriminatorConfig | PerceptualConfig
+Config = TiTokConfig | GeneratorConfig | MaskgitVQGANConfig | DiscriminatorConfig | PerceptualConfig | InceptionConfig
 
 
 def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> nnx.Module:
     """The module that a configuration describes, with new parameters.
 
     Args:
-      dtype: computation dtype; parameters are float32. Perceptual networks compute in float32 whatever it is.
+      dtype: computation dtype; parameters are float32. The networks that are only read compute in float32 whatever it is.
       remat: recompute each transformer block's activations in the backward pass (TiTok and the generators).
     """
     if isinstance(config, TiTokConfig):
@@ -30,6 +31,8 @@ def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.
         return MaskgitVQGAN(config, dtype=dtype, rngs=rngs)
     if isinstance(config, PerceptualConfig):
         return PerceptualLoss(config, rngs=rngs)
+    if isinstance(config, InceptionConfig):
+        return InceptionV3(config, rngs=rngs)
     return NLayerDiscriminator(config, dtype=dtype, rngs=rngs)
 
 
