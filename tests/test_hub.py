@@ -10,6 +10,7 @@ import sys
 import threading
 
 import pytest
+import safetensors.numpy
 import tiny_models as tiny
 
 from titok_jax import convert, inference
@@ -100,7 +101,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         digest = hashlib.sha256(data).hexdigest()
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if file.endswith(".json"):
-            return self.answer(200, {**headers, "ETag": f'"{digest[:40]}"'}, data)
+            digest = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # a small file is known by git's checksum
+            return self.answer(200, {**headers, "ETag": f'"{digest}"'}, data)
         hub.blobs[digest] = data
         linked = {
             "X-Linked-Etag": f'"{digest}"',
@@ -124,7 +126,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def files_of(folder):
-    return {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    """As the published code writes them: without the checksums that ours have."""
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    return {"config.json": (folder / "config.json").read_bytes(), "model.safetensors": safetensors.numpy.save(weights)}
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +246,23 @@ def test_a_hub_that_breaks_off_for_good_or_holds_a_damaged_file(hub, tmp_path):
     ((kind, message),) = run(hub.url, tmp_path, {"source": "titok_l32"})
     assert kind == "WeightsError"
     assert re.search(r"model.safetensors is not a whole safetensors file: it should have \d+ bytes, it has \d+", message)
+
+
+def test_a_file_damaged_in_the_cache_is_found_out(hub, folders, tmp_path):
+    """The hub's name for a file is a checksum of it: a changed bit that makes another valid file does not go unnoticed."""
+    step = {"source": "titok_l32"}
+    loaded = run(hub.url, tmp_path, step)
+    for name, old, new in (
+        ("config.json", b'"commitment_cost": 0.25', b'"commitment_cost": 0.75'),
+        ("model.safetensors", None, None),
+    ):
+        (path,) = tmp_path.glob(f"hub/models--*/snapshots/*/{name}")
+        original = path.read_bytes()
+        changed = original.replace(old, new) if old else original[:-1] + bytes([original[-1] ^ 1])
+        assert changed != original
+        path.resolve().write_bytes(changed)
+        ((kind, message),) = run(hub.url, tmp_path, step)
+        assert kind == "WeightsError"
+        assert message.startswith(f"{path} is damaged: it is not what the hub sent; remove {path.resolve()} to"), message
+        path.resolve().unlink()
+    assert run(hub.url, tmp_path, step) == loaded

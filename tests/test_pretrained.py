@@ -166,7 +166,7 @@ def test_unknown_and_bad_values_in_a_config(saved):
     for key, value in (("new_option", 1), ("quantize_mode", "fsq"), ("vit_enc_model_size", "huge"), ("token_size", 5)):
         changed = {**config, "model": {"vq_model": {**config["model"]["vq_model"], key: value}}}
         (saved / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(convert.WeightsError, match=r"new_option|fsq|huge|expected \[64, 5\]"):
+        with pytest.raises(convert.WeightsError, match=r"new_option|fsq|huge|is not the configuration"):
             pretrained.load(saved, TiTokConfig)
 
 

@@ -257,7 +257,7 @@ def test_published_configurations_are_read(path):
     ("change", "message"),
     [
         ({"num_layers": 3}, "unknown keys"),
-        ({"vit_enc_model_size": "giant"}, "transformer size"),
+        ({"vit_enc_model_size": "giant"}, "vit_enc_model_size is 'giant'"),
         ({"quantize_mode": "fsq"}, "quantize_mode"),
         ({"vit_dec_patch_size": 8}, "differ"),
     ],

@@ -1,12 +1,15 @@
 """Files of weights in every form: read as they were written, and as errors when anything about them is wrong."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -63,7 +66,18 @@ def test_safetensors_are_written_as_by_their_own_library(tmp_path):
     same_dtype = {name: rng.standard_normal((2, 3)).astype(np.float32) for name in "cab"}
     weights.write_safetensors(tmp_path / "ours", same_dtype)
     safetensors.numpy.save_file(same_dtype, tmp_path / "theirs", {"format": "pt"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    header, data = split(tmp_path / "ours")
+    checksums = header["__metadata__"].pop("crc32").split()
+    assert (header, data) == split(tmp_path / "theirs")
+    assert checksums == [f"{zlib.crc32(f'{n} F32 [2, 3]'.encode() + same_dtype[n].tobytes()):08x}" for n in "abc"]
+
+
+def split(path):
+    """Header and tensors of a safetensors file."""
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    assert end % 8 == 0
+    return json.loads(data[8:end]), data[end:]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -282,13 +296,15 @@ def test_headers_that_lie(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "Mamba"}, "model_type is 'Mamba', expected 'ViT' or 'UViT'"),
-        ({"num_hidden_layers": 10**9}, "num_layers is 1000000000, expected"),
-        ({"hidden_size": 0}, "hidden_size is 0, expected"),
-        ({"hidden_size": "32"}, "hidden_size is '32', expected"),
+        ({"num_hidden_layers": 10**9}, "model.generator.num_hidden_layers is 1000000000, expected"),
+        ({"hidden_size": 0}, "model.generator.hidden_size is 0, expected a whole number from 1"),
+        ({"hidden_size": "32"}, "model.generator.hidden_size is '32', expected"),
+        ({"num_steps": "8"}, "model.generator.num_steps is '8', expected a whole number from 1 to 10000"),
+        ({"dropout": 1.5}, "model.generator.dropout is 1.5, expected a number from 0 to 1"),
         ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_heads 5"),
         ({"image_seq_len": "${experiment.tokens}"}, r"cannot resolve '\$\{experiment.tokens\}'; expected"),
         ({"image_seq_len": "${model}"}, r"cannot resolve '\$\{model\}'; expected .* single value"),
-        ({"randomize_temperature": float("nan")}, "temperature is nan, expected a number"),
+        ({"randomize_temperature": float("nan")}, "model.generator.randomize_temperature is nan, expected a number"),
     ],
 )
 def test_configurations_that_cannot_be(change, message, tmp_path):
@@ -301,11 +317,35 @@ def test_configurations_that_cannot_be(change, message, tmp_path):
 
 
 # Mutations. A second reader, the format's own library, says whether a mutated file still holds the same tensors; only then
-# may it be loaded, as the same. Bytes of tensors are not mutated: any value is a weight.
+# may it be loaded, as the same.
+
+
+class Hang(BaseException):
+    """Not an Exception, so that nothing takes it for a damaged file."""
+
+
+@pytest.fixture
+def in_time():
+    """A context: what takes a minute, of which it needs a hundredth of a second, hangs."""
+
+    def stop(*_):
+        raise Hang
+
+    @contextlib.contextmanager
+    def limit():
+        signal.alarm(60)
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    yield limit
+    signal.signal(signal.SIGALRM, before)
 
 
 def mutate_bytes(data: bytes, rng: random.Random, structure: list[int]) -> bytes:
-    """One to three changes at the positions `structure`, which hold no tensor, or to the length."""
+    """One to three changes at the positions `structure`, or to the length."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         place = min(rng.choice(structure), len(data) - 1) if data else 0
@@ -343,7 +383,8 @@ def same_tensors(read, data, expected) -> bool:
     )
 
 
-def check_mutations(path, folder_or_file, config, read, seed, count):
+def check_mutations(path, folder_or_file, config, read, in_time, *, seed, count, tensors_too):
+    """Half of the mutations are where no tensor is; with `tensors_too` the others are anywhere."""
     original, expected_params = path.read_bytes(), tiny.params(config)
     expected = read(original)
     inside = np.zeros(len(original), bool)
@@ -351,14 +392,16 @@ def check_mutations(path, folder_or_file, config, read, seed, count):
         start = original.find(array.tobytes())
         inside[start : start + array.nbytes] = True
     structure = np.flatnonzero(~inside).tolist()
+    everywhere = list(range(len(original))) if tensors_too else structure
     rng = random.Random(seed)
     refused = 0
     for number in range(count):
-        data = mutate_bytes(original, rng, structure)
+        data = mutate_bytes(original, rng, everywhere if number % 2 else structure)
         path.write_bytes(data)
         error = None
         try:
-            read_config, params = load_numpy(folder_or_file, type(config))
+            with in_time():
+                read_config, params = load_numpy(folder_or_file, type(config))
         except convert.WeightsError as raised:
             error = str(raised)
         if error is None:
@@ -373,13 +416,14 @@ def check_mutations(path, folder_or_file, config, read, seed, count):
     assert refused > 0.9 * count
 
 
-def test_mutated_safetensors(tmp_path):
+def test_mutated_safetensors(in_time, tmp_path):
     folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
-    path = folder / "model.safetensors"
-    check_mutations(path, folder, tiny.TOKENIZER, safetensors.numpy.load, seed=0, count=1000)
+    path, read = folder / "model.safetensors", safetensors.numpy.load
+    check_mutations(path, folder, tiny.TOKENIZER, read, in_time, seed=0, count=1000, tensors_too=True)
 
 
-def test_mutated_flax_checkpoints(tmp_path):
+def test_mutated_flax_checkpoints(in_time, tmp_path):
+    """Their form has no checksums, so a changed number is a number."""
     path = tmp_path / "checkpoint.msgpack"
     path.write_bytes(serialization.to_bytes(convert.published_to_jax_vqgan(published(VQGAN), config=VQGAN)))
     pretrained.write_config(tmp_path / "checkpoint.json", VQGAN)
@@ -387,14 +431,43 @@ def test_mutated_flax_checkpoints(tmp_path):
     def read(data):
         return {k: np.asarray(v) for k, v in convert.flatten(serialization.msgpack_restore(data)).items()}
 
-    check_mutations(path, path, VQGAN, read, seed=1, count=400)
+    check_mutations(path, path, VQGAN, read, in_time, seed=1, count=400, tensors_too=False)
 
 
-# No tensor says these; a change to them is a configuration like any other.
-FREE = {
-    "use_l2_norm", "commitment_cost", "finetune_decoder", "dropout", "attn_dropout", "class_label_dropout", "sampling",
-    "num_heads", "pixel_decoder",
-}  # fmt: skip
+def test_each_byte_of_a_tensor_counts(tmp_path):
+    """One flipped bit in each tensor, and two tensors that take each other's place, are found by name."""
+    folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
+    path = folder / "model.safetensors"
+    original = path.read_bytes()
+    header, _ = split(path)
+    start = len(original) - max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    for name, entry in header.items():
+        if name != "__metadata__":
+            data = bytearray(original)
+            data[start + entry["data_offsets"][0]] ^= 1  # the lowest bit of the mantissa
+            path.write_bytes(data)
+            with pytest.raises(convert.WeightsError, match=rf"model\.safetensors: tensor {name} is not what was written"):
+                load_numpy(folder, TiTokConfig)
+    one, two = b'"encoder.ln_pre.weight"', b'"encoder.ln_pre.biasXX"'
+    swapped = original.replace(b'"encoder.ln_pre.bias"', two).replace(one, b'"encoder.ln_pre.bias"').replace(two, one)
+    assert len(swapped) == len(original)
+    path.write_bytes(swapped)
+    with pytest.raises(convert.WeightsError, match=r"tensor encoder\.ln_pre\.(weight|bias) is not what was written"):
+        load_numpy(folder, TiTokConfig)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_numbers_that_are_none(value, tmp_path):
+    folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
+    tensors = published(tiny.TOKENIZER)
+    tensors["decoder.transformer.1.ln_2.bias"] = np.full(32, value, np.float64 if value == 1e300 else np.float32)
+    weights.write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(
+        convert.WeightsError, match=r"model\.safetensors: tensor decoder\.transformer\.1\.ln_2\.bias holds a NaN, an inf"
+    ):
+        load_numpy(folder, TiTokConfig)
+
+
 STRANGE = (
     None, True, -1, 0, 1, 2, 3, 7, 64, 2**31, 2**70, 1e308, float("nan"), float("inf"), -0.5, "", "x", "vq", "8", "ViT",
     "${a}", "${model.vq_model.codebook_size}", [], [1], {}, {"a": 1}, [[]] * 3,
@@ -426,6 +499,43 @@ def mutate_config(text: str, rng: random.Random) -> bytes:
     return json.dumps(config).encode()
 
 
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(tiny.TOKENIZER, 250), (tiny.GENERATOR, 250), (VQGAN, 100)],
+    ids=["tokenizer", "generator", "vqgan"],
+)
+def test_mutated_configurations(config, count, in_time, tmp_path):
+    """None that says something else than the one saved is taken, though no tensor's shape betrays most of it."""
+    folder = pretrained.save(tmp_path / "model", config, tiny.params(config))
+    path = folder / "config.json"
+    text = path.read_text()
+    rng = random.Random(2)
+    refused = 0
+    for number in range(count):
+        path.write_bytes(mutate_config(text, rng))
+        error = None
+        try:
+            with in_time():
+                read_config, params = load_numpy(folder, type(config))
+        except convert.WeightsError as raised:
+            error = str(raised)
+        if error is None:
+            assert json.loads(path.read_bytes()) == json.loads(text), number
+            assert read_config == config
+            assert_equal(params, tiny.params(config))
+        else:
+            assert str(path) in error, (number, error)
+            refused += 1
+    assert refused > 0.8 * count
+
+
+# No tensor says these; where no checksum does either, a change to them is a configuration like any other.
+FREE = {
+    "use_l2_norm", "commitment_cost", "finetune_decoder", "dropout", "attn_dropout", "class_label_dropout", "sampling",
+    "num_heads", "pixel_decoder",
+}  # fmt: skip
+
+
 def differing(a, b) -> set[str]:
     names = set()
     for field in dataclasses.fields(a):
@@ -437,31 +547,83 @@ def differing(a, b) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    ("config", "count"),
-    [(tiny.TOKENIZER, 250), (tiny.GENERATOR, 250), (VQGAN, 100)],
-    ids=["tokenizer", "generator", "vqgan"],
-)
-def test_mutated_configurations(config, count, tmp_path):
+@pytest.mark.parametrize("config", [tiny.TOKENIZER, tiny.GENERATOR, VQGAN], ids=["tokenizer", "generator", "vqgan"])
+def test_mutated_configurations_without_a_checksum(config, in_time, tmp_path):
+    """As other programs write weights: what the tensors say is checked, and every value is of its type and range."""
     folder = pretrained.save(tmp_path / "model", config, tiny.params(config))
-    path = folder / "config.json"
-    text = path.read_text()
-    rng = random.Random(2)
-    refused = 0
-    for number in range(count):
-        path.write_bytes(mutate_config(text, rng))
+    safetensors.numpy.save_file(published(config), folder / "model.safetensors")
+    path, original = folder / "config.json", (folder / "config.json").read_text()
+    rng = random.Random(4)
+    for number in range(70):
+        path.write_bytes(mutate_config(original, rng))
         error = None
         try:
-            read_config, params = load_numpy(folder, type(config))
+            with in_time():
+                read_config, params = load_numpy(folder, type(config))
         except convert.WeightsError as raised:
             error = str(raised)
-        if error is None:
+        if error is not None:
+            assert str(folder) in error, (number, error)
+        else:
             assert differing(read_config, config) <= FREE | {"resolution"}, number
             assert_equal(params, tiny.params(config))
+
+
+def test_every_value_of_a_wrong_type_is_named(tmp_path):
+    """Each value of a configuration in turn, by one that none of its type can be; the message says file, key and value."""
+    configs = (tiny.TOKENIZER, tiny.VAE, tiny.GENERATOR, VQGAN, dataclasses.replace(tiny.STAGE_1, pixel_decoder=VQGAN))
+    values = 0
+    for number, config in enumerate(configs):
+        path = tmp_path / f"{number}.json"
+        published_form = json.loads(json.dumps(config.to_published()))
+        for section, key in leaves(published_form):
+            if isinstance(config, GeneratorConfig) and key == "num_latent_tokens":
+                continue  # not read: image_seq_len says it
+            before, wrong = section[key], [None, [], {}, float("nan"), -1, 10**30, [[8]]]
+            wrong += ["8"] if isinstance(before, bool) else ["8", True]
+            for value in wrong:
+                section[key] = value
+                path.write_text(json.dumps(published_form))
+                with pytest.raises(convert.WeightsError) as error:
+                    pretrained.read_config_as(path, type(config))
+                assert str(error.value).startswith(f"{path}: "), error.value
+                assert key in str(error.value), (key, value, error.value)
+                values += 1
+            section[key] = before
+    assert values > 400
+
+
+def leaves(tree):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value)
         else:
-            assert str(folder) in error, (number, error)
-            refused += 1
-    assert refused > 0.4 * count
+            yield tree, key
+
+
+def test_a_configuration_of_another_model_is_refused(tmp_path):
+    """Same shapes, other heads: saved here, the weights know; and they know that one is missing."""
+    folder = tiny.save(tmp_path / "model", tokenizer=None)
+    pretrained.write_config(folder / "config.json", dataclasses.replace(tiny.GENERATOR, num_heads=4))
+    with pytest.raises(
+        convert.WeightsError, match=r"config\.json is not the configuration that model\.safetensors was saved"
+    ):
+        load_numpy(folder, GeneratorConfig)
+    config = json.loads(json.dumps(tiny.GENERATOR.to_published()))
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=1))  # written in another way
+    assert_equal(load_numpy(folder, GeneratorConfig)[1], tiny.params(tiny.GENERATOR))
+
+
+def test_a_published_architecture_with_another_configuration(tmp_path):
+    """Without its configuration it would be taken for the published one, which has the same tensors."""
+    config = dict(pretrained.known_configs(TiTokConfig))["tokenizer", "titok_s128"]
+    other = dataclasses.replace(config, use_l2_norm=False)
+    tensors = {n: np.broadcast_to(np.float16(0), shape) for n, shape in pretrained.published_shapes(config).items()}
+    pretrained.write_weights(tmp_path / "a.safetensors", tensors, other)
+    with pytest.raises(convert.WeightsError, match=r"a\.safetensors was saved with a configuration that is not beside it"):
+        pretrained.load_config(tmp_path / "a.safetensors", TiTokConfig)
+    pretrained.write_config(tmp_path / "a.json", other)
+    assert pretrained.load_config(tmp_path / "a.safetensors", TiTokConfig) == other
 
 
 def test_models_and_what_they_cannot_take():

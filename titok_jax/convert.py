@@ -175,7 +175,7 @@ def from_published(
       place: (path, array) -> array on its device; the default keeps numpy.
 
     Raises:
-      WeightsError: naming every missing, surplus, misshapen or non-float tensor.
+      WeightsError: naming every missing, surplus, misshapen or non-float tensor, or the first that is not finite.
     """
     check_shapes(published_shapes(table, abstract), {n: tuple(w.shape) for n, w in weights.items()}, source)
     flat = {
@@ -189,7 +189,13 @@ def _gather(entry: _Entry, leaf: Any, weights: Mapping[str, Any], source: str) -
     """One of our parameters from its published tensors, one of which at a time is held beside it."""
     array = np.empty(leaf.shape, leaf.dtype)
     for part, names in zip(array if entry.stacked else [array], entry.names, strict=True):
-        part[...] = entry.layout.load(tuple(_float(weights[name], name, source) for name in names))
+        with np.errstate(over="ignore"):
+            part[...] = entry.layout.load(tuple(_float(weights[name], name, source) for name in names))
+        if not np.isfinite(part).all():
+            raise WeightsError(
+                f"{source}: tensor {' or '.join(names)} holds a NaN, an infinity or a number too large for {leaf.dtype}; "
+                "the training that it is from diverged, or the file is damaged"
+            )
     return array
 
 

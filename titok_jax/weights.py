@@ -1,16 +1,22 @@
 """Files of tensors, read and written one tensor at a time: safetensors, PyTorch pickles, Flax msgpack.
 
 Which form a file has is told from its content. Nothing of a file is trusted: headers are checked whole before a tensor is
-read, no code in a pickle runs, and whatever is wrong is a WeightsError that names the file.
+read, no code in a pickle runs, and whatever is wrong is a WeightsError that names the file. Where a file has checksums
+(safetensors written here, PyTorch's zip archives), the tensors are compared with them; elsewhere a changed number is a
+number like any other.
 """
 
 import contextlib
+import ctypes
+import functools
 import json
 import math
+import mmap
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,18 +43,32 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Tensor:
-    """A tensor in a file, read when it becomes an array."""
+    """A tensor in a file, read when it becomes an array.
 
-    def __init__(self, file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtype):
-        self._file, self._offset = file, offset
+    Args:
+      verify: takes the array's bytes, raises WeightsError if they are not what was written.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        verify: Callable[[np.ndarray], None] | None = None,
+    ):
+        self._file, self._offset, self._verify = file, offset, verify
         self.shape, self.dtype = shape, dtype
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         array = np.empty(self.shape, self.dtype)
+        raw = array.reshape(-1).view(np.uint8)
         if array.nbytes:
             self._file.seek(self._offset)
-            if self._file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
+            if self._file.readinto(raw) != array.nbytes:
                 raise WeightsError(f"{self._file.name} became shorter while it was read")
+        if self._verify is not None:
+            self._verify(raw)
         return array if dtype is None else array.astype(dtype)
 
 
@@ -73,7 +93,7 @@ def open_weights(path: str | os.PathLike) -> Iterator[Weights]:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if form == "safetensors":
-            yield Weights(form, _safetensors(path, file, size))
+            yield Weights(form, _header(path, file, size)[1])
         elif form == "flax":
             yield Weights(form, _Msgpack(path, file, size).tensors)
         else:
@@ -97,10 +117,24 @@ def _form(path: Path, start: bytes) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# safetensors: 8 bytes length of the header, the header in JSON, the tensors without gaps
+# safetensors: 8 bytes length of the header, the header in JSON, the tensors without gaps. In the header's metadata we write
+# the CRC-32 of every tensor, in the order of the header; other programs do not read them.
+
+_CHECKSUMS = "crc32"
 
 
-def _safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Tensor]:
+def safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata in a safetensors file's header; {} of a file of another form. Errors as of `open_weights`."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        if _form(path, file.read(16)) != "safetensors":
+            return {}
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return _header(path, file, size)[0]
+
+
+def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Tensor]]:
     def wrong(what: str) -> WeightsError:
         return WeightsError(f"{path} is not a whole safetensors file: {what}; download or write it again")
 
@@ -115,10 +149,15 @@ def _safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Tensor]:
         raise wrong(f"its header is not valid ({error})") from None
     if not isinstance(header, dict):
         raise wrong("its header is not valid (no object)")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise wrong("its header has bad metadata")
+    checksums = metadata[_CHECKSUMS].split(" ") if _CHECKSUMS in metadata else [None] * len(header)
+    if len(checksums) != len(header):
+        raise wrong(f"its header has {len(checksums)} checksums for {len(header)} tensors")
     spans = []
     tensors = {}
-    for name, entry in header.items():
+    for (name, entry), checksum in zip(header.items(), checksums, strict=True):
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
@@ -131,7 +170,8 @@ def _safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Tensor]:
         if end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
             raise wrong(f"{name} has {end - start} bytes, which do not make {dtype} {shape}")
         spans.append((start, end))
-        tensors[name] = Tensor(file, 8 + length + start, tuple(shape), _DTYPES[dtype])
+        verify = None if checksum is None else functools.partial(_verify, path, name, (dtype, shape), checksum)
+        tensors[name] = Tensor(file, 8 + length + start, tuple(shape), _DTYPES[dtype], verify)
     position = 0
     for start, end in sorted(spans):
         if start != position:
@@ -139,7 +179,19 @@ def _safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Tensor]:
         position = end
     if 8 + length + position != size:
         raise wrong(f"it should have {8 + length + position} bytes, it has {size}")
-    return tensors
+    return metadata, tensors
+
+
+def _checksum(name: str, dtype: str, shape: list[int], raw: np.ndarray) -> str:
+    """Of a tensor's name, dtype, shape and bytes, so that no two tensors can be mistaken for each other either."""
+    return f"{zlib.crc32(raw, zlib.crc32(f'{name} {dtype} {shape}'.encode())):08x}"
+
+
+def _verify(path: Path, name: str, kind: tuple[str, list[int]], checksum: str, raw: np.ndarray) -> None:
+    if _checksum(name, *kind, raw) != checksum:
+        raise WeightsError(
+            f"{path}: tensor {name} is not what was written (checksum {checksum}); download or write it again"
+        )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -149,27 +201,39 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
-    """Writes {name: tensor}, each made an array when its turn comes; the bytes are those of the safetensors library, with
-    the metadata that PyTorch code expects. Returns when they are on the disk."""
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes {name: tensor}, each made an array when its turn comes; the layout is that of the safetensors library, with
+    the metadata that PyTorch code expects, `metadata` and checksums. Returns when it is on the disk."""
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {}
     position = 0
     for name in order:
         tensor = tensors[name]
         end = position + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
-        header[name] = {
+        entries[name] = {
             "dtype": _NAMES[np.dtype(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }
         position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+
+    def header(checksums: list[str]) -> bytes:
+        everything = {"__metadata__": {"format": "pt", **(metadata or {}), _CHECKSUMS: " ".join(checksums)}, **entries}
+        text = json.dumps(everything, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header(["0" * 8] * len(order)))  # its place; the checksums come with the tensors
+        checksums = []
         for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8))
+            raw = np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)
+            file.write(raw)
+            checksums.append(_checksum(name, entries[name]["dtype"], entries[name]["shape"], raw))
+        file.seek(0)
+        file.write(header(checksums))
         file.flush()
         os.fsync(file.fileno())
 
@@ -190,26 +254,58 @@ def _import_torch(path: Path, purpose: str):
 
 
 class _TorchTensor:
-    """A tensor of PyTorch, with numpy's dtype."""
+    """A tensor of PyTorch, with numpy's dtype.
 
-    def __init__(self, tensor: Any, torch: Any):
+    Args:
+      mapped: its memory is pages of the file, which are given back to the system once it is an array.
+    """
+
+    def __init__(self, tensor: Any, torch: Any, mapped: bool):
         self._tensor, self._bfloat16 = tensor, tensor.dtype == torch.bfloat16
-        self._int16 = torch.int16
+        self._int16, self._mapped = torch.int16, mapped
         self.shape = tuple(tensor.shape)
         name = str(tensor.dtype).removeprefix("torch.")
         self.dtype = np.dtype(ml_dtypes.bfloat16) if self._bfloat16 else np.dtype(name)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        tensor = self._tensor.detach().contiguous()
+        tensor = self._tensor.detach()
         array = tensor.view(self._int16).numpy().view(ml_dtypes.bfloat16) if self._bfloat16 else tensor.numpy()
-        return array if dtype is None else array.astype(dtype)
+        array = np.array(array, dtype)
+        if self._mapped:
+            storage = tensor.untyped_storage()
+            _release(storage.data_ptr(), storage.nbytes())
+        return array
+
+
+def _release(address: int, length: int) -> None:
+    """Drops the pages of a private, unchanged mapping of a file from memory; read again, they come from the file."""
+    if length and hasattr(mmap, "MADV_DONTNEED"):
+        start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(address + length - start), ctypes.c_int(mmap.MADV_DONTNEED)
+        )
+
+
+def _check_archive(path: Path) -> None:
+    """Reads a zip archive of PyTorch once, against its checksums (it may have been written without). PyTorch does not."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its archive is not one of PyTorch")
+        for entry in entries:
+            with archive.open(entry) as file:
+                while entry.CRC and file.read(1 << 20):
+                    pass
 
 
 def _torch(path: Path) -> dict[str, _TorchTensor]:
     torch = _import_torch(path, "read")
+    mapped = zipfile.is_zipfile(path)  # a file of the old form (before PyTorch 1.6) cannot be mapped into memory
     try:
-        # A file of the old form cannot be mapped into memory.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if mapped:
+            _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (
         Exception
     ) as error:  # it fails in many ways: RuntimeError, UnpicklingError, EOFError, KeyError, AttributeError, ...
@@ -228,7 +324,7 @@ def _torch(path: Path) -> dict[str, _TorchTensor]:
                 "only the state dict of the model"
             )
         try:
-            tensors[name] = _TorchTensor(tensor, torch)
+            tensors[name] = _TorchTensor(tensor, torch, mapped)
             if tensor.layout != torch.strided:
                 raise TypeError
         except TypeError:

@@ -88,10 +88,13 @@ def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
 
 def write(path: Path, form: str, tensors: Mapping[str, Any], config: models.Config) -> None:
     """Writes {published name: tensor} in a form, not a folder."""
-    if isinstance(config, models.DiscriminatorConfig):
+    discriminator = isinstance(config, models.DiscriminatorConfig)  # has no configuration file
+    if discriminator:
         tensors = {**tensors, **pretrained.buffers(config)}  # a published state dict has them
-    if form == "safetensors":
+    if form == "safetensors" and discriminator:
         weights.write_safetensors(path, tensors)
+    elif form == "safetensors":
+        pretrained.write_weights(path, tensors, config)
     elif form == "torch":
         weights.write_torch(path, tensors)
     else:
@@ -134,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kind is None and args.input in zoo.names("generator") and args.input in zoo.names("tokenizer"):
         raise ValueError(f"{args.input} is a tokenizer and a generator; add --kind tokenizer or --kind generator")
     files = pretrained.locate(args.input, kind)
+    pretrained.check_download(files.weights)
+    pretrained.check_config(files)
     with pretrained.open_model(files.weights, kind, config_of(files, kind)) as (config, found):
         known = config in pretrained.known_configs().values()
         if form == "flax" and not isinstance(config, models.MaskgitVQGANConfig):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from titok_jax.decoding import GUIDANCE_SCHEDULES
+from titok_jax.models import published
 from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, run_stack, trunc_normal
 
 
@@ -37,7 +38,9 @@ class SamplingConfig:
 
     def __post_init__(self):
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise ValueError(f"guidance schedule is {self.guidance_schedule!r}, expected one of {GUIDANCE_SCHEDULES}")
+            raise ValueError(
+                f"guidance_schedule (guidance_decay) is {self.guidance_schedule!r}, expected one of {GUIDANCE_SCHEDULES}"
+            )
         if self.num_steps < 1:
             raise ValueError(f"num_steps is {self.num_steps}, expected at least 1")
 
@@ -70,6 +73,8 @@ class GeneratorConfig:
     def __post_init__(self):
         if self.model_type not in ("ViT", "UViT"):
             raise ValueError(f"model_type is {self.model_type!r}, expected 'ViT' or 'UViT'")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
     @property
     def mask_id(self) -> int:
@@ -88,13 +93,13 @@ class GeneratorConfig:
         Raises:
           ValueError: for a missing section or key, an unknown key or a bad value.
         """
-        try:
-            generator = dict(config["model"]["generator"])
-            codebook_size = int(config["model"]["vq_model"]["codebook_size"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a generator configuration: no {error} in it") from None
-        sampling = {ours: generator.pop(key) for key, ours in _SAMPLING_KEYS.items() if key in generator}
-        fields = {ours: generator.pop(key) for key, ours in _GENERATOR_KEYS.items() if key in generator}
+        generator = published.section(config, "model.generator", "generator")
+        vq = published.section(config, "model.vq_model", "generator")
+        if "codebook_size" not in vq:
+            raise ValueError("generator configuration lacks model.vq_model.codebook_size")
+        sampling = published.take(generator, _SAMPLING_KEYS, SamplingConfig, "model.generator")
+        fields = published.take(generator, _GENERATOR_KEYS, cls, "model.generator")
+        fields |= published.take(vq, {"codebook_size": "codebook_size"}, cls, "model.vq_model")
         if generator:
             raise ValueError(f"unknown keys in model.generator: {sorted(generator)}")
         missing = [
@@ -104,7 +109,7 @@ class GeneratorConfig:
         ]
         if missing:
             raise ValueError(f"generator configuration lacks model.generator.{{{', '.join(missing)}}}")
-        return cls(codebook_size=codebook_size, sampling=SamplingConfig(**sampling), **fields)
+        return cls(sampling=SamplingConfig(**sampling), **fields)
 
     def to_published(self) -> dict[str, Any]:
         """The published form of `config.json`; `from_published` reads it back to an equal configuration."""

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax.models import published
 from titok_jax.models.layers import GroupNorm
 from titok_jax.models.quantizer import codebook_distances
 
@@ -47,6 +48,10 @@ class MaskgitVQGANConfig:
     num_channels: int = 3
     resolution: int = 256
 
+    def __post_init__(self):
+        if self.hidden_channels % 32:
+            raise ValueError(f"hidden_channels is {self.hidden_channels}, expected a multiple of 32")
+
     @property
     def image_size(self) -> int:
         """`resolution`, by the name that the other models have for it."""
@@ -69,16 +74,10 @@ class MaskgitVQGANConfig:
         """From `{"model": {"maskgit_vqgan": {...}}}`; what is not in it has its default.
 
         Raises:
-          ValueError: for another configuration or an unknown key.
+          ValueError: for another configuration, an unknown key or a bad value.
         """
-        model = config.get("model")
-        fields = model.get("maskgit_vqgan") if isinstance(model, Mapping) else None
-        if not isinstance(fields, Mapping):
-            raise ValueError("not a MaskGIT-VQGAN configuration: no model.maskgit_vqgan in it")
-        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown keys in model.maskgit_vqgan: {unknown}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        fields = published.section(config, "model.maskgit_vqgan", "MaskGIT-VQGAN")
+        return published.take_all(fields, cls, "model.maskgit_vqgan")
 
     def to_published(self) -> dict[str, Any]:
         """What `from_published` reads back to an equal configuration."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax.models import published
 from titok_jax.models.layers import LayerNorm, PreNormBlock, make_stack, normal_init, run_stack, trunc_normal
 from titok_jax.models.maskgit_vqgan import Decoder as PixelDecoder
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
@@ -26,6 +27,10 @@ class TransformerSize:
     width: int
     num_layers: int
     num_heads: int
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
 
 
 TRANSFORMER_SIZES = {
@@ -98,11 +103,10 @@ class TiTokConfig:
         Raises:
           ValueError: for a missing section or key, an unknown key or a bad value.
         """
-        try:
-            vq = dict(config["model"]["vq_model"])
-            image_size = int(config["dataset"]["preprocessing"]["crop_size"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a tokenizer configuration: no {error} in it") from None
+        vq = published.section(config, "model.vq_model", "tokenizer")
+        where, image = "dataset.preprocessing", published.section(config, "dataset.preprocessing", "tokenizer")
+        if "crop_size" not in image:
+            raise ValueError(f"tokenizer configuration lacks {where}.crop_size")
         names = {
             "num_latent_tokens": "num_latent_tokens",
             "token_size": "token_size",
@@ -112,6 +116,7 @@ class TiTokConfig:
             "commitment_cost": "commitment_cost",
             "is_legacy": "is_legacy",
             "finetune_decoder": "finetune_decoder",
+            "vit_enc_patch_size": "patch_size",
         }
         required = ["num_latent_tokens", "token_size", "vit_enc_model_size", "vit_dec_model_size", "vit_enc_patch_size"]
         if vq.get("quantize_mode", "vq") == "vq":
@@ -119,19 +124,19 @@ class TiTokConfig:
         missing = [key for key in required if key not in vq]
         if missing:
             raise ValueError(f"tokenizer configuration lacks model.vq_model.{{{', '.join(missing)}}}")
-        fields: dict[str, Any] = {ours: vq.pop(key) for key, ours in names.items() if key in vq}
-        fields["encoder"] = transformer_size(vq.pop("vit_enc_model_size"))
-        fields["decoder"] = transformer_size(vq.pop("vit_dec_model_size"))
-        fields["patch_size"] = int(vq.pop("vit_enc_patch_size"))
-        if vq.pop("vit_dec_patch_size", fields["patch_size"]) != fields["patch_size"]:
+        fields = published.take(image, {"crop_size": "image_size"}, cls, where)
+        fields |= published.take(vq, names, cls, "model.vq_model")
+        for tower, key in (("encoder", "vit_enc_model_size"), ("decoder", "vit_dec_model_size")):
+            fields[tower] = transformer_size(vq.pop(key), f"model.vq_model.{key}")
+        decoder = published.take(vq, {"vit_dec_patch_size": "patch_size"}, cls, "model.vq_model")
+        if decoder.get("patch_size", fields["patch_size"]) != fields["patch_size"]:
             raise ValueError("vit_enc_patch_size and vit_dec_patch_size differ; one size for both is supported")
         if "pixel_decoder" in vq:
-            fields["pixel_decoder"] = MaskgitVQGANConfig(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in vq.pop("pixel_decoder").items()}
-            )
+            where = "model.vq_model.pixel_decoder"
+            fields["pixel_decoder"] = published.take_all(vq.pop("pixel_decoder"), MaskgitVQGANConfig, where)
         if vq:
             raise ValueError(f"unknown keys in model.vq_model: {sorted(vq)}")
-        return cls(image_size=image_size, **fields)
+        return cls(**fields)
 
     def to_published(self) -> dict[str, Any]:
         """The published form of `config.json`; `from_published` reads it back to an equal configuration."""
@@ -158,14 +163,18 @@ class TiTokConfig:
         return {"model": {"vq_model": vq}, "dataset": {"preprocessing": {"crop_size": self.image_size}}}
 
 
-def transformer_size(value: Any) -> TransformerSize:
-    """A size by name (small, base, large) or as {"width": ., "num_layers": ., "num_heads": .}; else ValueError."""
+def transformer_size(value: Any, where: str = "transformer size") -> TransformerSize:
+    """A size by name (small, base, large) or as {"width": ., "num_layers": ., "num_heads": .}.
+
+    Raises:
+      ValueError: it is neither; the message calls it `where`.
+    """
     if isinstance(value, str) and value in TRANSFORMER_SIZES:
         return TRANSFORMER_SIZES[value]
     if isinstance(value, Mapping) and set(value) == {"width", "num_layers", "num_heads"}:
-        return TransformerSize(**value)
+        return published.take_all(value, TransformerSize, where)
     raise ValueError(
-        f"transformer size is {value!r}, expected one of {sorted(TRANSFORMER_SIZES)} or "
+        f"{where} is {value!r}, expected one of {sorted(TRANSFORMER_SIZES)} or "
         "{'width': int, 'num_layers': int, 'num_heads': int}"
     )
 

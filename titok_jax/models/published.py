@@ -1,0 +1,79 @@
+"""Values of a published configuration: each of its type and of a sensible size, or an error that names its key."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Limits of what is sensible, so that a damaged number is an error and not hours of building a model.
+_LARGEST = {"num_layers": 1000, "num_res_blocks": 100, "image_size": 8192, "resolution": 8192, "num_steps": 10_000}
+_LARGEST_NUMBER = 10_000_000
+_RATES = ("dropout", "attn_dropout", "class_label_dropout")  # probabilities
+
+
+def section(config: Any, path: str, what: str) -> dict[str, Any]:
+    """A copy of the object at `path` ("model.vq_model") of a configuration of a `what`; ValueError if there is none."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"not a {what} configuration: no {path} in it")
+    return dict(config)
+
+
+def take(values: dict[str, Any], keys: Mapping[str, str], cls: type, where: str) -> dict[str, Any]:
+    """Moves fields of the dataclass `cls` out of `values`.
+
+    Args:
+      keys: {key in `values`: name of the field}; those that are not there are left out.
+      where: path of `values` in the file, for errors.
+
+    Raises:
+      ValueError: a value of another type than the field's, or beyond what is sensible.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    return {ours: check(f"{where}.{key}", values.pop(key), ours, types[ours]) for key, ours in keys.items() if key in values}
+
+
+def take_all(values: Any, cls: type, where: str) -> Any:
+    """The dataclass `cls` from an object whose keys are its fields; what is not in it has its default. Errors as of `take`,
+    and for an unknown key."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {_shown(values)}, expected an object")
+    values = dict(values)
+    fields = take(values, {field.name: field.name for field in dataclasses.fields(cls)}, cls, where)
+    if values:
+        raise ValueError(f"unknown keys in {where}: {sorted(values)}")
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError) as error:  # TypeError: a field without a default is missing
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check(key: str, value: Any, field: str, kind: Any) -> Any:
+    """The value of a key, made a tuple where a tuple is wanted; ValueError unless it can be that of a field of this type."""
+    largest = _LARGEST.get(field, _LARGEST_NUMBER)
+
+    def is_size(number: Any) -> bool:
+        return type(number) is int and 1 <= number <= largest  # a bool is no number
+
+    if kind is int:
+        expected, good = f"a whole number from 1 to {largest}", is_size(value)
+    elif kind is float:
+        largest = 1 if field in _RATES else _LARGEST_NUMBER
+        expected = f"a number from 0 to {largest}"
+        good = type(value) in (int, float) and math.isfinite(value) and 0 <= value <= largest
+    elif kind is bool:
+        expected, good = "true or false", isinstance(value, bool)
+    elif kind is str:
+        expected, good = "a string", isinstance(value, str)
+    else:  # tuple[int, ...]
+        expected = f"one to ten whole numbers from 1 to {largest}"
+        good = isinstance(value, list | tuple) and 1 <= len(value) <= 10 and all(map(is_size, value))
+    if not good:
+        raise ValueError(f"{key} is {_shown(value)}, expected {expected}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
