@@ -137,33 +137,42 @@ def sparse_zeros(path, shapes):
 MEMORY = """
 import sys
 import numpy as np
-from titok_jax import pretrained
-from titok_jax.models import TiTokConfig
+from titok_jax import models, pretrained
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-files = pretrained.locate(sys.argv[1], TiTokConfig)
-config = pretrained.load_config(sys.argv[1], TiTokConfig)
-pretrained.published_shapes(config)
-pretrained.models.abstract(config)
+source, kind = sys.argv[1], getattr(models, sys.argv[2])
+files = pretrained.locate(source, kind)
+pretrained.published_shapes(pretrained.load_config(source, kind))
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-_, params = pretrained.load(sys.argv[1], TiTokConfig)
+_, params = pretrained.load(source, kind)
 print((status("VmHWM") - before) / files.weights.stat().st_size)
 """
+measures_memory = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is measured through Linux's /proc"
+)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is measured through Linux's /proc")
-def test_peak_memory_of_loading(tmp_path):
-    """Of TiTok-S-128, 335 MB."""
-    config = dict(pretrained.known_configs(TiTokConfig))["tokenizer", "titok_s128"]
-    sparse_zeros(tmp_path / "tokenizer_titok_s128.safetensors", pretrained.published_shapes(config))
+def peak_memory(path, kind):
+    """Of a process that loads a file, beyond what it had before, in units of the file's size."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "tokenizer_titok_s128.safetensors")]
+    arguments = [sys.executable, "-c", MEMORY, str(path), kind.__name__]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert 0.9 < float(result.stdout) < 1.3
+    return float(result.stdout)
+
+
+@measures_memory
+def test_peak_memory_of_loading(tmp_path):
+    """Of TiTok-S-128, 335 MB, and of the MaskGIT-VQGAN as Flax writes it, 218 MB."""
+    config = dict(pretrained.known_configs(TiTokConfig))["tokenizer", "titok_s128"]
+    sparse_zeros(tmp_path / "tokenizer_titok_s128.safetensors", pretrained.published_shapes(config))
+    assert 0.9 < peak_memory(tmp_path / "tokenizer_titok_s128.safetensors", TiTokConfig) < 1.3
+    zeros = {n: np.zeros(shape, np.float32) for n, shape in pretrained.published_shapes(MaskgitVQGANConfig()).items()}
+    weights.write_flax(tmp_path / "tokenizer_imagenet256_checkpoint", convert.published_to_jax_vqgan(zeros))
+    assert 0.9 < peak_memory(tmp_path / "tokenizer_imagenet256_checkpoint", MaskgitVQGANConfig) < 1.3
 
 
 def test_the_jax_checkpoint_of_the_vqgan(tmp_path):

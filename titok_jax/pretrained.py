@@ -140,8 +140,8 @@ def _download(repository: str, file: str, *, revision: str | None, token: str | 
 
 
 def check_download(path: Path) -> None:
-    """Raises WeightsError if a file in the hub's cache is not what the hub sent: there its name is its checksum, SHA-256 or, of
-    a small file, git's. Any other file passes."""
+    """Raises WeightsError if a file in the hub's cache is not what the hub sent: its name there is its checksum, SHA-256 or,
+    of a small file, git's. Any other file passes."""
     blob = Path(os.path.realpath(path))
     if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         return
