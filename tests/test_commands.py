@@ -164,6 +164,46 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_outputs_that_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    long = "ä" * 128  # 256 bytes
+    for output, folder_of, message in (
+        (".", ".*", "it is the current folder or holds it"),
+        ("..", ".*", "it is the current folder or holds it"),
+        ("/", ".*", "device or a mount point"),
+        ("/dev/null", None, "device or a mount point"),
+        (tmp_path / long, None, "its name has 256 bytes, at most 255"),
+        (tmp_path / "nothing" / "a", None, "is not an existing folder"),
+    ):
+        with pytest.raises((ValueError, OSError), match=rf"^cannot write .*{message}"):
+            cli.check_output(output, True, folder_of=folder_of)
+
+
+def test_names_as_long_as_can_be(tmp_path):
+    for new, name in ((cli.new_file, "ä" * 125 + ".png"), (cli.new_folder, "ö" * 127)):
+        path = cli.check_output(tmp_path / name, False, folder_of=None if new is cli.new_file else ".*")
+        with new(path) as partial:
+            (partial if new is cli.new_file else partial / "a").write_text("whole")
+    assert [len(path.name.encode()) for path in sorted(tmp_path.iterdir())] == [254, 254]
+
+
+def test_links_stay_links(tmp_path):
+    """What they lead to is replaced, on the disk that it is on."""
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    (tmp_path / "disk" / "folder" / "old").write_text("old")
+    for link, target in (("folder", "disk/folder"), ("file", "disk/file")):
+        (tmp_path / link).symlink_to(target)
+    with cli.new_folder(cli.check_output(tmp_path / "folder", True, folder_of="old")) as partial:
+        assert partial.parent == tmp_path / "disk"
+        (partial / "new").write_text("new")
+    with cli.new_file(cli.check_output(tmp_path / "file", False)) as partial:
+        partial.write_text("new")
+    assert (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "file").is_symlink()
+    assert files(tmp_path / "disk") == {"folder/new": b"new", "file": b"new"}
+
+
 def test_bugs_keep_their_traceback():
     @cli.command
     def main(argv):

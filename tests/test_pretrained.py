@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import tiny_models as tiny
 
-from titok_jax import convert, inference, pretrained
+from titok_jax import cli, convert, inference, pretrained
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 
 STAGE_2 = dataclasses.replace(
@@ -260,29 +260,33 @@ def test_a_save_killed_at_any_time_leaves_no_half_folder(delay, tmp_path):
 STEPWISE = """
 import os, shutil, signal, sys
 import tiny_models as tiny
+from titok_jax import cli
 
 steps = 0
 
 def killing(function, last):
-    def step(*args):
+    def step(*args, **kwargs):
         global steps
         steps += 1
         if steps == last:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
+        return function(*args, **kwargs)
     return step
 
 tiny.save(f"{sys.argv[1]}/original")
 tiny.params(tiny.VAE)  # not in each fork anew
-for kind in ("new", "over"):
+exchange = cli._exchange
+for kind in ("new", "over", "no-exchange"):
     for last in range(1, 100):
         folder = f"{sys.argv[1]}/{kind}_{last}"
-        if kind == "over":
+        if kind != "new":
             shutil.copytree(f"{sys.argv[1]}/original", folder)
         child = os.fork()
         if child == 0:
             os.fsync, os.replace = killing(os.fsync, last), killing(os.replace, last)
-            tiny.pretrained.save(folder, tiny.VAE, tiny.params(tiny.VAE), overwrite=kind == "over")
+            shutil.rmtree = killing(shutil.rmtree, last)
+            cli._exchange = killing(exchange, last) if kind == "over" else lambda one, two: False
+            tiny.pretrained.save(folder, tiny.VAE, tiny.params(tiny.VAE), overwrite=kind != "new")
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
             break
@@ -294,17 +298,38 @@ def test_a_save_killed_in_each_of_its_steps_leaves_no_half_folder(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     arguments = [sys.executable, "-W", "ignore", "-c", STEPWISE, str(tmp_path)]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
-    assert result.stdout == "new 3\nover 4\n", result.stderr  # two files and one rename, or two
+    # Two files, one or two renames or an exchange, and the removal of what is no longer needed (of nothing too).
+    assert result.stdout == "new 4\nover 4\nno-exchange 6\n", result.stderr
     for step in (1, 2, 3):
         assert not (tmp_path / f"new_{step}").exists()
-    assert pretrained.load(tmp_path / "new_4", TiTokConfig)[0] == tiny.VAE
-    for step in (1, 2, 3):
-        assert inference.load_pair(tmp_path / f"over_{step}")[1].config == tiny.GENERATOR
-    # Between the two renames: the old one is beside.
-    assert not (tmp_path / "over_4").exists()
-    (old,) = [path for path in tmp_path.iterdir() if path.name.startswith(".over_4.old-")]
-    assert inference.load_pair(old)[1].config == tiny.GENERATOR
-    assert pretrained.load(tmp_path / "over_5", TiTokConfig)[0] == tiny.VAE
+    for name in ("new_4", "new_5", "over_4", "over_5", "no-exchange_5", "no-exchange_6", "no-exchange_7"):
+        assert pretrained.load(tmp_path / name, TiTokConfig)[0] == tiny.VAE
+    for name in ("over_1", "over_2", "over_3", "no-exchange_1", "no-exchange_2", "no-exchange_3"):
+        assert inference.load_pair(tmp_path / name)[1].config == tiny.GENERATOR
+    # Without an exchange, between the two renames: the old one is beside.
+    assert not (tmp_path / "no-exchange_4").exists()
+    with pytest.raises(FileNotFoundError, match=r"a save was killed; what was there before is \S*/\.no-exchange_4\.old-"):
+        pretrained.load(tmp_path / "no-exchange_4", TiTokConfig)
+
+    # The next save of each removes what is left of the last one; the old folder comes back and is not overwritten unasked.
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    with pytest.raises(FileExistsError, match="no-exchange_4 is back, which a killed process had moved aside"):
+        pretrained.save(tmp_path / "no-exchange_4", tiny.VAE, tiny.params(tiny.VAE))
+    assert inference.load_pair(tmp_path / "no-exchange_4")[1].config == tiny.GENERATOR
+    for kind, last in (("new", 5), ("over", 5), ("no-exchange", 7)):
+        for step in range(1, last + 1):
+            pretrained.save(tmp_path / f"{kind}_{step}", tiny.VAE, tiny.params(tiny.VAE), overwrite=True)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_writer_at_work_is_not_disturbed(tmp_path):
+    with cli.new_folder(tmp_path / "model") as first:
+        (first / "a").write_text("first")
+        with cli.new_folder(tmp_path / "model") as second:
+            (second / "a").write_text("second")
+        assert (first / "a").read_text() == "first"
+    assert (tmp_path / "model" / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path):

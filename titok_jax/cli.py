@@ -1,12 +1,15 @@
 """What the commands share: errors as one line, outputs that are refused early and written whole. Imports no JAX."""
 
 import contextlib
+import ctypes
 import functools
+import glob
 import os
 import re
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -45,16 +48,25 @@ def check_output(path: str | os.PathLike, overwrite: bool, *, folder_of: str | N
       FileExistsError: it exists and `overwrite` is not set, or it is a folder with other files in it.
       FileNotFoundError: the folder to write it in does not exist.
       PermissionError: that folder is not writable.
-      ValueError: a folder where a file is wanted, or the other way round.
+      ValueError: a folder where a file is wanted, or the other way round; what cannot be replaced, such as a device, a mount
+        point or the current folder; a name too long.
     """
     path = Path(path)
-    parent = path.absolute().parent
+    real = Path(os.path.realpath(path))  # what is written: a link stays a link
+    parent = real.parent
     if not parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: {parent} is not an existing folder; create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write {path}: no permission to write in {parent}")
+    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if len(os.fsencode(real.name)) > longest:
+        raise ValueError(f"cannot write {path}: its name has {len(os.fsencode(real.name))} bytes, at most {longest} can be")
     if not path.exists():
         return path
+    if os.path.ismount(real) or not (real.is_dir() or real.is_file()):
+        raise ValueError(f"cannot write {path}: it is a device or a mount point, which cannot be replaced; choose another")
+    if folder_of is not None and real.is_dir() and Path.cwd().is_relative_to(real):
+        raise ValueError(f"cannot write {path}: it is the current folder or holds it; name a folder in it")
     if path.is_dir() != (folder_of is not None):
         raise ValueError(
             f"cannot write {path}: it is a {'folder, expected a file' if path.is_dir() else 'file, not a folder'}"
@@ -72,10 +84,11 @@ def check_output(path: str | os.PathLike, overwrite: bool, *, folder_of: str | N
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well and is removed otherwise."""
-    path = Path(path).absolute()
+    """A temporary name beside `path` that takes its place when the block ends well and is removed otherwise. Of a link, it
+    is the file that the link leads to."""
+    path = Path(os.path.realpath(path))
     # The suffix is kept: Pillow takes the format from it.
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".{_short(path.stem)}.partial-{os.getpid()}{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
@@ -85,19 +98,84 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A new empty folder beside `path` that takes its place, and that of what it held, when the block ends well."""
-    path = Path(path).absolute()
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    try:
+    """A new empty folder beside `path` that takes its place, and that of what it held, when the block ends well. Of a link,
+    it is the folder that the link leads to.
+
+    Killed at any time, it leaves the old folder or the new one under this name. (Where the file system cannot exchange two
+    names, the old one may be found beside it as `.NAME.old-...`.) What else it leaves, the next one for this path removes.
+
+    Raises:
+      FileExistsError: there was nothing under this name because a writer was killed; the old folder has been put back.
+    """
+    path = Path(os.path.realpath(path))
+    name = f".{_short(path.name)}"
+    with contextlib.ExitStack() as stack:
+        with _lock(path.parent) as locked:
+            existed = path.exists()
+            if locked:
+                _clean(path, name)
+            if path.exists() and not existed:
+                raise FileExistsError(f"{path} is back, which a killed process had moved aside; try again to replace it")
+            partial = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=path.parent))
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # if it holds the old one too
+            stack.enter_context(_lock(partial))  # says that it is in use
         yield partial
         partial.chmod(0o755)
-        if path.exists():
-            # Two renames: between them the old folder is whole under another name beside it.
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            os.replace(path, old)
+        if not path.exists():
             os.replace(partial, path)
+        elif not _exchange(partial, path):
+            with _lock(path.parent):
+                old = Path(tempfile.mkdtemp(prefix=f"{name}.old-", dir=path.parent))
+                os.replace(path, old)
+                os.replace(partial, path)
             shutil.rmtree(old)
-        else:
-            os.replace(partial, path)
+
+
+def _short(name: str) -> str:
+    """A name, or one made of it that leaves room for additions in the 255 bytes that a name can have."""
+    data = os.fsencode(name)
+    return name if len(data) <= 100 else f"{data[:80].decode(errors='ignore')}-{zlib.crc32(data):08x}"
+
+
+def _clean(path: Path, name: str) -> None:
+    """Removes what killed writers of `path` left; what was there before comes back if nothing has taken its place."""
+    for old in path.parent.glob(f"{glob.escape(name)}.old-*"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif any(old.iterdir()):
+            os.replace(old, path)
+    for partial in path.parent.glob(f"{glob.escape(name)}.partial-*"):
+        if partial.is_dir():
+            with _lock(partial, wait=False) as unused:
+                if unused:
+                    shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock on a folder, which ends with the process at the latest. Gives whether it does: some file systems have no
+    locks, and without `wait` another process may have it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            held = False
+        yield held
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Exchanges the names of two folders at one stroke; False if the system or the file system cannot (not Linux, NFS)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: in no module of Python's
+    return renameat2(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0

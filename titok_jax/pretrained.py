@@ -96,7 +96,9 @@ def locate(
         beside = path.with_name(CONFIG_FILE) if path.name in (WEIGHTS_FILE, TRAINER_FILE) else path.with_suffix(".json")
         return Source(path, beside if beside.is_file() else None)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder or file")
+        kept = next(path.absolute().parent.glob(f".{path.name}.old-*"), None) if path.name else None
+        hint = f"; a save was killed; what was there before is {kept}" if kept else ""
+        raise FileNotFoundError(f"{path} is not a folder or file{hint}")
     if kind is TiTokConfig and (path / "tokenizer").is_dir():
         path = path / "tokenizer"
     config = path / CONFIG_FILE
@@ -426,7 +428,7 @@ def save(
     tokenizer: tuple[TiTokConfig, convert.Params] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a model folder; it is complete or absent, also when the process is killed.
+    """Writes a model folder; it is complete or absent, also when the process is killed (`cli.new_folder` says the rest).
 
     Args:
       folder: where; its parent is made if need be.
