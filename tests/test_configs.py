@@ -3,17 +3,12 @@
 import dataclasses
 import importlib
 
-import golden_data as gd
-import numpy as np
 import pytest
-import safetensors.numpy
 
-from titok_jax import convert, models, pretrained
+from titok_jax import pretrained
 from titok_jax.models import GeneratorConfig, TiTokConfig
-from titok_jax.models.perceptual import VGG_LEVELS, PerceptualConfig
 from titok_jax.models.titok import transformer_size
 from titok_jax.tasks.build import build_task
-from titok_jax.tasks.perceptual import load_perceptual
 
 
 def config(file: str, variant: str):
@@ -95,21 +90,3 @@ def test_stage2_says_what_it_needs():
         FileNotFoundError, match=r"(?s)convnext_small-0c510722.pth.*download.pytorch.org.*perceptual_weights"
     ):
         build_task(found)
-
-
-def test_lpips_is_read_from_the_files_it_is_published_in(tmp_path):
-    found = PerceptualConfig("lpips")
-    table, abstract = convert.table_for(found), models.abstract(found)[1]
-    seeded = gd.seeded_weights(convert.published_shapes(table, abstract))
-    names = {f"lpips.net.slice{i + 1}.{n}": f"features.{n}" for i, level in enumerate(VGG_LEVELS) for n in level}
-    vgg = {names[k.rpartition(".")[0]] + "." + k.rpartition(".")[2]: w for k, w in seeded.items() if ".net." in k}
-    safetensors.numpy.save_file(
-        {**vgg, "classifier.0.bias": np.zeros(3, np.float32)}, tmp_path / "vgg16-397923af.safetensors"
-    )
-    with pytest.raises(FileNotFoundError, match="lpips_vgg"):
-        load_perceptual("lpips", tmp_path)
-    heads = {k.removeprefix("lpips."): w for k, w in seeded.items() if ".lin" in k}
-    safetensors.numpy.save_file(heads, tmp_path / "lpips_vgg.safetensors")
-    loaded = convert.to_published(table, load_perceptual("lpips", tmp_path).params)
-    assert loaded.keys() == seeded.keys()
-    assert all(np.array_equal(loaded[name], seeded[name]) for name in seeded)

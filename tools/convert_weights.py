@@ -1,10 +1,13 @@
-"""Converts weights between their forms: folder, .safetensors, PyTorch .bin, and the JAX checkpoint of the MaskGIT-VQGAN."""
+"""Converts weights between their forms: folder, .safetensors, PyTorch .bin, and the JAX checkpoint of the MaskGIT-VQGAN.
+
+Also the published files of the perceptual networks, so that training needs no torch.
+"""
 
 import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 
 from titok_jax import convert, models, pretrained, weights, zoo
 from titok_jax.cli import command, new_file, new_folder
+from titok_jax.tasks import perceptual
 
 _EPILOG = """examples:
   python tools/convert_weights.py tokenizer_titok_l32.bin titok_l32/
@@ -23,6 +27,9 @@ _EPILOG = """examples:
       the original JAX MaskGIT-VQGAN to the PyTorch one's names; to .msgpack for the other direction
   python tools/convert_weights.py titok_l32 titok_l32_bf16.safetensors --dtype bfloat16 --dry-run
       what would be written
+  python tools/convert_weights.py vgg16-397923af.pth WEIGHTS/vgg16-397923af.safetensors
+      a file of a perceptual network (convnext_small-0c510722, vgg16-397923af, lpips_vgg), for training with
+      --config.perceptual_weights=WEIGHTS; of VGG16 only what LPIPS uses, 59 MB of 528
 
 The form of the input is told from its content, that of the output from its name: .safetensors; .bin, .pt or .pth (PyTorch);
 .msgpack (Flax); no ending, or a slash: a folder. A file of a model that is not one of the published gets its configuration
@@ -76,6 +83,18 @@ def config_of(files: pretrained.Source, kind: type | None) -> models.Config | No
         return max(configs, key=lambda config: len(tensors.keys() & pretrained.published_shapes(config).keys()))
 
 
+@contextlib.contextmanager
+def open_input(files: pretrained.Source, kind: type | None) -> Iterator[tuple[models.Config | None, Mapping[str, Any]]]:
+    """(configuration, tensors) of the input; of a file of a perceptual network no configuration."""
+    with contextlib.ExitStack() as stack:
+        if files.config is None and kind is None:
+            used = perceptual.used_tensors(stack.enter_context(weights.open_weights(files.weights)).tensors)
+            if used is not None:
+                yield None, used
+                return
+        yield stack.enter_context(pretrained.open_model(files.weights, kind, config_of(files, kind)))
+
+
 def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
     """Names, shapes and dtypes (before and after) as lines of text."""
     width = max(map(len, tensors))
@@ -86,12 +105,12 @@ def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, form: str, tensors: Mapping[str, Any], config: models.Config) -> None:
+def write(path: Path, form: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:
     """Writes {published name: tensor} in a form, not a folder."""
-    discriminator = isinstance(config, models.DiscriminatorConfig)  # has no configuration file
-    if discriminator:
+    bare = config is None or isinstance(config, models.DiscriminatorConfig)  # has no configuration file
+    if isinstance(config, models.DiscriminatorConfig):
         tensors = {**tensors, **pretrained.buffers(config)}  # a published state dict has them
-    if form == "safetensors" and discriminator:
+    if form == "safetensors" and bare:
         weights.write_safetensors(path, tensors)
     elif form == "safetensors":
         pretrained.write_weights(path, tensors, config)
@@ -101,9 +120,10 @@ def write(path: Path, form: str, tensors: Mapping[str, Any], config: models.Conf
         weights.write_flax(path, convert.published_to_jax_vqgan(tensors, config=config))
 
 
-def compare(path: Path, tensors: Mapping[str, Any], config: models.Config) -> None:
+def compare(path: Path, tensors: Mapping[str, Any], config: models.Config | None) -> None:
     """Reads a written file; raises WeightsError unless it holds exactly these tensors."""
-    with pretrained.open_model(path, type(config), config) as (_, written):
+    opened = weights.open_weights(path) if config is None else pretrained.open_model(path, type(config), config)
+    with opened as (_, written):
         for name, tensor in tensors.items():
             wanted, found = np.ascontiguousarray(tensor), np.ascontiguousarray(written[name])
             if wanted.dtype != found.dtype or wanted.tobytes() != found.tobytes():
@@ -139,12 +159,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = pretrained.locate(args.input, kind)
     pretrained.check_download(files.weights)
     pretrained.check_config(files)
-    with pretrained.open_model(files.weights, kind, config_of(files, kind)) as (config, found):
-        known = config in pretrained.known_configs().values()
+    with open_input(files, kind) as (config, found):
+        known = config is None or config in pretrained.known_configs().values()
         if form == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
             raise ValueError(f"{output}: only the MaskGIT-VQGAN has a Flax form")
-        if form == "folder" and isinstance(config, models.DiscriminatorConfig):
-            raise ValueError(f"{output}: a discriminator has no configuration, so no folder; name a file")
+        if form == "folder" and (config is None or isinstance(config, models.DiscriminatorConfig)):
+            which = "a perceptual network" if config is None else "a discriminator"
+            raise ValueError(f"{output}: {which} has no configuration, so no folder; name a file")
         beside = None if form == "folder" or known else output.with_suffix(".json")
         dtypes = {name: tensor.dtype if args.dtype is None else _DTYPES[args.dtype] for name, tensor in found.items()}
         if args.dry_run:

@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from titok_jax import convert, models, weights
-from titok_jax.models.perceptual import VGG_LEVELS, PerceptualConfig
+from titok_jax.models.perceptual import PerceptualConfig
 
 
 class Perceptual(NamedTuple):
@@ -38,6 +38,7 @@ VGG_FILE = _File("vgg16-397923af", "https://download.pytorch.org/models/vgg16-39
 HEADS_FILE = _File(
     "lpips_vgg", "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth (rename it)"
 )
+_FILES = (CONVNEXT_FILE, VGG_FILE, HEADS_FILE)
 
 
 def make_perceptual(name: str, params: convert.Params) -> Perceptual:
@@ -63,30 +64,52 @@ def load_perceptual(name: str, folder: str | os.PathLike) -> Perceptual:
     """
     config = PerceptualConfig(name)
     table, abstract = convert.table_for(config), models.abstract(config)[1]
-    lpips, convnext = config.weights
+    origins = {published: _origin(published) for published in convert.published_shapes(table, abstract)}
+    tensors = {}
     with contextlib.ExitStack() as stack:
-
-        def open_file(file: _File):
-            candidates = [Path(folder) / (file.stem + ending) for ending in (".safetensors", ".pth")] if folder else []
-            path = next((c for c in candidates if c.is_file()), None)
-            if path is None:
-                place = (
-                    f"{folder} holds neither {candidates[0].name} nor {candidates[1].name}" if folder else "no folder is set"
-                )
-                raise FileNotFoundError(
-                    f"the perceptual loss {name!r} needs {file.stem}.pth, but {place}: download it from {file.url} and set "
-                    "--config.perceptual_weights to the folder that holds it (or --config.loss.perceptual=none)"
-                )
-            return stack.enter_context(weights.open_weights(path)).tensors
-
-        tensors = {}
-        if convnext:
-            tensors |= {f"convnext.{key}": tensor for key, tensor in open_file(CONVNEXT_FILE).items()}
-        if lpips:
-            levels = {str(n): f"slice{i + 1}" for i, numbers in enumerate(VGG_LEVELS) for n in numbers}
-            for key, tensor in open_file(VGG_FILE).items():
-                part, number, *rest = key.split(".")
-                if part == "features":  # the rest classifies
-                    tensors[".".join(["lpips.net", levels.get(number, "?"), number, *rest])] = tensor
-            tensors |= {f"lpips.{key}": tensor for key, tensor in open_file(HEADS_FILE).items()}
+        used = {file for file, _ in origins.values()}
+        for file in (file for file in _FILES if file in used):
+            found = stack.enter_context(weights.open_weights(_find(file, name, folder))).tensors
+            names = {key: published for published, (origin, key) in origins.items() if origin is file}
+            tensors |= {
+                names.get(key, key): tensor for key, tensor in found.items() if key in names or not _unused(file, key)
+            }
         return make_perceptual(name, convert.from_published(table, abstract, tensors, source=str(folder)))
+
+
+def _origin(published: str) -> tuple[_File, str]:
+    """The file that a tensor of ours is in, and its name there."""
+    if published.startswith("convnext."):
+        return CONVNEXT_FILE, published.removeprefix("convnext.")
+    if published.startswith("lpips.net."):
+        return VGG_FILE, ".".join(["features", *published.split(".")[3:]])  # after lpips.net.slice1
+    return HEADS_FILE, published.removeprefix("lpips.")
+
+
+def _unused(file: _File, key: str) -> bool:
+    """VGG's classifier is not part of LPIPS."""
+    return file is VGG_FILE and key.startswith("classifier.")
+
+
+def _find(file: _File, name: str, folder: str | os.PathLike) -> Path:
+    candidates = [Path(folder) / (file.stem + ending) for ending in (".safetensors", ".pth")] if folder else []
+    path = next((c for c in candidates if c.is_file()), None)
+    if path is None:
+        place = f"{folder} holds neither {candidates[0].name} nor {candidates[1].name}" if folder else "no folder is set"
+        raise FileNotFoundError(
+            f"the perceptual loss {name!r} needs {file.stem}.pth, but {place}: download it from {file.url} and set "
+            "--config.perceptual_weights to the folder that holds it (or --config.loss.perceptual=none)"
+        )
+    return path
+
+
+def used_tensors(tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a perceptual network takes of one of its published files, under the names there; None: it is no such file."""
+    config = PerceptualConfig("lpips-convnext_s-1-1")
+    shapes = convert.published_shapes(convert.table_for(config), models.abstract(config)[1])
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for file in _FILES:
+        expected = {key: shapes[p] for p, (origin, key) in ((p, _origin(p)) for p in shapes) if origin is file}
+        if {key: shape for key, shape in found.items() if not _unused(file, key)} == expected:
+            return {key: tensors[key] for key in expected}
+    return None
