@@ -122,7 +122,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     if "discriminator" in config:
         config.discriminator.update({"hidden_channels": 32, "num_stages": 2, "logits_size": 8})
         config.loss.discriminator_start = 75
-    vqgan = {"hidden_channels": 32, "channel_mult": (1, 1, 1, 1), "z_channels": 32}
+    vqgan = {"hidden_channels": 32, "channel_mult": (1, 1, 1, 1), "num_res_blocks": 1, "z_channels": 32}
     if "vqgan" in config:  # nothing is learnt from a random one; it shows that the steps work
         config.vqgan = "random"
         config.vqgan_model = ConfigDict(vqgan)

@@ -4,8 +4,9 @@
       --config.data.source.paths='TOKENS/*.array_record'
 
 The data are token records; for tokens made from images on the way, set --config.tokenizer and an image source. Variants l32
-and b64 (ViT), s128 (U-ViT); published gFID 2.77, 2.48, 1.97, about 1 day (32 tokens) to 2 days (128) on 32 A800. `:smoke` is
-a small one of the embedded digits' tokens, about a minute on a CPU.
+and b64 (ViT), s128 (U-ViT); published gFID 2.77, 2.48, 1.97, about 1 day (32 tokens) to 2 days (128) on 32 A800. l64_512 and
+b128_512 make tokens of images of 512 x 512 pixels: published gFID 2.74, and 2.49 (2.13 in 64 steps). `:smoke` is a small one
+of the embedded digits' tokens, about a minute on a CPU; `:smoke_tokens` is the same on token records.
 
 Values: the published configs/training/generator/maskgit.yaml (B-64; batch 64 on each of 32 GPUs). There is none for the two
 others: sizes are those of their published weights, the rest is the same. Sampling settings: those of the published results.
@@ -21,7 +22,11 @@ VARIANTS = {
     "l32": ("ViT", 32, VIT, (8, 9.5, 4.5, "linear")),
     "b64": ("ViT", 64, VIT, (8, 11.0, 3.0, "linear")),
     "s128": ("UViT", 128, UVIT, (64, 2.8, 6.9, "power-cosine")),
+    # 512 x 512 pixels: sampling settings were not published, those of the same size of tokenizer are taken.
+    "l64_512": ("ViT", 64, VIT, (8, 9.5, 4.5, "linear")),
+    "b128_512": ("ViT", 128, VIT, (8, 11.0, 3.0, "linear")),
     "smoke": ("ViT", 8, VIT, (8, 1.0, 3.0, "linear")),
+    "smoke_tokens": ("ViT", 8, VIT, (8, 1.0, 3.0, "linear")),
 }
 
 
@@ -53,4 +58,10 @@ def get_config(variant: str = "l32") -> ConfigDict:
     )
     config.loss = ConfigDict({"label_smoothing": 0.1, "unmasked_weight": 0.1})
     config.optimizer = common.optimizer(2e-4, beta2=0.96, weight_decay=0.03, warmup_steps=10_000)
-    return common.shrink(config) if variant == "smoke" else config
+    if not variant.startswith("smoke"):
+        return config
+    config = common.shrink(config)
+    if variant == "smoke_tokens":
+        config.data.source = ConfigDict({"name": "tokens", "paths": ""})
+        config.data.transform = None
+    return config

@@ -4,11 +4,13 @@
       --config.data.source.path=IMAGENET/train --config.init_from=runs/l32_stage1/pretrained \
       --config.perceptual_weights=WEIGHTS
 
-WEIGHTS holds convnext_small-0c510722.pth of torchvision. Variants l32, b64, s128; published rFID 2.21, 1.70, 1.71. `:smoke`
-is a small one on the embedded digits, about a minute on a CPU, without perceptual loss and from random weights.
+WEIGHTS holds convnext_small-0c510722.pth of torchvision. Variants l32, b64, s128; published rFID 2.21, 1.70, 1.71. l64_512
+and b128_512 (published 1.77, 1.52) are for 512 x 512 pixels; set --config.vqgan as in configs/stage1.py. `:smoke` is a small
+one on the embedded digits, about a minute on a CPU, without perceptual loss and from random weights.
 
 Values: the published configs/training/TiTok/stage2/titok_l32.yaml, titok_b64.yaml and stage2/titok_s128.yaml (batch 32 on
-each of 8 GPUs). fp16 there is bfloat16 here.
+each of 8 GPUs). fp16 there is bfloat16 here. For 512 pixels see configs/stage1.py; that the discriminator gives twice as
+many logits each way there is our choice.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +22,7 @@ def get_config(variant: str = "l32") -> ConfigDict:
     size, num_tokens, pixels = common.pick(common.TWO_STAGE, variant)
     config = common.base("stage2")
     config.num_steps = 500_000
-    config.vqgan = "maskgit_vqgan"
+    config.vqgan = "maskgit_vqgan" if pixels == 256 else ""
     config.perceptual_weights = ""
     config.model = common.two_stage_model(size, num_tokens, pixels, finetune_decoder=True)
     config.loss = ConfigDict(
@@ -43,4 +45,4 @@ def get_config(variant: str = "l32") -> ConfigDict:
     if variant == "smoke":
         config.init_from = "random"
         return common.shrink(config)
-    return config
+    return common.at_size(config, pixels)

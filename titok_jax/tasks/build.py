@@ -102,12 +102,11 @@ def _vqgan(config: ConfigDict) -> tuple[MaskgitVQGANConfig, convert.Params]:
 
 
 def _start(config: ConfigDict, model: models.Config) -> convert.Params | None:
-    """The parameters of the model `config.init_from`, which must be a `model`; None if nothing is set."""
+    """The parameters of `model`, from the model `config.init_from` of the same kind; None if nothing is set."""
     if not config.get("init_from"):
         return None
     found, params = _load(config.init_from, type(model))
-    _check_same(found, model, config.init_from)
-    return params
+    return _fill(config, model, found, params)
 
 
 def _stage2_start(config: ConfigDict, fields: dict[str, Any]) -> tuple[TiTokConfig, convert.Params | None]:
@@ -123,19 +122,46 @@ def _stage2_start(config: ConfigDict, fields: dict[str, Any]) -> tuple[TiTokConf
     else:
         vqgan = found.pixel_decoder
     model = _dataclass(TiTokConfig, fields | {"pixel_decoder": vqgan}, "model")
-    # What stage 1 differs in, or has no meaning in one of the two.
-    free = {name: getattr(model, name) for name in ("finetune_decoder", "commitment_cost", "pixel_decoder")}
-    _check_same(dataclasses.replace(found, **free), model, config.init_from)
-    return model, params
+    return model, _fill(config, model, found, params)
 
 
-def _check_same(found: models.Config, expected: models.Config, source: str) -> None:
-    """Raises ValueError, listing every field that differs."""
-    ours = {field.name for field in dataclasses.fields(expected)} - {"sampling"}
+def _fill(config: ConfigDict, model: models.Config, found: models.Config, given: convert.Params) -> convert.Params:
+    """The parameters of `model`: those of the same name and shape are `given`, the others new; prints which.
+
+    Raises:
+      ValueError: less than half of the model would be filled; the message lists the fields that differ.
+    """
+    given, wanted = convert.flatten(given), convert.flatten(models.abstract(model)[1])
+    missing = {path: leaf for path, leaf in wanted.items() if path not in given or given[path].shape != leaf.shape}
+    unused = sorted(path for path in given if path not in wanted or path in missing)
+    fields = sorted({field.name for field in dataclasses.fields(model)} - {"sampling"})
     different = [
-        f"  {name}: {getattr(found, name)!r}, config.model has {getattr(expected, name)!r}"
-        for name in sorted(ours)
-        if getattr(found, name) != getattr(expected, name)
+        f"  {name}: {getattr(found, name)!r} there, {getattr(model, name)!r} here"
+        for name in fields
+        if getattr(found, name) != getattr(model, name)
     ]
-    if different:
-        raise ValueError(f"config.init_from: {source} is another model:\n" + "\n".join(different))
+    total = sum(leaf.size for leaf in wanted.values())
+    filled = 1 - sum(leaf.size for leaf in missing.values()) / total
+    if filled < 0.5:
+        raise ValueError(
+            f"config.init_from: {config.init_from} is another model, {filled:.0%} of the parameters are there:\n"
+            + "\n".join(different)
+        )
+    if jax.process_index() == 0:
+        print(f"Starting from {config.init_from}: {filled:.1%} of {total:,} parameters, {len(missing)} arrays not filled")
+        print(
+            *(f"  new: {path} {list(leaf.shape)}" for path, leaf in sorted(missing.items())),
+            sep="\n",
+            end="\n" * bool(missing),
+        )
+        if unused:
+            print(f"  not used of it: {', '.join(unused)}")
+        if "discriminator_optimizer" in config:
+            print("  discriminator: new")
+        if different:
+            print("  differing fields of the two models:", *different, sep="\n  ")
+    if not missing:
+        return convert.unflatten({path: given[path] for path in wanted})
+    new = jax.device_get(jax.jit(functools.partial(models.init, model))(jax.random.key(config.seed)))
+    new = convert.flatten(new)
+    return convert.unflatten({path: new[path] if path in missing else given[path] for path in wanted})

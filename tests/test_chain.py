@@ -1,0 +1,60 @@
+"""The commands of docs/training.md that lead from images to a generator's samples run one after the other.
+
+Trainings run with fewer steps and rows; nothing else is changed.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+from titok_jax import pretrained
+from titok_jax.data.sources import make_source
+from titok_jax.models import MaskgitVQGANConfig, TiTokConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+SECTION = "## The whole chain, small"
+SHORTER = " --config.num_steps=2 --config.data.batch_size=16 --config.preview_every=0 --config.checkpoint_every=2"
+
+
+def test_each_output_is_the_next_ones_input(tmp_path):
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/training.md").read_text().split(SECTION)[1], re.DOTALL)
+    for name in ("configs", "titok_jax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    output = {}
+    for line in block.replace("\\\n", "").splitlines():
+        short = {"train": SHORTER, "sample": " --steps 2"}.get(line.split()[2].removeprefix("titok_jax."), "")
+        if "stage2.py" in line:
+            short += " --config.loss.discriminator_start=1"
+        command = [sys.executable, *shlex.split(line + short)[1:]]
+        run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, f"{line}\n{run.stderr[-3000:]}"
+        output[line.split(":")[0].split()[-1]] = run.stdout
+
+    chain = tmp_path / "runs/chain"
+    vqgan = pretrained.load(chain / "vqgan/pretrained", MaskgitVQGANConfig)[1]
+    stage1 = pretrained.load(chain / "stage1/pretrained", TiTokConfig)[1]
+    config, stage2 = pretrained.load(chain / "stage2/pretrained", TiTokConfig)
+    # Stage 2 began with stage 1's encoder, which it does not train, and with the VQGAN's codes, which it does.
+    for part in ("encoder", "latent_tokens", "quantize"):
+        for a, b in zip(*map(_leaves, (stage1[part], stage2[part])), strict=True):
+            np.testing.assert_array_equal(a, b)
+    difference = np.abs(stage2["pixel_quantize"]["embedding"] - vqgan["quantize"]["embedding"]).max()
+    assert 0 < difference < 1e-2
+    assert "discriminator: new" in output["configs/stage2.py"]
+    tokens = make_source({"name": "tokens", "paths": str(chain / "tokens/*.array_record")})
+    assert len(tokens) == 1437
+    assert tokens[0]["tokens"].shape == (config.num_latent_tokens,)
+    with Image.open(chain / "samples.png") as picture:
+        assert min(picture.size) > 4 * 32
+        assert np.asarray(picture).std() > 0
+
+
+def _leaves(tree) -> list:
+    return [leaf for child in tree.values() for leaf in _leaves(child)] if isinstance(tree, dict) else [tree]
