@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test parity lint digits clean
+.PHONY: demo test parity lint digits digits-features clean
 
 demo: .venv/installed
 	$(BIN)/python -m titok_jax.sample --overwrite
@@ -29,6 +29,11 @@ digits: .venv/installed
 	$(BIN)/python -m titok_jax.train --config configs/digits.py:generator --workdir runs/digits/generator \
 	  --config.tokenizer=runs/digits/tokenizer/pretrained
 	$(BIN)/python -m titok_jax.evaluate --model runs/digits/generator/pretrained --json runs/digits/digits.json --overwrite
+
+# Trains the feature network of digits-FID again. Half a minute on 2 CPU cores.
+digits-features: .venv/installed
+	mkdir -p runs
+	$(BIN)/python tools/train_digits_features.py runs/digits_features.safetensors --overwrite
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info

@@ -37,6 +37,7 @@ def test_the_wheel_holds_the_digits_and_is_small(tmp_path):
         "embedded/digits/model.safetensors",
         "embedded/digits/tokenizer/config.json",
         "embedded/digits/tokenizer/model.safetensors",
+        "embedded/digits_features/model.safetensors",
     ):
         assert f"titok_jax/{name}" in sizes, name
     assert sum(sizes.values()) < 7e6

@@ -442,6 +442,11 @@ def inception_table() -> Table:
     ]
 
 
+def digits_net_table() -> Table:
+    """The classifier of digits, in the layouts that PyTorch would have. Nobody else publishes it."""
+    return [*_linear(r"convs/(\d)", r"convs.\1", CONV), *_linear(r"(features|head)", r"\1")]
+
+
 def table_for(config: models.Config) -> Table:
     """The table of the model that `config` describes."""
     if isinstance(config, models.TiTokConfig):
@@ -454,4 +459,6 @@ def table_for(config: models.Config) -> Table:
         return perceptual_table()
     if isinstance(config, models.InceptionConfig):
         return inception_table()
+    if isinstance(config, models.DigitsNetConfig):
+        return digits_net_table()
     return discriminator_table()

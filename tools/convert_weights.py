@@ -1,6 +1,6 @@
 """Converts weights between their forms: folder, .safetensors, PyTorch .bin, and the JAX checkpoint of the MaskGIT-VQGAN.
 
-Also the published files of the perceptual networks, so that training needs no torch.
+Also the published files of the perceptual networks and of FID's InceptionV3, so that training and evaluation need no torch.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from titok_jax import convert, models, pretrained, weights, zoo
+from titok_jax import convert, features, models, pretrained, weights, zoo
 from titok_jax.cli import command, new_file, new_folder
 from titok_jax.tasks import perceptual
 
@@ -25,6 +25,8 @@ _EPILOG = """examples:
       what was trained here to a state dict, which load_state_dict of the published code takes with strict=True
   python tools/convert_weights.py tokenizer_imagenet256_checkpoint maskgit-vqgan.safetensors
       the original JAX MaskGIT-VQGAN to the PyTorch one's names; to .msgpack for the other direction
+  python tools/convert_weights.py weights-inception-2015-12-05-6726825d.pth inception.safetensors
+      the InceptionV3 of FID, checked by its SHA-256, for machines without PyTorch
   python tools/convert_weights.py titok_l32 titok_l32_bf16.safetensors --dtype bfloat16 --dry-run
       what would be written
   python tools/convert_weights.py vgg16-397923af.pth WEIGHTS/vgg16-397923af.safetensors
@@ -110,7 +112,9 @@ def write(path: Path, form: str, tensors: Mapping[str, Any], config: models.Conf
     bare = config is None or isinstance(config, models.DiscriminatorConfig)  # has no configuration file
     if isinstance(config, models.DiscriminatorConfig):
         tensors = {**tensors, **pretrained.buffers(config)}  # a published state dict has them
-    if form == "safetensors" and bare:
+    if isinstance(config, models.InceptionConfig):
+        weights.write_safetensors(path, tensors, features.CONVERTED_FROM_PUBLISHED)
+    elif form == "safetensors" and bare:
         weights.write_safetensors(path, tensors)
     elif form == "safetensors":
         pretrained.write_weights(path, tensors, config)
@@ -163,6 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = config is None or config in pretrained.known_configs().values()
         if form == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
             raise ValueError(f"{output}: only the MaskGIT-VQGAN has a Flax form")
+        if isinstance(config, models.InceptionConfig):
+            if form != "safetensors" or args.dtype not in (None, "float32"):
+                raise ValueError(f"{output}: the InceptionV3 of FID is written as .safetensors in float32 only")
+            features.verify_inception(files.weights)
         if form == "folder" and (config is None or isinstance(config, models.DiscriminatorConfig)):
             which = "a perceptual network" if config is None else "a discriminator"
             raise ValueError(f"{output}: {which} has no configuration, so no folder; name a file")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax.models.digits_net import DigitsNet, DigitsNetConfig
 from titok_jax.models.discriminator import DiscriminatorConfig, NLayerDiscriminator
 from titok_jax.models.generator import GeneratorConfig, make_generator
 from titok_jax.models.inception import InceptionConfig, InceptionV3
@@ -13,7 +14,15 @@ from titok_jax.models.maskgit_vqgan import MaskgitVQGAN, MaskgitVQGANConfig
 from titok_jax.models.perceptual import PerceptualConfig, PerceptualLoss
 from titok_jax.models.titok import TiTok, TiTokConfig
 
-Config = TiTokConfig | GeneratorConfig | MaskgitVQGANConfig | DiscriminatorConfig | PerceptualConfig | InceptionConfig
+Config = (
+    TiTokConfig
+    | GeneratorConfig
+    | MaskgitVQGANConfig
+    | DiscriminatorConfig
+    | PerceptualConfig
+    | InceptionConfig
+    | DigitsNetConfig
+)
 
 
 def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> nnx.Module:
@@ -33,6 +42,8 @@ def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.
         return PerceptualLoss(config, rngs=rngs)
     if isinstance(config, InceptionConfig):
         return InceptionV3(config, rngs=rngs)
+    if isinstance(config, DigitsNetConfig):
+        return DigitsNet(config, rngs=rngs)
     return NLayerDiscriminator(config, dtype=dtype, rngs=rngs)
 
 

@@ -51,11 +51,15 @@ def make_perceptual(name: str, params: convert.Params) -> Perceptual:
     return Perceptual(name, lambda p, images, others: nnx.merge(graphdef, p)(images, others), params)
 
 
-def load_perceptual(name: str, folder: str | os.PathLike) -> Perceptual:
+_ADVICE = "set --config.perceptual_weights to the folder that holds it (or --config.loss.perceptual=none)"
+
+
+def load_perceptual(name: str, folder: str | os.PathLike, *, advice: str = _ADVICE) -> Perceptual:
     """Reads the network `name` from the files of its authors, as they are or turned into safetensors.
 
     Args:
       folder: holds convnext_small-0c510722 and, for LPIPS, vgg16-397923af and lpips_vgg, each .pth or .safetensors.
+      advice: what to do about an absent file, after its download; the default is that of training.
 
     Raises:
       ValueError: an unknown name.
@@ -69,7 +73,7 @@ def load_perceptual(name: str, folder: str | os.PathLike) -> Perceptual:
     with contextlib.ExitStack() as stack:
         used = {file for file, _ in origins.values()}
         for file in (file for file in _FILES if file in used):
-            found = stack.enter_context(weights.open_weights(_find(file, name, folder))).tensors
+            found = stack.enter_context(weights.open_weights(_find(file, name, folder, advice))).tensors
             names = {key: published for published, (origin, key) in origins.items() if origin is file}
             tensors |= {
                 names.get(key, key): tensor for key, tensor in found.items() if key in names or not _unused(file, key)
@@ -91,14 +95,13 @@ def _unused(file: _File, key: str) -> bool:
     return file is VGG_FILE and key.startswith("classifier.")
 
 
-def _find(file: _File, name: str, folder: str | os.PathLike) -> Path:
+def _find(file: _File, name: str, folder: str | os.PathLike, advice: str) -> Path:
     candidates = [Path(folder) / (file.stem + ending) for ending in (".safetensors", ".pth")] if folder else []
     path = next((c for c in candidates if c.is_file()), None)
     if path is None:
         place = f"{folder} holds neither {candidates[0].name} nor {candidates[1].name}" if folder else "no folder is set"
         raise FileNotFoundError(
-            f"the perceptual loss {name!r} needs {file.stem}.pth, but {place}: download it from {file.url} and set "
-            "--config.perceptual_weights to the folder that holds it (or --config.loss.perceptual=none)"
+            f"the perceptual network {name!r} needs {file.stem}.pth, but {place}: download it from {file.url} and {advice}"
         )
     return path
 
