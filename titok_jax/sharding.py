@@ -6,7 +6,8 @@
     tensor  attention heads and MLP columns are cut along it (Megatron): for layers too large for one device
 
 All axes are "Auto": XLA's partitioner (GSPMD) derives everything between parameters, batch and results. The models contain
-no annotation. The same program runs on one device, where all three axes are 1.
+one annotation, `keep_batch` around each block of a transformer, which needs `jax.set_mesh` around a step. The same program
+runs on one device, where all three axes are 1.
 """
 
 import math
@@ -90,6 +91,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis cut along data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def keep_batch(x: jax.Array) -> jax.Array:
+    """x [B, ...], cut along its batch as `batch_sharding` does, and whole in its other axes; x where no mesh is set by
+    `jax.set_mesh`.
+
+    Where a layer's input is cut along the batch and its kernel along fsdp, the partitioner may as well gather the batch and
+    cut the features; with this it gathers the kernel.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:

@@ -35,7 +35,7 @@ from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_eval_transform, make_train_transform
 from titok_jax.metric_log import MetricLog
 from titok_jax.models.generator import GeneratorConfig
-from titok_jax.tasks import Task
+from titok_jax.tasks import Task, jit_step
 from titok_jax.tasks.build import build_task
 
 # What may change when a run is continued; everything else decides the result.
@@ -147,12 +147,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         print(f"Continuing at step {start} of {num_steps} from {workdir}/checkpoints", flush=True)
 
     # Steps.
-    step_fn = jax.jit(
-        task.step,
-        in_shardings=(shardings, frozen_shardings, sharding.batch_sharding(mesh), None),
-        out_shardings=(shardings, whole),
-        donate_argnums=0,
-    )
+    step_fn = jit_step(task, mesh, shardings, frozen_shardings)
     previews = Previews(config, task, mesh, workdir, frozen, first_process) if config.preview_every else None
     step_key = jax.random.fold_in(key, 1)
     log = MetricLog(workdir, first_step=start, num_steps=num_steps, batch_size=batch_size, active=first_process)
@@ -162,7 +157,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             began = time.perf_counter()
             batch = next(loader)
             log.waited(time.perf_counter() - began)
-            state, metrics = step_fn(state, frozen, sharding.put_batch(mesh, batch), step_key)
+            with jax.set_mesh(mesh):
+                state, metrics = step_fn(state, frozen, sharding.put_batch(mesh, batch), step_key)
             done = step + 1
             if step == start:  # the first step waits for its compilation
                 jax.block_until_ready(metrics)

@@ -11,13 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax import sharding
+
 # The published models draw every Linear, Conv and Embedding from this.
 trunc_normal = nnx.initializers.truncated_normal(stddev=0.02)
 
 
 def target_platform() -> str:
-    """The platform that the current program is traced for: "cpu", "gpu" or "tpu"."""
-    return jax.default_backend()
+    """The platform that the current program is traced for, "cpu", "gpu" or "tpu": that of the mesh which `jax.set_mesh` has
+    set (its devices may be of a machine that is not here), else of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def normal_init(std: float) -> Callable:
@@ -182,7 +186,7 @@ def run_stack(
 
     def body(x, layer):
         params, key, skip = layer
-        x = nnx.merge(graphdef, params)(x, skip, key=key)
+        x = sharding.keep_batch(nnx.merge(graphdef, params)(sharding.keep_batch(x), skip, key=key))
         return x, x
 
     if remat:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from titok_jax import convert, models
+from titok_jax import convert, models, sharding
 from titok_jax.models.layers import target_platform
 from titok_jax.optimizer import NO_DECAY_WORDS, adamw, clip_by_global_norm, constant_schedule, cosine_schedule
 
@@ -138,6 +139,21 @@ def make_network(
         decay_mask=decay_mask if trained is None else {name: decay_mask[name] for name in trained},
     )
     return Network(config, graphdef, abstract, tx, schedule, optimizer["max_grad_norm"], trained)
+
+
+def jit_step(task: Task, mesh: Mesh, state: Any, frozen: Any) -> Callable:
+    """`task.step`, compiled for a mesh: the state is donated and stays where it is placed, the metrics are whole everywhere.
+    To be called and traced under `jax.set_mesh(mesh)`.
+
+    Args:
+      state, frozen: their shardings, trees of NamedSharding.
+    """
+    return jax.jit(
+        task.step,
+        in_shardings=(state, frozen, sharding.batch_sharding(mesh), None),
+        out_shardings=(state, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
 
 
 def split_batch(tree: Any, parts: int) -> Any:

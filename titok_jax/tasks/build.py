@@ -12,9 +12,10 @@ from titok_jax import convert, inference, models, pretrained
 from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.generator import GeneratorConfig, SamplingConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
+from titok_jax.models.perceptual import PerceptualConfig
 from titok_jax.models.titok import TiTokConfig, transformer_size
 from titok_jax.tasks import Task, generator, maskgit_vqgan, pixels, single_stage, stage1, stage2
-from titok_jax.tasks.perceptual import load_perceptual
+from titok_jax.tasks.perceptual import load_perceptual, make_perceptual
 
 _LOSSES = {
     "maskgit_vqgan": maskgit_vqgan.LossConfig,
@@ -24,8 +25,12 @@ _LOSSES = {
 }
 
 
-def build_task(config: ConfigDict) -> Task:
+def build_task(config: ConfigDict, *, abstract: bool = False) -> Task:
     """The task of a configuration, its frozen networks loaded.
+
+    Args:
+      abstract: do not load them, nor the parameters that the run begins with: `Task.frozen` is a tree of shapes, and a
+        known name means its architecture, which asks no network. For compiling a step without running it.
 
     Raises:
       ValueError, FileNotFoundError: a bad field, or a frozen network that cannot be loaded.
@@ -42,15 +47,14 @@ def build_task(config: ConfigDict) -> Task:
     if config.task == "generator":
         tokenizer = None
         if config.tokenizer:
-            loaded = inference.load_tokenizer(config.tokenizer)
-            tokenizer = (loaded.config, jax.device_get(loaded.params))
-            fields |= {"num_tokens": loaded.config.num_latent_tokens, "codebook_size": loaded.config.codebook_size}
+            tokenizer = _load(config.tokenizer, TiTokConfig, abstract)
+            fields |= {"num_tokens": tokenizer[0].num_latent_tokens, "codebook_size": tokenizer[0].codebook_size}
         fields["sampling"] = _dataclass(SamplingConfig, fields.get("sampling", {}), "model.sampling")
         model = _dataclass(GeneratorConfig, fields, "model")
         if tokenizer:
             inference.check_pair(tokenizer[0], model)
         loss = _dataclass(generator.LossConfig, config.loss, "loss")
-        return generator.make_task(model, loss, tokenizer=tokenizer, start=_start(config, model), **common)
+        return generator.make_task(model, loss, tokenizer=tokenizer, start=_start(config, model, abstract), **common)
     if config.task not in _LOSSES:
         raise ValueError(f"config.task is {config.task!r}, expected 'generator' or one of {', '.join(map(repr, _LOSSES))}")
 
@@ -58,20 +62,24 @@ def build_task(config: ConfigDict) -> Task:
     loss = _dataclass(_LOSSES[config.task], config.loss, "loss")
     if config.task == "stage1":
         model = _dataclass(TiTokConfig, fields, "model")
-        return stage1.make_task(model, loss, vqgan=_vqgan(config), start=_start(config, model), **common)
+        return stage1.make_task(model, loss, vqgan=_vqgan(config, abstract), start=_start(config, model, abstract), **common)
     if loss.perceptual != "none":
-        common["perceptual"] = load_perceptual(loss.perceptual, config.get("perceptual_weights", ""))
+        if abstract:
+            network = make_perceptual(loss.perceptual, models.abstract(PerceptualConfig(loss.perceptual))[1])
+        else:
+            network = load_perceptual(loss.perceptual, config.get("perceptual_weights", ""))
+        common["perceptual"] = network
     if loss.discriminator_weight > 0:
         common["discriminator"] = _dataclass(DiscriminatorConfig, config.discriminator, "discriminator")
         common["discriminator_optimizer"] = config.discriminator_optimizer.to_dict()
     if config.task == "maskgit_vqgan":
         model = _dataclass(MaskgitVQGANConfig, fields, "model")
-        return maskgit_vqgan.make_task(model, loss, start=_start(config, model), **common)
+        return maskgit_vqgan.make_task(model, loss, start=_start(config, model, abstract), **common)
     if config.task == "stage2":
-        model, start = _stage2_start(config, fields)
+        model, start = _stage2_start(config, fields, abstract)
         return stage2.make_task(model, loss, start=start, **common)
     model = _dataclass(TiTokConfig, fields, "model")
-    return single_stage.make_task(model, loss, start=_start(config, model), **common)
+    return single_stage.make_task(model, loss, start=_start(config, model, abstract), **common)
 
 
 def _dataclass(cls: type, fields: Mapping[str, Any], name: str) -> Any:
@@ -85,36 +93,42 @@ def _dataclass(cls: type, fields: Mapping[str, Any], name: str) -> Any:
         raise ValueError(f"config.{name}: {error}") from None
 
 
-def _load(source: str, kind: type) -> tuple[models.Config, convert.Params]:
-    """A model with its parameters in the host's memory: they are placed with the rest of the state."""
-    return pretrained.load(source, kind, place=lambda path, array: array)
+def _load(source: str, kind: type, abstract: bool = False) -> tuple[models.Config, convert.Params]:
+    """A model with its parameters in the host's memory: they are placed with the rest of the state; or their shapes."""
+    if not abstract:
+        return pretrained.load(source, kind, place=lambda path, array: array)
+    known = {name: config for (_, name), config in pretrained.known_configs(kind).items()}
+    config = known[source] if source in known else pretrained.load_config(source, kind)
+    return config, models.abstract(config)[1]
 
 
-def _vqgan(config: ConfigDict) -> tuple[MaskgitVQGANConfig, convert.Params]:
+def _vqgan(config: ConfigDict, abstract: bool = False) -> tuple[MaskgitVQGANConfig, convert.Params]:
     """The MaskGIT-VQGAN `config.vqgan`: a name, folder or file; or "random", of the sizes `config.vqgan_model`, always the
     same one: to see that a recipe runs."""
     if not config.vqgan:
         raise ValueError("no MaskGIT-VQGAN is set: set --config.vqgan to a name, a folder or a file of it")
     if config.vqgan != "random":
-        return _load(config.vqgan, MaskgitVQGANConfig)
+        return _load(config.vqgan, MaskgitVQGANConfig, abstract)
     model = _dataclass(MaskgitVQGANConfig, config.vqgan_model.to_dict(), "vqgan_model")
+    if abstract:
+        return model, models.abstract(model)[1]
     return model, jax.device_get(jax.jit(functools.partial(models.init, model))(jax.random.key(0)))
 
 
-def _start(config: ConfigDict, model: models.Config) -> convert.Params | None:
+def _start(config: ConfigDict, model: models.Config, abstract: bool) -> convert.Params | None:
     """The parameters of `model`, from the model `config.init_from` of the same kind; None if nothing is set."""
-    if not config.get("init_from"):
+    if abstract or not config.get("init_from"):
         return None
     found, params = _load(config.init_from, type(model))
     return _fill(config, model, found, params)
 
 
-def _stage2_start(config: ConfigDict, fields: dict[str, Any]) -> tuple[TiTokConfig, convert.Params | None]:
+def _stage2_start(config: ConfigDict, fields: dict[str, Any], abstract: bool) -> tuple[TiTokConfig, convert.Params | None]:
     """(the model, the parameters it begins with): from a stage 1 model and a VQGAN, or from a stage 2 model."""
-    if not config.init_from:
+    if not config.init_from and not abstract:
         raise ValueError("stage 2 fine-tunes a stage 1 model: set --config.init_from to it, or to 'random' for a trial")
-    if config.init_from == "random":
-        return _dataclass(TiTokConfig, fields | {"pixel_decoder": _vqgan(config)[0]}, "model"), None
+    if config.init_from == "random" or abstract:
+        return _dataclass(TiTokConfig, fields | {"pixel_decoder": _vqgan(config, abstract)[0]}, "model"), None
     found, params = _load(config.init_from, TiTokConfig)
     if found.predicts_codes:
         vqgan, vqgan_params = _vqgan(config)

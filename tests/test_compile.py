@@ -1,0 +1,199 @@
+"""Compiling for slices: what is read from a program, the mesh's collectives, one small step by the TPU's own compiler."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from titok_jax import compile as compiling
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# A program as the TPU's compiler writes it, cut down: a loop of 24 rounds with a fusion and two collectives, in it a loop
+# that counts in twos, then a branch.
+HLO = """
+HloModule jit_step, is_scheduled=true
+
+%fused (p: bf16[8,4]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  %inner = bf16[8,4]{1,0} add(%p, %p), backend_config={"window_config":{"estimated_cycles":"999"}}
+  ROOT %scattered = f32[2,4]{1,0} reduce-scatter(%inner), dimensions={0}
+}
+
+%inner_condition (q: (u32[], bf16[8,4])) -> pred[] {
+  %q = (u32[], bf16[8,4]) parameter(0)
+  %i = u32[] get-tuple-element(%q), index=0
+  %limit = u32[] constant(8)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%inner_body (r: (u32[], bf16[8,4])) -> (u32[], bf16[8,4]) {
+  %r = (u32[], bf16[8,4]) parameter(0)
+  %j = u32[] get-tuple-element(%r), index=0
+  %two = u32[] constant(2)
+  %next = u32[] add(%j, %two)
+  %x = bf16[8,4] get-tuple-element(%r), index=1
+  %sent = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=3
+  %received = bf16[8,4]{1,0} collective-permute-done(%sent)
+  ROOT %both = (u32[], bf16[8,4]) tuple(%next, %received)
+}
+
+%condition (s: (s32[], bf16[8,4])) -> pred[] {
+  %s = (s32[], bf16[8,4]) parameter(0)
+  %k = s32[] get-tuple-element(%s), index=0
+  %many = s32[] constant(24)
+  ROOT %fewer = pred[] compare(%k, %many), direction=LT
+}
+
+%body (t: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %t = (s32[], bf16[8,4]) parameter(0)
+  %l = s32[] get-tuple-element(%t), index=0
+  %one = s32[] constant(1)
+  %more = s32[] add(%l, %one)
+  %y = bf16[8,4] get-tuple-element(%t), index=1
+  %f = bf16[8,4]{1,0} fusion(%y), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %whole = bf16[16,4]{1,0} all-gather(%f), channel_id=1, dimensions={0}
+  %tuple = (u32[], bf16[8,4]) tuple(%l, %f)
+  %loop = (u32[], bf16[8,4]) while(%tuple), condition=%inner_condition, body=%inner_body
+  ROOT %result = (s32[], bf16[8,4]) tuple(%more, %f)
+}
+
+%cheap (u: f32[]) -> f32[] {
+  ROOT %a = f32[] add(%u, %u), backend_config={"window_config":{"estimated_cycles":"1"}}
+}
+
+%dear (v: f32[]) -> f32[] {
+  ROOT %b = f32[] multiply(%v, %v), backend_config={"window_config":{"estimated_cycles":"50"}}
+}
+
+ENTRY %main (w: bf16[8,4]) -> f32[] {
+  %w = bf16[8,4]{1,0} parameter(0)
+  %tuple.1 = (s32[], bf16[8,4]) tuple(%w, %w)
+  %layers = (s32[], /*index=1*/bf16[8,4]{1,0:T(8,128)(2,1)}) while(%tuple.1), condition=%condition, body=%body
+  %sum = (f32[10]{0}, f32[]) all-reduce(%w, %w), channel_id=9, to_apply=%cheap
+  ROOT %branch = f32[] conditional(%w, %w, %w), branch_computations={%cheap, %dear}
+}
+"""
+
+
+def test_a_programs_cost_counts_loops_as_often_as_they_go_round():
+    cost = compiling.program_cost(HLO)
+    assert cost.cycles == 24 * 100 + 50
+    assert cost.count == {"reduce-scatter": 24, "all-gather": 24, "collective-permute": 24 * 4, "all-reduce": 1}
+    assert cost.bytes == {
+        "reduce-scatter": 24 * 2 * 4 * 4,
+        "all-gather": 24 * 16 * 4 * 2,
+        "collective-permute": 24 * 4 * 8 * 4 * 2,
+        "all-reduce": 44,
+    }
+    assert cost.sent == sum(cost.bytes.values()) + 44
+    assert cost.unknown_loops == 0
+    assert compiling.program_cost(HLO.replace("%next = u32[] add", "%next = u32[] multiply")).unknown_loops == 1
+
+
+def test_flops_are_those_of_matmuls_and_convolutions():
+    @jax.checkpoint
+    def layer(x, kernel):
+        return jnp.tanh(x @ kernel), None
+
+    def function(x, kernels, image, filters):
+        x, _ = jax.lax.scan(layer, x, kernels)
+        y = jax.lax.conv_general_dilated(image, filters, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        z = jax.lax.cond(x[0, 0] > 0, lambda: x @ x.T, lambda: jnp.zeros((3, 3)))
+        return x.sum() + y.sum() + z.sum()
+
+    shapes = ((3, 5), (7, 5, 5), (2, 8, 8, 4), (3, 3, 4, 6))
+    jaxpr = jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr
+    convolution = 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
+    assert compiling.matmul_flops(jaxpr) == 7 * 2 * 3 * 5 * 5 + convolution + 2 * 3 * 3 * 5
+    # A layer forward twice (checkpoint) and two products backward.
+    only = jax.make_jaxpr(jax.grad(lambda k: jax.lax.scan(layer, jnp.ones((3, 5)), k)[0].sum()))(jnp.zeros((7, 5, 5))).jaxpr
+    assert compiling.matmul_flops(only) == 7 * 4 * 2 * 3 * 5 * 5
+
+
+_STEPS = """
+import json
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from titok_jax import compile as compiling, sharding
+from configs import generator
+
+def look(**mesh):
+    config = generator.get_config("smoke")
+    config.model.update(hidden_size=256, num_heads=4, intermediate_size=1024, dropout=0.0, attn_dropout=0.0)
+    config.model.update(num_tokens=8, codebook_size=4096)
+    config.tokenizer, config.data.source.name = "", "tokens"
+    config.mesh.update(mesh)
+    program = compiling.training_step("step", config, jax.devices())
+    with jax.set_mesh(program.mesh):
+        compiled = program.function.trace(*program.args).lower().compile()
+    cost = compiling.program_cost(compiled.as_text())
+    problems = compiling.find_problems(program, cost, 0, compiling.CHIPS["v5e"])
+    return cost.bytes, problems, compiled.memory_analysis().argument_size_in_bytes, sum(
+        x.size for x in jax.tree.leaves(program.args[0]["params"]))
+
+found = {"data": look(data=8), "fsdp": look(data=1, fsdp=8)}
+sharding.keep_batch = lambda x: x
+print(json.dumps(found | {"free": look(data=1, fsdp=8)}))
+"""
+
+
+def test_collectives_are_those_of_the_mesh():
+    done = subprocess.run([sys.executable, "-c", _STEPS], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    exchanged, problems, copied, parameters = found["data"]
+    assert problems == []
+    assert exchanged["all-reduce"] == pytest.approx(4 * parameters, rel=0.05)  # the gradients in float32, no more
+    assert exchanged.get("all-gather", 0) < 0.01 * exchanged["all-reduce"]
+    exchanged, problems, cut, _ = found["fsdp"]
+    assert problems == []
+    assert exchanged["all-gather"] > 0.9 * 4 * parameters  # every kernel, at least once
+    assert cut < 0.25 * copied
+    # Left alone, the partitioner would gather the batch; the check tells.
+    assert any("the whole batch is exchanged" in problem for problem in found["free"][1])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='the TPU compiler is not installed: pip install "titok_jax[tpu]"'
+)
+def test_a_small_step_compiles_for_a_tpu_slice(tmp_path):
+    results = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "titok_jax.compile", "--config", "configs/generator.py:smoke", "--slice", "v5e-4"]
+    done = subprocess.run([*command, "--results", results], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(results.read_text())
+    assert row["problems"] == []
+    assert row["mesh"] == {"data": 4}
+    assert row["collective_bytes"]["all-reduce"] > 2 * 400_000
+    assert row["unknown_loops"] == 0
+    assert 0 < row["estimated_seconds"] < 0.1
+    assert np.isclose(row["argument_bytes"], 16e6, rtol=0.2)
+
+
+def test_wrong_arguments_end_with_one_line(capsys):
+    for arguments, message in [
+        (("--config", "x.py", "--slice", "v5e-15"), "--slice is 'v5e-15', expected one of v4-8"),
+        (("--config", "x.py"), "--slice is not set"),
+        (("--sampler", "titok_l32", "--config.mesh.fsdp=2"), "unknown argument --config.mesh.fsdp=2"),
+        (("--all",), "--all needs --results"),
+    ]:
+        assert compiling.main(arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_a_step_is_compiled_for_the_platform_of_the_mesh():
+    """What the models choose by platform must be what the slice would run, not what this machine would."""
+    from jax.sharding import AbstractMesh
+
+    from titok_jax.models.layers import target_platform
+
+    assert target_platform() == jax.default_backend()
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        assert target_platform() == "tpu"

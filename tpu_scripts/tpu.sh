@@ -1,0 +1,357 @@
+#!/usr/bin/env bash
+# Creates a TPU slice, runs a command on all of its workers, brings it back after a preemption, deletes it. See --help.
+set -euo pipefail
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$HERE")
+
+usage() {
+  cat <<'EOF'
+usage: tpu_scripts/tpu.sh [--config FILE] [--dry-run] COMMAND
+
+commands:
+  create                ask for the slice and wait until it is there; does nothing if it is there already
+  setup                 copy this repository to all workers and install it there
+  launch -- CMD...      start CMD on all workers, in the background; its output goes to a log on each
+  status                state of the slice, and of the run on each worker
+  logs [WORKER|all]     follow the log of one worker (default: 0), or print the end of all
+  stop                  SIGTERM to the run on all workers (it saves a checkpoint), later SIGKILL
+  babysit [--delete] -- CMD...
+                        all of it: create, setup, launch; after a preemption delete, create and launch again, until CMD has
+                        exited with 0 on every worker. May be stopped and started again at any time. --delete: delete the
+                        slice in the end
+  delete [--yes]        delete the slice
+
+options:
+  --config FILE         settings (default: tpu_scripts/config.sh, see config.sh.example)
+  --dry-run             print the commands instead of running them
+
+examples:
+  cp tpu_scripts/config.sh.example tpu_scripts/config.sh    # and fill it in
+  tpu_scripts/tpu.sh --dry-run create
+  tpu_scripts/tpu.sh babysit --delete -- python -m titok_jax.train --config configs/stage1.py:l32 \
+      --workdir gs://BUCKET/l32_stage1 --config.data.source.path=gs://BUCKET/imagenet --config.remat=True
+  tpu_scripts/tpu.sh logs 0
+  ACCELERATOR_TYPE=v5litepod-16 ZONE=us-west4-a tpu_scripts/tpu.sh create
+EOF
+}
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+say() {
+  echo "[$(date '+%F %T')] $*"
+}
+
+# Runs a command, or prints it so that it can be pasted.
+run() {
+  if [[ $DRY_RUN == yes ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+pause() {
+  [[ $DRY_RUN == yes ]] || sleep "$POLL_SECONDS"
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The slice
+
+default_runtime_version() {
+  case $ACCELERATOR_TYPE in
+    v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) die "no runtime version is known for ACCELERATOR_TYPE=$ACCELERATOR_TYPE; set RUNTIME_VERSION" ;;
+  esac
+}
+
+queued() {
+  [[ $PROVISIONING == queued || $PROVISIONING == queued-spot ]]
+}
+
+# gcloud's state of the node, or of the queued resource, in one word: NONE, WAITING, READY, GONE (it is there by name, and
+# will never run again), DELETING. An answer that cannot be had is an error and never NONE, so that nothing is made twice.
+slice_state() {
+  local kind=tpu-vm field="value(state)" state errors tries
+  if queued; then
+    kind=queued-resources field="value(state.state)"
+  fi
+  errors=$(mktemp)
+  for tries in 1 2 3 4 5; do
+    if state=$(gcloud compute tpus "$kind" describe "$NAME" "${WHERE[@]}" --format="$field" 2>"$errors"); then
+      rm -f "$errors"
+      case $state in
+        READY | ACTIVE) echo READY ;;
+        PREEMPTED | TERMINATED | SUSPENDED | SUSPENDING | FAILED | STOPPED | STOPPING | HIDDEN) echo GONE ;;
+        DELETING) echo DELETING ;;
+        *) echo WAITING ;; # CREATING, ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, STARTING, REPAIRING, ...
+      esac
+      return
+    fi
+    if grep -qiE 'NOT_FOUND|not found' "$errors"; then
+      rm -f "$errors"
+      echo NONE
+      return
+    fi
+    [[ $tries == 5 ]] || sleep "$POLL_SECONDS"
+  done
+  cat "$errors" >&2
+  rm -f "$errors"
+  die "cannot find out the state of $NAME"
+}
+
+request_slice() {
+  local version=${RUNTIME_VERSION:-$(default_runtime_version)} spot=() more=()
+  [[ $PROVISIONING == *spot ]] && spot=(--spot)
+  [[ -n $SERVICE_ACCOUNT ]] && more+=(--service-account="$SERVICE_ACCOUNT")
+  if queued; then
+    [[ -n $VALID_UNTIL ]] && more+=(--valid-until-duration="$VALID_UNTIL")
+    run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${WHERE[@]}" \
+      --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$version" "${spot[@]}" "${more[@]}"
+  else
+    run gcloud compute tpus tpu-vm create "$NAME" "${WHERE[@]}" \
+      --accelerator-type="$ACCELERATOR_TYPE" --version="$version" "${spot[@]}" "${more[@]}"
+  fi
+}
+
+delete_slice() {
+  if queued; then
+    run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
+  else
+    run gcloud compute tpus tpu-vm delete "$NAME" "${WHERE[@]}" --quiet
+  fi
+}
+
+# One that is gone is deleted and asked for again; returns when the slice is ready.
+create() {
+  local state last=""
+  if [[ $DRY_RUN == yes ]]; then
+    request_slice
+    return
+  fi
+  while true; do
+    state=$(slice_state)
+    [[ $state == "$last" ]] || say "$NAME: $state"
+    last=$state
+    case $state in
+      READY) return ;;
+      NONE) request_slice || say "the request failed; trying again in $POLL_SECONDS s" ;;
+      GONE) delete_slice || say "the deletion failed; trying again in $POLL_SECONDS s" ;;
+    esac
+    pause
+  done
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Its workers
+
+# Always all of them: a program that is started on some waits for the others until it gives up.
+on_workers() {
+  local worker=$1
+  shift
+  run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$worker" --quiet --command="$*" 9>&- # not the lock
+}
+
+setup() {
+  local archive
+  archive=$(mktemp -d)/titok_jax.tar.gz
+  (cd "$ROOT" && git ls-files -z --cached --others --exclude-standard | tar -czf "$archive" --null --files-from=-)
+  run gcloud compute tpus tpu-vm scp "$archive" "$NAME:titok_jax.tar.gz" "${WHERE[@]}" --worker=all --quiet
+  if [[ -n $ENV_FILE ]]; then
+    run gcloud compute tpus tpu-vm scp "$ENV_FILE" "$NAME:.titok_env" "${WHERE[@]}" --worker=all --quiet
+  fi
+  rm -r "$(dirname "$archive")"
+  on_workers all "mkdir -p titok_jax && tar -xzf titok_jax.tar.gz -C titok_jax && bash titok_jax/tpu_scripts/worker.sh setup"
+}
+
+# The command as one word for the shell of a worker; the words of CMD arrive there as they are here.
+quoted() {
+  local command
+  command=$(printf '%q ' "$@")
+  printf '%q' "${command% }"
+}
+
+launch() {
+  on_workers all "bash titok_jax/tpu_scripts/worker.sh start $(quoted "$@")"
+}
+
+stop() {
+  on_workers all "bash titok_jax/tpu_scripts/worker.sh stop $STOP_SECONDS"
+}
+
+# Of all workers in one word: bare (not set up), idle (CMD is to be started, again or for the first time), running, finished,
+# failed (by itself, or the start reached a part of the workers). Not 0: they cannot be reached.
+run_state() {
+  local lines
+  lines=$(on_workers all "bash titok_jax/tpu_scripts/worker.sh status $(quoted "$@") || echo 'worker ? bare'") || return
+  lines=$(grep '^worker ' <<<"$lines") || return
+  case $lines in
+    *" bare"*) echo bare ;;
+    *" exit "[1-9]*) echo failed ;;
+    *" running"*)
+      # One that has come to its end waits for no other; one without the run is waited for by all.
+      if grep -qE ' (none|dead|stopped)$' <<<"$lines"; then echo failed; else echo running; fi
+      ;;
+    # SIGTERM ends a training well, and all workers with the one that got it: that is not its end.
+    *" none"* | *" dead"* | *" stopped"*) echo idle ;;
+    *) echo finished ;;
+  esac
+}
+
+babysit() {
+  local state last="" failures=0 started=0
+  if [[ $DRY_RUN == yes ]]; then
+    create
+    setup
+    launch "$@"
+    return
+  fi
+  while true; do
+    state=$(slice_state)
+    if [[ $state != READY ]]; then
+      if [[ $state == GONE ]]; then
+        say "$NAME was preempted, or has failed; it is deleted and made again"
+        failures=0
+      fi
+      create
+      continue
+    fi
+    # Where they cannot be reached the slice is perhaps being preempted: its state will tell.
+    state=$(run_state "$@") || state=unreachable
+    [[ $state == "$last" ]] || say "the workers: $state"
+    last=$state
+    case $state in
+      finished)
+        say "the command has exited with 0 on every worker"
+        return
+        ;;
+      bare) setup || say "the setup failed; trying again" ;;
+      idle)
+        started=$SECONDS
+        launch "$@" || say "the start failed; trying again"
+        ;;
+      failed)
+        if ((SECONDS - started > 3600)); then
+          failures=0
+        fi
+        failures=$((failures + 1))
+        say "the command failed ($failures of $MAX_FAILURES times); the ends of the logs:"
+        logs all || true
+        stop || true
+        if ((failures >= MAX_FAILURES)); then
+          die "the command fails by itself, not by preemption. $NAME is still there: tpu_scripts/tpu.sh delete"
+        fi
+        started=$SECONDS
+        launch "$@" || say "the start failed; trying again"
+        ;;
+    esac
+    pause
+  done
+}
+
+logs() {
+  local worker=${1:-0}
+  if [[ $worker == all ]]; then
+    on_workers all "bash titok_jax/tpu_scripts/worker.sh log"
+  else
+    [[ $worker =~ ^[0-9]+$ ]] || die "logs takes the number of a worker, or all; found $worker"
+    on_workers "$worker" "tail -n 100 -F titok_run/log"
+  fi
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+CONFIG=$HERE/config.sh DRY_RUN=no
+while [[ ${1:-} == -* ]]; do
+  case $1 in
+    --help | -h)
+      usage
+      exit
+      ;;
+    --dry-run) DRY_RUN=yes ;;
+    --config)
+      [[ $# -ge 2 ]] || die "--config needs a file"
+      CONFIG=$2
+      shift
+      ;;
+    *) die "unknown option $1; see --help" ;;
+  esac
+  shift
+done
+COMMAND=${1:-}
+[[ -n $COMMAND ]] || {
+  usage >&2
+  exit 2
+}
+shift
+
+[[ -f $CONFIG ]] || die "there is no $CONFIG; copy tpu_scripts/config.sh.example to it and fill it in"
+# shellcheck source=tpu_scripts/config.sh.example
+source "$CONFIG"
+for variable in NAME PROJECT ZONE ACCELERATOR_TYPE PROVISIONING POLL_SECONDS STOP_SECONDS MAX_FAILURES; do
+  [[ -n ${!variable:-} ]] || die "$CONFIG does not set $variable"
+done
+RUNTIME_VERSION=${RUNTIME_VERSION:-} SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-} VALID_UNTIL=${VALID_UNTIL:-} ENV_FILE=${ENV_FILE:-}
+case $PROVISIONING in
+  on-demand | spot | queued | queued-spot) ;;
+  *) die "PROVISIONING is $PROVISIONING, expected on-demand, spot, queued or queued-spot" ;;
+esac
+[[ -z $ENV_FILE || -f $ENV_FILE ]] || die "ENV_FILE $ENV_FILE does not exist"
+[[ $DRY_RUN == yes ]] || command -v gcloud >/dev/null || die "gcloud is not on the PATH: install the Google Cloud CLI"
+WHERE=(--project="$PROJECT" --zone="$ZONE")
+
+# CMD, after --.
+take_command() {
+  [[ ${1:-} == -- && $# -ge 2 ]] || die "$COMMAND needs a command after --, such as: $COMMAND -- python -m titok_jax.train ..."
+}
+
+case $COMMAND in
+  create | setup | status | stop) [[ $# -eq 0 ]] || die "$COMMAND takes no argument; found $1" ;;
+esac
+case $COMMAND in
+  create) create ;;
+  setup) setup ;;
+  launch)
+    take_command "$@"
+    launch "${@:2}"
+    ;;
+  status)
+    [[ $DRY_RUN == yes ]] || say "$NAME: $(slice_state)"
+    on_workers all "bash titok_jax/tpu_scripts/worker.sh status"
+    ;;
+  logs) logs "$@" ;;
+  stop) stop ;;
+  babysit)
+    delete_at_end=no
+    if [[ ${1:-} == --delete ]]; then
+      delete_at_end=yes
+      shift
+    fi
+    take_command "$@"
+    # Two of them for one slice would undo each other's work.
+    exec 9>"${TMPDIR:-/tmp}/titok_babysit_${PROJECT}_${ZONE}_$NAME.lock"
+    flock -n 9 || die "another babysit watches over $NAME"
+    babysit "${@:2}"
+    if [[ $delete_at_end == yes ]]; then
+      delete_slice
+    else
+      say "$NAME is still there and is paid for: tpu_scripts/tpu.sh delete"
+    fi
+    ;;
+  delete)
+    if [[ ${1:-} != --yes && $DRY_RUN == no ]]; then
+      read -r -p "Delete $NAME in $ZONE of $PROJECT? [y/N] " answer
+      [[ $answer == [yY]* ]] || die "not deleted"
+    fi
+    delete_slice
+    ;;
+  *) die "unknown command $COMMAND; see --help" ;;
+esac
