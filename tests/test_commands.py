@@ -1,24 +1,19 @@
 """The commands: what they write, what they refuse and that they refuse it before any work."""
 
-import dataclasses
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tiny_models as tiny
 from PIL import Image
-from sklearn.neighbors import NearestNeighbors
 
 from titok_jax import cli, evaluate, inference, metrics, pretrained, reconstruct, sample, zoo
-from titok_jax.data.digits import load_digits
 from titok_jax.data.transforms import center_crop_torchvision, to_uint8_truncate
 
 COMMANDS = {"sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
@@ -267,6 +262,28 @@ def test_a_picture_with_one_row_per_class(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
 
 
+TWO_DEVICES = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+from titok_jax import sample
+truncate = sample.to_uint8_truncate
+sample.to_uint8_truncate = lambda images: print(len(images), len(images.sharding.device_set)) or truncate(images)
+sys.exit(sample.main(sys.argv[1:]))
+"""
+
+
+def test_the_devices_of_a_process_share_a_batch(model, tmp_path):
+    """The images of one device, but for the rounding of sums."""
+    arguments = ["--model", model, "--num", "10", "--steps", "3", "--batch-size", "5", "--out"]
+    result = run("-c", TWO_DEVICES, *arguments, str(tmp_path / "two.npz"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("6 2\n") == 2  # two batches of 6 images, each on two devices
+    assert sample.main([*arguments, str(tmp_path / "one.npz")]) == 0
+    one, two = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("one.npz", "two.npz"))
+    assert np.abs(one - two).max() <= 1
+    assert one.std() > 1
+
+
 @pytest.mark.parametrize(("classes", "num"), [([3, 1, 4], 64), (range(10), 64), (range(1000), 64), ([7], 5), ([2, 2, 5], 6)])
 def test_labels_are_balanced_and_take_turns(classes, num):
     labels = sample.balanced_labels(classes, num).tolist()
@@ -431,101 +448,6 @@ def test_reconstruct_refuses(arguments, message, model, tmp_path, capsys, no_wei
     assert re.match("error: .*" + message, capsys.readouterr().err, re.DOTALL)
     assert files(tmp_path) == before
     assert not (tmp_path / "out").exists()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# evaluate
-
-
-class FakeTokenizer:
-    """Its token is the place of an image among all digits; gives it back 10 % darker."""
-
-    config = SimpleNamespace(image_size=32, quantize_mode="vq", codebook_size=4000)
-
-    def __init__(self):
-        grey = np.concatenate([load_digits("train")[0], load_digits("test")[0]])
-        self.images = np.repeat(grey[..., None], 3, -1)
-        self._place = {image.tobytes(): i for i, image in reversed(list(enumerate(self.images)))}
-
-    def encode(self, images):
-        return np.array([[self._place[image.tobytes()]] for image in images], np.int32)
-
-    def decode(self, tokens):
-        return (0.9 / 255 * self.images[np.asarray(tokens)[:, 0]]).astype(np.float32)
-
-
-def test_figures_of_a_model_that_copies(monkeypatch):
-    """A generator that repeats a few training digits, some under a wrong label, is seen through."""
-    train, labels = load_digits("train")
-    test, _ = load_digits("test")
-    tokenizer = FakeTokenizer()
-    calls = []
-
-    def generate(generator, wanted, key, *, first_index, num_steps):
-        calls.append((first_index, num_steps))
-        places = first_index + np.arange(len(wanted))
-        given = np.where(places % 50 < 10, (wanted + 1) % 10, wanted)  # a fifth of each class is of the next class
-        ids = np.array([np.flatnonzero(labels == label)[1] for label in given])  # always the same digit of a class
-        return ids[:, None].astype(np.int32)
-
-    monkeypatch.setattr(inference, "generate", generate)
-    generator = SimpleNamespace(config=tiny.GENERATOR)
-    result = evaluate.evaluate_digits(tokenizer, generator, num=150, seed=0, settings={"num_steps": 3}, batch_size=64)
-    assert calls == [(0, 3), (64, 3), (128, 3)]
-    assert result["generated_accuracy"] == pytest.approx(0.8)
-    assert result["generation"] == {"num_images": 150, "distinct_tokens": 10, "seen_tokens": 1.0}
-    assert result["real_accuracy"] > 0.97
-    assert result["reconstructed_accuracy"] == pytest.approx(result["real_accuracy"], abs=0.02)
-    error = np.square(0.1 * test / 255.0).mean((1, 2))
-    assert result["reconstruction"]["held_out"]["psnr"] == pytest.approx(np.mean(-10 * np.log10(error)), abs=1e-4)
-    assert 0.9 < result["reconstruction"]["held_out"]["ssim"] < 1
-    assert result["reconstruction"]["held_out"]["codebook_usage"] == pytest.approx(360 / 4000, abs=2 / 4000)
-    assert result["reconstruction"]["training"]["perplexity"] == pytest.approx(1437, rel=0.01)
-    distances = result["distance_to_nearest_training_digit"]
-    vectors = [x.reshape(len(x), -1) / 255.0 for x in (test, train)]
-    nearest = NearestNeighbors(n_neighbors=1).fit(vectors[1]).kneighbors(vectors[0])[0] / math.sqrt(1024)
-    assert distances["held_out"]["median"] == pytest.approx(np.median(nearest))
-    assert distances["held_out"]["percentile_5"] == pytest.approx(np.percentile(nearest, 5))
-    assert distances["generated"]["median"] < 0.75 * distances["held_out"]["median"]  # copies, 10 % darker
-
-
-def test_evaluate_writes_every_setting(model, tmp_path, capsys):
-    out = tmp_path / "digits.json"
-    arguments = ["--model", model, "--num", "20", "--steps", "2", "--seed", "4", "--batch-size", "256", "--json", str(out)]
-    assert evaluate.main(arguments) == 0
-    assert "generated digits" in capsys.readouterr().out
-    result = json.loads(out.read_text())
-    assert {"real_accuracy", "reconstructed_accuracy", "generated_accuracy"} <= result.keys()
-    assert result["sampling"] == {
-        "num_steps": 2,
-        "guidance_scale": 3.0,
-        "guidance_schedule": "linear",
-        "temperature": 2.0,
-        "softmax_temperature_annealing": True,
-    }
-    assert (result["seed"], result["generation"]["num_images"], result["versions"]["jax"]) == (4, 20, jax.__version__)
-    before = out.read_bytes()
-    assert evaluate.main(arguments) == 2
-    assert "digits.json exists and nothing was overwritten" in capsys.readouterr().err
-    assert out.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num", "15"], "--num is 15, expected a multiple of 10"),
-        (["--model", "{letters}"], "is a model of 26 classes of 32x32 pixels; only models of the 10 digits"),
-        (["--model", "nothing"], "unknown model 'nothing'"),
-        (["--steps", "0"], "--steps is 0"),
-        (["--json", "{tmp}/no/a.json"], "no is not an existing folder"),
-    ],
-)
-def test_evaluate_refuses(arguments, message, model, tmp_path, capsys, no_weights):
-
-    letters = tiny.save(tmp_path / "letters", dataclasses.replace(tiny.GENERATOR, num_classes=26))
-    arguments = [argument.format(letters=letters, tmp=tmp_path) for argument in arguments]
-    assert evaluate.main(["--model", model, *arguments]) == 2
-    assert re.match(f"error: .*{message}", capsys.readouterr().err)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,11 @@ from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.titok import TiTokConfig
 
 
+def _spread(batch: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """A batch cut over the devices of a mesh, which its size must divide into."""
+    return batch if mesh is None else jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
+
+
 class Tokenizer:
     """A TiTok with its weights.
 
@@ -24,16 +29,17 @@ class Tokenizer:
       params: nested dict of float32 arrays.
     """
 
-    def __init__(self, config: TiTokConfig, params: convert.Params, *, dtype=jnp.float32):
+    def __init__(self, config: TiTokConfig, params: convert.Params, *, dtype=jnp.float32, mesh: Mesh | None = None):
         """
         Args:
           dtype: computation dtype, "float32" or "bfloat16".
+          mesh: that of the parameters, over which batches are cut; None: one device.
         """
         self.config, self.params = config, params
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
 
         def encode(params, images, key):
-            model = nnx.merge(graphdef, params)
+            model, images = nnx.merge(graphdef, params), _spread(images, mesh)
             images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
             if config.quantize_mode == "vq":
                 return model.quantized(images).tokens
@@ -41,7 +47,7 @@ class Tokenizer:
             return posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
 
         def decode(params, tokens):
-            model = nnx.merge(graphdef, params)
+            model, tokens = nnx.merge(graphdef, params), _spread(tokens, mesh)
             images = model.decode_tokens(tokens) if config.quantize_mode == "vq" else model.decode(tokens)
             return jnp.clip(images, 0.0, 1.0)
 
@@ -118,10 +124,11 @@ class Generator:
       params: nested dict of float32 arrays.
     """
 
-    def __init__(self, config: GeneratorConfig, params: convert.Params, *, dtype=jnp.float32):
+    def __init__(self, config: GeneratorConfig, params: convert.Params, *, dtype=jnp.float32, mesh: Mesh | None = None):
         """
         Args:
           dtype: computation dtype, "float32" or "bfloat16"; sampling itself is float32 always.
+          mesh: that of the parameters, over which batches are cut; None: one device.
         """
         self.config, self.params = config, params
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
@@ -133,7 +140,7 @@ class Generator:
             keys = jax.vmap(partial(jax.random.fold_in, key))(first_index + jnp.arange(labels.shape[0]))
             return decoding.parallel_decode(
                 partial(logits, params),
-                labels,
+                _spread(labels, mesh),
                 num_tokens=config.num_tokens,
                 codebook_size=config.codebook_size,
                 num_classes=config.num_classes,
@@ -250,7 +257,8 @@ def load_tokenizer(
 
     Args:
       dtype: computation dtype, "float32" or "bfloat16".
-      mesh: from `titok_jax.sharding.make_mesh`: every parameter is read straight onto its shards; None: one device.
+      mesh: from `titok_jax.sharding.make_mesh`: every parameter is read straight onto its shards, and batches, whose size
+        must be a multiple of data x fsdp, are cut; None: one device.
       revision: branch, tag or commit, of what is on the hub.
       token: for the hub, if not that of `hf auth login` or HF_TOKEN.
 
@@ -259,7 +267,7 @@ def load_tokenizer(
       FileNotFoundError: a folder that holds no model.
       DownloadError (an OSError): the hub does not give it.
     """
-    return Tokenizer(*_load(source, TiTokConfig, mesh, revision, token), dtype=dtype)
+    return Tokenizer(*_load(source, TiTokConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
 
 
 def load_tokenizer_config(
@@ -278,7 +286,7 @@ def load_generator(
     token: str | None = None,
 ) -> Generator:
     """A generator; arguments and errors as of `load_tokenizer`. A published one has the name of its tokenizer."""
-    return Generator(*_load(source, GeneratorConfig, mesh, revision, token), dtype=dtype)
+    return Generator(*_load(source, GeneratorConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
 
 
 def _load(source, kind: type, mesh: Mesh | None, revision: str | None, token: str | None):

@@ -57,7 +57,7 @@ def sample(
       tokenizer, generator: as `titok_jax.load_pair` gives them.
       labels: int [n], 0 .. num_classes - 1.
       seed: of all randomness.
-      batch_size: images at a time; the last batch is filled up, so that one program serves all.
+      batch_size: images at a time; batches are filled up to it, so that one program serves all.
       batches: the numbers of the batches to make, counted from 0; all if not given.
       settings: of `titok_jax.generate`.
 
@@ -72,7 +72,6 @@ def sample(
     from titok_jax.inference import generate
 
     key = jax.random.key(seed, impl="threefry2x32")
-    batch_size = min(batch_size, len(labels))
     for batch in range(-(-len(labels) // batch_size)) if batches is None else batches:
         start = batch * batch_size
         part = labels[start : start + batch_size]
@@ -80,6 +79,24 @@ def sample(
         ids = generate(generator, padded, key, first_index=start, **settings)
         images = to_uint8_truncate(tokenizer.decode(ids))
         yield slice(start, start + len(part)), np.asarray(ids)[: len(part)], images[: len(part)]
+
+
+def local_mesh():
+    """A mesh of this process's devices, for the batches that it makes; None if there is one device."""
+    import jax
+
+    from titok_jax.sharding import make_mesh
+
+    devices = jax.local_devices()
+    return make_mesh(devices=devices) if len(devices) > 1 else None
+
+
+def whole_batch(batch_size: int, num: int) -> int:
+    """The batch size for `num` images: no larger than need be, and a multiple of the devices that share a batch."""
+    import jax
+
+    devices = jax.local_device_count()
+    return -(-min(batch_size, num) // devices) * devices
 
 
 def balanced_labels(classes: Sequence[int], num: int) -> np.ndarray:
@@ -320,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import jax
 
-    batch_size = min(args.batch_size, args.num)
+    batch_size = whole_batch(args.batch_size, args.num)
     shards = Shards(
         f"{out}.shards",
         {"labels": args.labels, "seed": args.seed, "dtype": args.dtype}
@@ -332,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype)
+    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype, mesh=local_mesh())
 
     def pieces(numbers):
         options = {"batch_size": batch_size, "batches": numbers, **settings}

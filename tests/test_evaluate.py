@@ -1,0 +1,582 @@
+"""The evaluation: figures against a second computation, what it refuses, what it keeps over a kill.
+
+Most of it runs with a stand-in for the feature network, a random projection; test_features.py has the networks themselves.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+import tiny_models as tiny
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+
+from titok_jax import decoding, evaluate, evaluation, features, inference, metrics, pretrained, sample
+from titok_jax.data.digits import load_digits
+from titok_jax.data.transforms import center_crop_adm, center_crop_torchvision, to_uint8_round, to_uint8_truncate
+
+# Fewer images than features; the metrics know how to deal with it.
+pytestmark = pytest.mark.filterwarnings("ignore:Matrix is singular")
+
+
+class Projection:
+    """A stand-in for a feature network: the pixels, projected at random."""
+
+    def __init__(self, name="projection", dims=(6, 4, 10)):
+        self.name, self._dims, self.batches = name, dims, []
+
+    def __call__(self, images):
+        assert images.dtype == np.uint8
+        self.batches.append(len(images))
+        flat = images.reshape(len(images), -1) / 255.0
+        weights = np.random.default_rng(0).standard_normal((flat.shape[1], sum(self._dims))) / 10
+        parts = np.split(np.maximum(flat @ weights, 0).astype(np.float32), np.cumsum(self._dims)[:-1], axis=1)
+        return SimpleNamespace(pool=parts[0], spatial=parts[1], logits=parts[2])
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """Stand-ins for both networks."""
+    monkeypatch.setattr(features, "load_digits_features", lambda **_: Projection())
+    monkeypatch.setattr(features, "load_inception", lambda path, **_: Projection("inception", (7, 4, 10)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("models") / "generator"))
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    return PAIRS(model)
+
+
+@pytest.fixture
+def loaded_once(monkeypatch, model, pair):
+    """Models are read, and compiled, once for all tests."""
+    monkeypatch.setattr(inference, "load_pair", lambda *a, **k: PAIRS(a[0]))
+    monkeypatch.setattr(inference, "load_tokenizer", lambda source, **k: PAIRS(source)[0])
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Makes it an error to read weights: what is refused must be refused before."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(pretrained, "load", load)
+
+
+PAIRS = functools.cache(inference.load_pair)
+
+
+def rgb(split, size=32):
+    return np.repeat(load_digits(split, size)[0][..., None], 3, axis=-1)
+
+
+def frechet(a, b):
+    """As published, in a few lines."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    (mu_a, mu_b), (c_a, c_b) = [x.mean(0) for x in (a, b)], [np.cov(x, rowvar=False) for x in (a, b)]
+    return np.square(mu_a - mu_b).sum() + np.trace(c_a + c_b - 2 * scipy.linalg.sqrtm(c_a @ c_b).real)
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def main(*arguments):
+    """The command, which must succeed."""
+    assert evaluate.main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.mark.parametrize(
+    ("num", "name"), [(50_000, "FID"), (5_000, "FID-5K"), (360, "FID-360"), (1_000, "FID-1K"), (100_000, "FID-100K")]
+)
+def test_names_say_of_how_many_images(num, name):
+    assert evaluation.metric_name("FID", num) == name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+
+
+def pictures_folder(folder, count=7):
+    """A folder of smooth pictures of many shapes, and the pictures."""
+    rng = np.random.default_rng(0)
+    arrays = []
+    for index in range(count):
+        size = (33 + 9 * index, 90 - 7 * index)
+        image = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        (folder / f"class{index % 2}").mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"class{index % 2}" / f"{index}.png")
+        arrays.append(np.asarray(image))
+    return [arrays[i] for i in (*range(0, count, 2), *range(1, count, 2))]  # sorted by path
+
+
+@pytest.mark.parametrize("kind", ["vq", "vae"])
+def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
+    folder = model if kind == "vq" else tiny.save(tmp_path / "vae", tiny.VAE)
+    arrays = pictures_folder(tmp_path / "photos")
+    out = tmp_path / "r.json"
+    options = ["--model", folder, "--reconstruct", tmp_path / "photos", "--features", "inception", "--json", out]
+    main(*options, "--batch-size", 3)
+    result = read(out)
+    # The same by the library, all at once.
+    tokenizer = inference.load_tokenizer(folder)
+    images = np.stack([center_crop_torchvision(array, 32) for array in arrays])
+    tokens = tokenizer.encode(images)
+    rebuilt = to_uint8_round(tokenizer.decode(tokens))
+    network = Projection("inception", (7, 4, 10))
+    real, fake = network(images), network(rebuilt)
+    p = scipy.special.softmax(fake.logits.astype(np.float64), -1)
+    expected = {
+        "rFID-7": frechet(real.pool, fake.pool),
+        "IS-7": math.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), -1))),
+        "psnr": metrics.psnr(images / 255.0, rebuilt / 255.0).mean(),
+        "ssim": metrics.ssim(images / 255.0, rebuilt / 255.0).mean(),
+    }
+    if kind == "vq":
+        expected["codebook_usage"] = len(np.unique(tokens)) / 64
+    for name, value in expected.items():
+        assert result["metrics"][name] == pytest.approx(value, rel=2e-3), name  # single pixels round differently by batch
+    assert ("perplexity" in result["metrics"]) == (kind == "vq")
+    assert (result["crop"], result["num_images"], result["features"]["network"]) == ("torchvision", 7, "inception")
+    assert result["sha256"]["tokenizer"] == sample.sha256(pretrained.locate(folder, tiny.TOKENIZER.__class__).weights)
+    assert result["features"]["sha256"] == features.INCEPTION_SHA256
+    assert "rFID-7" in capsys.readouterr().out
+    assert not (tmp_path / "r.json.shards").exists()
+    main(*options, "--num", 3, "--overwrite")
+    assert "rFID-3" in read(out)["metrics"]
+
+
+def test_lpips(model, networks, loaded_once, tmp_path, monkeypatch):
+    def load(folder):
+        assert folder == str(tmp_path)
+        return lambda a, b: 3 * np.mean((a - b) ** 2, (1, 2, 3))
+
+    monkeypatch.setattr(features, "load_lpips", load)
+    (tmp_path / "vgg16-397923af.pth").write_bytes(b"vgg")
+    (tmp_path / "lpips_vgg.safetensors").write_bytes(b"heads")
+    main("--model", model, "--reconstruct", "digits:test", "--num", 5, "--lpips", tmp_path, "--json", tmp_path / "r.json")
+    result = read(tmp_path / "r.json")
+    assert result["lpips_sha256"].keys() == {"vgg16-397923af.pth", "lpips_vgg.safetensors"}
+    tokenizer = inference.load_tokenizer(model)
+    images = rgb("test")[np.arange(5) * 360 // 5]
+    rebuilt = to_uint8_round(tokenizer.decode(tokenizer.encode(images)))
+    assert result["metrics"]["lpips"] == pytest.approx(3 * np.mean(((images / 255.0) - rebuilt / 255.0) ** 2), rel=1e-4)
+    assert "digits-rFID-5" in result["metrics"]  # of digits, in their features
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def test_generation_figures_and_references(model, pair, networks, loaded_once, tmp_path):
+    """Samples that are made, and the same from a file; a reference from a data set, and the same saved and loaded."""
+    options = ["--model", model, "--features", "digits"]
+    settings = ["--num", 20, "--steps", 3, "--seed", 4, "--batch-size", 8]
+    main(*options, *settings, "--reference", "digits:test", "--json", tmp_path / "a.json")
+    main(*options, "--reference", "digits:test", "--save-reference", tmp_path / "ref.npz")
+    main(*options, *settings, "--reference", tmp_path / "ref.npz", "--json", tmp_path / "b.json")
+    assert sample.main([str(a) for a in (*options[:2], *settings, "--out", tmp_path / "samples.npz")]) == 0
+    main(
+        "--samples",
+        tmp_path / "samples.npz",
+        *options[2:],
+        "--reference",
+        tmp_path / "ref.npz",
+        "--json",
+        tmp_path / "c.json",
+    )
+    results = [read(tmp_path / f"{name}.json") for name in "abc"]
+
+    tokenizer, generator = pair
+    labels = np.arange(20) % 10
+    ids = inference.generate(generator, labels, jax.random.key(4), num_steps=3)
+    images = to_uint8_truncate(tokenizer.decode(ids))
+    network = Projection()
+    fake, real = network(images), network(np.stack([center_crop_adm(image, 32) for image in rgb("test")]))
+    precision, recall = metrics.precision_recall(real.pool, fake.pool)
+    p = scipy.special.softmax(fake.logits.astype(np.float64), -1)
+    expected = {
+        "digits-FID-20": frechet(real.pool, fake.pool),
+        "digits-sFID-20": frechet(real.spatial, fake.spatial),
+        "digits-IS-20": math.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), -1))),
+        "digits-precision-20": precision,
+        "digits-recall-20": recall,
+    }
+    for result in results:
+        found = {name: value for name, value in result["metrics"].items() if name.startswith("digits")}
+        assert found == pytest.approx(expected, rel=2e-3)
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-12)
+    assert results[0]["sampling"]["num_steps"] == 3
+    assert (results[0]["seed"], results[0]["num_images"], results[0]["dtype"]) == (4, 20, "float32")
+    assert results[0]["reference"] == {
+        **{"source": "digits:test", "crop": "adm", "image_size": 32},
+        **{"num_images": 360, "network": "projection", "neighbourhoods": 360},
+    }
+    assert results[1]["reference"]["sha256"] == sample.sha256(tmp_path / "ref.npz")
+    assert results[2]["samples_sha256"] == sample.sha256(tmp_path / "samples.npz")
+    assert {path.name for path in tmp_path.iterdir()} == {*("a.json", "b.json", "c.json", "ref.npz", "samples.npz")}
+
+
+def test_adm_references(model, networks, tmp_path):
+    """Statistics of more images than are in the file take part in FID, the images in precision and recall."""
+    train, few = rgb("train"), rgb("test")[:40]
+    network = Projection("inception", (7, 4, 10))
+    real = network(train)
+    arrays = {"arr_0": few}
+    for name, x in (("", real.pool), ("_s", real.spatial)):
+        arrays |= {f"mu{name}": x.mean(0), f"sigma{name}": np.cov(x.astype(np.float64), rowvar=False)}
+    np.savez(tmp_path / "VIRTUAL.npz", **arrays)
+    np.savez(tmp_path / "images.npz", arr_0=few)
+    samples = np.roll(rgb("test")[100:150], 1, axis=1)
+    np.savez(tmp_path / "samples.npz", samples)
+    options = ["--samples", tmp_path / "samples.npz", "--features", "inception", "--json", tmp_path / "a.json"]
+    main(*options, "--reference", tmp_path / "VIRTUAL.npz")
+    result, fake = read(tmp_path / "a.json"), network(samples)
+    precision, recall = metrics.precision_recall(network(few).pool, fake.pool)
+    figures = result["metrics"]
+    assert figures["FID-50"] == pytest.approx(frechet(real.pool, fake.pool), rel=1e-5)
+    assert figures["sFID-50"] == pytest.approx(frechet(real.spatial, fake.spatial), rel=1e-5)
+    assert (figures["precision-50"], figures["recall-50"]) == (precision, recall)
+    assert (result["reference"]["num_images"], result["reference"]["neighbourhoods"]) == (None, 40)
+    main(*options, "--reference", tmp_path / "images.npz", "--overwrite")  # without statistics: those of its images
+    assert read(tmp_path / "a.json")["metrics"]["FID-50"] == pytest.approx(frechet(network(few).pool, fake.pool), rel=1e-5)
+
+
+def test_neighbourhoods_are_spread_over_a_large_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_NEIGHBOURHOODS", 5)
+    shards = evaluation.Shards(tmp_path / "s", {}, 13, 4)
+    pool = np.random.default_rng(0).random((13, 3)).astype(np.float32)
+    for number in range(4):
+        shards.write(number, pool=pool[shards.items(number)])
+    reference = evaluation.make_reference(shards, "n", {})
+    np.testing.assert_array_equal(reference.neighbourhoods, pool[[0, 3, 6, 9, 12]])
+    np.testing.assert_allclose(reference.pool.covariance, np.cov(pool.astype(np.float64), rowvar=False))
+    assert reference.spatial is None
+
+
+def test_images_in_a_file_are_read_in_any_order(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (9, 5, 5, 3), np.uint8)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", images, labels=np.repeat([1, 2, 3], 3))
+        found = evaluation.NpzImages(tmp_path / "a.npz")
+        assert (len(found), found.size, found.sorted_by_class) == (9, 5, True)
+        for items in (slice(0, 4), slice(7, 9), slice(2, 3)):
+            np.testing.assert_array_equal(found.read(items), images[items])
+    np.savez(tmp_path / "b.npz", images, labels=np.arange(9) % 3)
+    assert not evaluation.NpzImages(tmp_path / "b.npz").sorted_by_class
+    assert not evaluation.NpzImages(tmp_path / "b.npz").sorted_by_class
+
+
+def test_samples_sorted_by_class_are_noted(networks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "ADM_SPLIT", 10)
+    np.savez(tmp_path / "s.npz", arr_0=rgb("test")[:20], labels=np.repeat([0, 1], 10))
+    main("--samples", tmp_path / "s.npz", "--reference", "digits:test", "--json", tmp_path / "s.json")
+    assert "note: the samples are sorted by class" in capsys.readouterr().out
+    assert len(read(tmp_path / "s.json")["notes"]) == 1
+
+
+def test_a_killed_evaluation_goes_on(model, networks, loaded_once, tmp_path, monkeypatch):
+    arguments = ["--model", model, "--reference", "digits:test", "--num", 30, "--steps", 3, "--batch-size", 8]
+    main(*arguments, "--json", tmp_path / "whole.json")
+    write, written = evaluation.Shards.write, []
+
+    def dies(self, number, **arrays):
+        if len(written) == 47:  # 45 pieces of the reference, 4 of the samples
+            raise KeyboardInterrupt
+        written.append((self.folder.name, number))
+        write(self, number, **arrays)
+
+    monkeypatch.setattr(evaluation.Shards, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        main(*arguments, "--json", tmp_path / "killed.json")
+    assert not (tmp_path / "killed.json").exists()
+    before, calls = list(written), []
+
+    def counts(self, number, **arrays):
+        calls.append((self.folder.name, number))
+        write(self, number, **arrays)
+
+    monkeypatch.setattr(evaluation.Shards, "write", counts)
+    main(*arguments, "--json", tmp_path / "killed.json")
+    assert before[-2:] + calls == [("generated", number) for number in range(4)]
+    assert read(tmp_path / "killed.json") == read(tmp_path / "whole.json")
+    assert not (tmp_path / "killed.json.shards").exists()
+
+
+def test_processes_share_an_evaluation(model, networks, loaded_once, tmp_path, monkeypatch):
+    """Three processes, here threads: the figures that one process has, to the last bit."""
+    arguments = ["--model", model, "--reference", "digits:test", "--num", 30, "--steps", 3, "--batch-size", 8, "--json"]
+    main(*arguments, tmp_path / "one.json")
+    process, barrier, made = threading.local(), threading.Barrier(3), {}
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: process.index)
+    monkeypatch.setattr(evaluation.Shards, "wait", lambda self, event: barrier.wait(300))
+    write = evaluation.Shards.write
+
+    def counts(self, number, **arrays):
+        made.setdefault((self.folder.name, number), []).append(process.index)
+        write(self, number, **arrays)
+
+    monkeypatch.setattr(evaluation.Shards, "write", counts)
+
+    def start(index):
+        process.index = index
+        return evaluate.main([str(argument) for argument in (*arguments, tmp_path / "three.json")])
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(start, range(3))) == [0, 0, 0]
+    assert made == {("reference", n): [n % 3] for n in range(45)} | {("generated", n): [n % 3] for n in range(4)}
+    assert read(tmp_path / "three.json") == read(tmp_path / "one.json")
+    assert not (tmp_path / "three.json.shards").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+def test_a_sweep_is_continued_and_drawn(model, networks, loaded_once, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "sweep.json"
+    options = ["--model", model, "--num", 20, "--steps", 3, "--json", out]
+    generated = []
+    monkeypatch.setattr(
+        evaluation,
+        "sample",
+        lambda *a, **k: generated.append((k["guidance_scale"], k["temperature"])) or sample.sample(*a, **k),
+    )
+    main(*options, "--guidance-scale", "0,3", "--temperature", "2,1")
+    assert generated == [(0, 2), (0, 1), (3, 2), (3, 1)]
+    result = read(out)
+    places = [(p["sampling"]["temperature"], p["sampling"]["guidance_scale"]) for p in result["points"]]
+    assert places == [(1, 0), (1, 3), (2, 0), (2, 3)]
+    assert [p["sampling"]["guidance_schedule"] for p in result["points"]] == ["constant", "linear"] * 2
+    # A point is what an evaluation of its own gives.
+    main(*options[:-1], tmp_path / "one.json", "--reference", "digits:train", "--guidance-scale", "3", "--temperature", "2")
+    assert read(tmp_path / "one.json")["metrics"] == pytest.approx(result["points"][3]["metrics"], rel=1e-9)
+    # More points: the others are kept.
+    generated.clear()
+    main(*options, "--guidance-scale", "0,3,1.5", "--temperature", "2,1")
+    assert generated == [(1.5, 2), (1.5, 1)]
+    points = read(out)["points"]
+    assert [points[i] for i in (0, 2, 3, 5)] == result["points"]
+    picture = np.asarray(Image.open(tmp_path / "sweep.png"))
+    assert picture.shape[1] > 720  # the table beside the curve
+    blue = (np.abs(picture[:, :720].astype(int) - (0, 114, 178)).max(-1) < 40).sum()
+    assert blue > 100
+    # Other settings are another sweep.
+    before = out.read_bytes()
+    assert evaluate.main([str(a) for a in (*options, "--seed", 1, "--guidance-scale", "0,3")]) == 2
+    assert "sweep.json is a sweep with other settings (seed: 0 there, 1 now)" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    generated.clear()
+    main(*options, "--seed", 1, "--guidance-scale", "0,3", "--overwrite")
+    assert len(read(out)["points"]) == len(generated) == 2
+    assert not (tmp_path / "sweep.json.shards").exists()
+
+
+def settings_of(*arguments):
+    (settings,) = evaluate._grid(evaluate._parser().parse_args(arguments), tiny.GENERATOR.sampling)
+    return settings
+
+
+def test_without_guidance_only_the_conditional_half_runs():
+    """Counted where it runs: the labels of each forward pass."""
+    passes = []
+
+    def logits(ids, labels):
+        jax.debug.callback(lambda labels: passes.append(np.asarray(labels).tolist()), labels)
+        return jnp.zeros((*ids.shape, 16)) + labels[:, None, None]
+
+    def count(settings):
+        passes.clear()
+        keys = jax.random.split(jax.random.key(0), 3)
+        options = {"num_tokens": 8, "codebook_size": 16, "num_classes": 10, "noise": decoding.noise_from_keys(keys)}
+        decoding.parallel_decode(logits, jnp.array([3, 1, 4]), **options, **settings).ids.block_until_ready()
+        jax.effects_barrier()
+        return list(passes)
+
+    both = [3, 10, 1, 10, 4, 10]
+    assert count(settings_of("--steps", "4", "--guidance-scale", "2.5")) == [[3, 1, 4], both, both, both]  # "linear"
+    without = settings_of("--steps", "4", "--guidance-scale", "0")
+    assert count(without) == [[3, 1, 4]] * 4
+    for schedule in decoding.GUIDANCE_SCHEDULES:  # that of "power-cosine" would end in unconditional images
+        assert settings_of("--steps", "4", "--guidance-scale", "0", "--guidance-schedule", schedule) == without
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The digits
+
+
+class FakeTokenizer:
+    """Its token is the place of an image among all digits; gives it back 10 % darker."""
+
+    config = SimpleNamespace(image_size=32, quantize_mode="vq", codebook_size=4000)
+
+    def __init__(self):
+        self.images = np.concatenate([rgb("train"), rgb("test")])
+        self._place = {image.tobytes(): i for i, image in reversed(list(enumerate(self.images)))}
+
+    def encode(self, images):
+        return np.array([[self._place[image.tobytes()]] for image in images], np.int32)
+
+    def decode(self, tokens):
+        return (0.9 / 255 * self.images[np.asarray(tokens)[:, 0]]).astype(np.float32)
+
+
+def test_figures_of_a_model_that_copies(tmp_path, monkeypatch):
+    """A generator that repeats a few training digits, some under a wrong label, is seen through."""
+    train, labels = load_digits("train")
+    test, _ = load_digits("test")
+    tokenizer = FakeTokenizer()
+    calls = []
+
+    def generate(generator, wanted, key, *, first_index, num_steps):
+        calls.append((first_index, num_steps))
+        places = first_index + np.arange(len(wanted))
+        given = np.where(places % 50 < 10, (wanted + 1) % 10, wanted)  # a fifth of each class is of the next class
+        ids = np.array([np.flatnonzero(labels == label)[1] for label in given])  # always the same digit of a class
+        return ids[:, None].astype(np.int32)
+
+    monkeypatch.setattr(inference, "generate", generate)
+    generator = SimpleNamespace(config=tiny.GENERATOR)
+    work = evaluate.Work(tmp_path / "work", batch_size=64, quiet=True)
+    options = {"num": 150, "seed": 0, "settings": {"num_steps": 3}, "identity": {}}
+    result = evaluate.evaluate_digits(tokenizer, generator, Projection(), work, **options)
+    assert calls == [(0, 3), (64, 3), (128, 3)]
+    assert result["generated_accuracy"] == pytest.approx(0.8)
+    assert result["generation"] == {"num_images": 150, "distinct_tokens": 10, "seen_tokens": 1.0}
+    assert result["real_accuracy"] > 0.97
+    assert result["reconstructed_accuracy"] == pytest.approx(result["real_accuracy"], abs=0.02)
+    error = np.square((test - np.round(0.9 * test)) / 255.0).mean((1, 2))
+    held_out = result["reconstruction"]["held_out"]
+    assert held_out["psnr"] == pytest.approx(np.mean(-10 * np.log10(error)), abs=1e-3)
+    assert 0.9 < held_out["ssim"] < 1
+    assert held_out["codebook_usage"] == pytest.approx(360 / 4000, abs=2 / 4000)
+    assert result["reconstruction"]["training"]["perplexity"] == pytest.approx(1437, rel=0.01)
+    distances = result["distance_to_nearest_training_digit"]
+    vectors = [x.reshape(len(x), -1) / 255.0 for x in (test, train)]
+    nearest = NearestNeighbors(n_neighbors=1).fit(vectors[1]).kneighbors(vectors[0])[0] / math.sqrt(1024)
+    assert distances["held_out"]["median"] == pytest.approx(np.median(nearest))
+    assert distances["held_out"]["percentile_5"] == pytest.approx(np.percentile(nearest, 5))
+    assert distances["generated"]["median"] < 0.75 * distances["held_out"]["median"]  # copies, 10 % darker
+    # In features: real held-out digits are near the training digits, ten copies over and over are not.
+    network, figures = Projection(), result["against_training_digits"]
+    real, real_held_out = network(rgb("train")).pool, network(rgb("test")).pool
+    copies = network(
+        to_uint8_truncate(
+            tokenizer.decode(np.concatenate([generate(None, np.arange(150) % 10, None, first_index=0, num_steps=3)]))
+        )
+    ).pool
+    assert figures["held_out"]["digits-FID-360"] == pytest.approx(frechet(real_held_out, real), rel=1e-5)
+    assert figures["generated"]["digits-FID-150"] == pytest.approx(frechet(copies, real), rel=1e-5)
+    assert figures["generated"]["digits-FID-150"] > 5 * figures["held_out"]["digits-FID-360"]
+    assert figures["generated"]["digits-recall-150"] < 0.2 < figures["held_out"]["digits-recall-360"]
+    decoded = network(np.round(0.9 * rgb("test")).astype(np.uint8)).pool
+    assert held_out["digits-rFID-360"] == pytest.approx(frechet(real_held_out, decoded), rel=1e-2)
+
+
+def test_evaluate_writes_every_setting(model, networks, loaded_once, tmp_path, capsys):
+    out = tmp_path / "digits.json"
+    arguments = ["--model", model, "--num", "20", "--steps", "3", "--seed", "4", "--batch-size", "256", "--json", str(out)]
+    assert evaluate.main(arguments) == 0
+    assert "generated digits" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert {"real_accuracy", "reconstructed_accuracy", "generated_accuracy"} <= result.keys()
+    assert result["sampling"] == {
+        "num_steps": 3,
+        "guidance_scale": 3.0,
+        "guidance_schedule": "linear",
+        "temperature": 2.0,
+        "softmax_temperature_annealing": True,
+    }
+    assert (result["seed"], result["generation"]["num_images"], result["versions"]["jax"]) == (4, 20, jax.__version__)
+    assert result["sha256"].keys() == {"generator", "tokenizer"}
+    before = out.read_bytes()
+    assert evaluate.main(arguments) == 2
+    assert "digits.json exists and nothing was overwritten" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num", "15"], r"--num is 15, expected a multiple of 10"),
+        (["--model", "{letters}"], r"is a model of 26 classes of 32x32 pixels, not of digits; say what to measure"),
+        (["--model", "nothing"], r"unknown model 'nothing'"),
+        (["--steps", "0"], r"--steps is 0"),
+        (["--batch-size", "0"], r"--batch-size is 0"),
+        (["--guidance-scale", "nan"], r"--guidance-scale is nan"),
+        (["--json", "{tmp}/no/a.json"], r"no is not an existing folder"),
+        (["--json", "{there}"], r"exists and nothing was overwritten"),
+        (["--guidance-scale", "0,1"], r"a grid of settings needs --json FILE"),
+        (["--guidance-scale", "0,1", "--json", "{tmp}/a.png"], r"picture of a sweep would have the same name"),
+        (["--guidance-scale", "0,1", "--json", "{there}"], r"there.json is not a sweep; choose another file"),
+        (["--reconstruct", "digits:test", "--reference", "{adm}"], r"--reconstruct takes no --reference: rFID .* cannot be"),
+        (["--reconstruct", "digits:test", "--steps", "3"], r"--reconstruct goes without --steps"),
+        (["--reconstruct", "digits:test", "--num", "361"], r"361 images asked for, but the data set has 360"),
+        (["--reconstruct", "{tmp}/none"], r"none: no such folder"),
+        (["--reconstruct", "digits:test", "--model", "{stage_1}"], r"stage 1 model"),
+        (["--lpips", "{tmp}"], r"--lpips goes with --reconstruct"),
+        (["--samples", "{samples}"], r"--samples needs --reference"),
+        (
+            ["--samples", "{samples}", "--reference", "{adm}", "--seed", "0", "--steps", "3"],
+            r"--samples goes without --steps",
+        ),
+        (["--samples", "{floats}", "--reference", "{adm}"], r"arr_0 is float32 \[4, 32, 32, 3\], expected uint8"),
+        (["--samples", "{there}", "--reference", "{adm}"], r"there.json is not an .npz file of images"),
+        (["--samples", "{small}", "--reference", "{adm}"], r"adm.npz is of images of 32x32 pixels, those .* have 16x16"),
+        (["--reference", "{small}"], r"small.npz is of images of 16x16 pixels, those to compare with it have 32x32"),
+        (
+            ["--reference", "{other}"],
+            r"holds features of another, but this evaluation is in those of inception: .* --features",
+        ),
+        (["--reference", "{there}"], r"there.json.*: no such folder"),
+        (["--reference", "{broken}"], r"broken.npz is not a file of reference statistics"),
+        (["--reference", "{misfit}"], r"misfit.npz: mu has 5 features, those of inception are 7"),
+        (["--save-reference", "{tmp}/r.npz"], r"--save-reference needs --reference DATA"),
+        (["--save-reference", "{tmp}/r.npz", "--reference", "{adm}"], r"--save-reference needs --reference DATA"),
+    ],
+)
+def test_evaluate_refuses(arguments, message, model, networks, tmp_path, capsys, no_weights, monkeypatch):
+    places = {name: tmp_path / f"{name}.npz" for name in ("adm", "samples", "floats", "small", "other", "broken", "misfit")}
+    images = rgb("test")[:4]
+    for name in ("adm", "samples"):
+        np.savez(places[name], images)
+    np.savez(places["floats"], images.astype(np.float32))
+    np.savez(places["small"], images[:, ::2, ::2])
+    np.savez(places["misfit"], arr_0=images, mu=np.zeros(5), sigma=np.eye(5))
+    stats = metrics.FeatureStatistics(7, "another").update(np.random.default_rng(0).random((9, 7)))
+    evaluation.Reference(stats, None, np.zeros((9, 7), np.float32), {"image_size": 32}).save(places["other"])
+    places["broken"].write_bytes(b"PK\x03\x04 half")
+    places["there"] = tmp_path / "there.json"
+    places["there"].write_text("{}")
+    places["letters"] = tiny.save(tmp_path / "letters", dataclasses.replace(tiny.GENERATOR, num_classes=26))
+    places["stage_1"] = tiny.save(tmp_path / "stage_1", tiny.STAGE_1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    arguments = [argument.format(tmp=tmp_path, **places) for argument in arguments]
+    defaults = ["--model", model, "--features", "inception", "--num", "20"]
+    if "--samples" in arguments or "--num" in arguments:
+        defaults = defaults[:-2]
+    assert evaluate.main([*defaults, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert re.match(f"error: .*{message}", err[err.index("error:") :], re.DOTALL), err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
