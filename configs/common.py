@@ -34,7 +34,7 @@ def base(task: str) -> ConfigDict:
     config.data = ConfigDict(
         {
             "source": {"name": "folder", "path": ""},
-            "eval_source": None,
+            "eval_source": {"name": "folder", "path": ""},  # an empty path: none
             "transform": {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256},
             "eval_transform": {"name": "center_crop_torchvision", "size": 256},
             "batch_size": 256,
@@ -44,6 +44,7 @@ def base(task: str) -> ConfigDict:
         type_safe=False,  # a source has other fields than another
     )
     config.ema_decay = 0.999
+    config.ema_ramp = True  # as published; False: the same decay at every step
     config.compute_dtype = "bfloat16"
     config.remat = False
     config.gradient_accumulation = 1
@@ -51,6 +52,9 @@ def base(task: str) -> ConfigDict:
     config.log_every = 50
     config.checkpoint_every = 5000
     config.keep_checkpoints = 2
+    config.eval_every = 5000
+    config.eval_images = 5000
+    config.max_nonfinite_steps = 20  # in a row
     config.preview_every = 5000
     config.preview_images = 32
     config.preview_columns = 8
@@ -103,12 +107,27 @@ def two_stage_model(size: str, num_tokens: int, pixels: int, *, finetune_decoder
     )
 
 
-def shrink(config: ConfigDict) -> ConfigDict:
+def finish(config: ConfigDict, *, smoke: bool) -> ConfigDict:
+    """The recipe as it is or its small form, with a copy in `config.recipe` of the values that belong together: train.py
+    warns where a run has others."""
+    if smoke:
+        shrink(config)
+    recipe = {"num_steps": config.num_steps, "data": {"batch_size": config.data.batch_size}}
+    for name in ("optimizer", "discriminator_optimizer"):
+        if name in config:
+            recipe[name] = {"learning_rate": config[name].learning_rate}
+    config.recipe = ConfigDict(recipe)
+    return config
+
+
+def shrink(config: ConfigDict) -> None:
     """The recipe on the digits of 32 x 32 pixels, for a few steps."""
     config.num_steps = 150
     config.compute_dtype = "float32"
     config.log_every = 10
     config.checkpoint_every = 75
+    config.eval_every = 75
+    config.eval_images = 128
     config.preview_every = 75
     config.preview_images, config.preview_columns = 20, 10
     config.data.update({"batch_size": 32, "num_workers": 0, "num_threads": 2})
@@ -139,4 +158,3 @@ def shrink(config: ConfigDict) -> ConfigDict:
     else:
         config.model.update({"image_size": 32, "patch_size": 8, "num_latent_tokens": 8, "encoder": size, "decoder": size})
         config.model.codebook_size = 256
-    return config

@@ -26,7 +26,10 @@ def get_config(variant: str = "tokenizer") -> ConfigDict:
         config.optimizer.warmup_steps = 5
         config.log_every = 10
         config.checkpoint_every = 15
+        config.eval_every = 30
         config.preview_every = 30
+    recipe = {"num_steps": config.num_steps, "data": {"batch_size": config.data.batch_size}}
+    config.recipe = ConfigDict({**recipe, "optimizer": {"learning_rate": config.optimizer.learning_rate}})
     return config
 
 
@@ -44,6 +47,7 @@ def common() -> ConfigDict:
         }
     )
     config.ema_decay = 0.999
+    config.ema_ramp = True
     config.compute_dtype = "float32"
     config.remat = False
     config.gradient_accumulation = 1
@@ -51,6 +55,9 @@ def common() -> ConfigDict:
     config.log_every = 100
     config.checkpoint_every = 1000
     config.keep_checkpoints = 2
+    config.eval_every = 500
+    config.eval_images = 360
+    config.max_nonfinite_steps = 20
     config.preview_every = 1000
     config.preview_images = 40
     config.preview_columns = 10

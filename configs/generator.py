@@ -36,6 +36,7 @@ def get_config(variant: str = "l32") -> ConfigDict:
     config.num_steps = 500_000
     config.tokenizer = ""
     config.data.source = ConfigDict({"name": "tokens", "paths": ""})
+    config.data.eval_source = ConfigDict({"name": "tokens", "paths": ""})
     config.data.transform = config.data.eval_transform = None
     config.data.batch_size = 2048
     config.model = ConfigDict(
@@ -58,9 +59,7 @@ def get_config(variant: str = "l32") -> ConfigDict:
     )
     config.loss = ConfigDict({"label_smoothing": 0.1, "unmasked_weight": 0.1})
     config.optimizer = common.optimizer(2e-4, beta2=0.96, weight_decay=0.03, warmup_steps=10_000)
-    if not variant.startswith("smoke"):
-        return config
-    config = common.shrink(config)
+    config = common.finish(config, smoke=variant.startswith("smoke"))
     if variant == "smoke_tokens":
         config.data.source = ConfigDict({"name": "tokens", "paths": ""})
         config.data.transform = None

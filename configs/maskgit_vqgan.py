@@ -56,4 +56,4 @@ def get_config(variant: str = "imagenet256") -> ConfigDict:
     config.optimizer.update(adam)
     config.discriminator = ConfigDict({"hidden_channels": 128, "num_stages": 3, "logits_size": 16})
     config.discriminator_optimizer = ConfigDict(config.optimizer.to_dict())
-    return common.shrink(config) if variant == "smoke" else common.at_size(config, size)
+    return common.finish(common.at_size(config, size), smoke=variant == "smoke")

@@ -50,6 +50,7 @@ def get_config(variant: str = "bl64_vq8k") -> ConfigDict:
         },
         type_safe=False,  # a size is a name or numbers
     )
+    config.restart_codes = False
     config.loss = ConfigDict(
         {
             "reconstruction": "l2",
@@ -68,4 +69,4 @@ def get_config(variant: str = "bl64_vq8k") -> ConfigDict:
     config.optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=10_000)
     config.discriminator = ConfigDict({"hidden_channels": 128, "num_stages": 3, "logits_size": 16})
     config.discriminator_optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=10_000)
-    return common.shrink(config) if variant == "smoke" else config
+    return common.finish(config, smoke=variant == "smoke")

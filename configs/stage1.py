@@ -24,6 +24,7 @@ def get_config(variant: str = "l32") -> ConfigDict:
     config.num_steps = 1_000_000
     config.vqgan = "maskgit_vqgan" if pixels == 256 else ""
     config.model = common.two_stage_model(size, num_tokens, pixels, finetune_decoder=False)
+    config.restart_codes = False
     config.loss = ConfigDict({"quantizer_weight": 1.0})
     config.optimizer = common.optimizer(1e-4, beta2=0.99, weight_decay=1e-4, warmup_steps=10_000)
-    return common.shrink(config) if variant == "smoke" else common.at_size(config, pixels)
+    return common.finish(common.at_size(config, pixels), smoke=variant == "smoke")

@@ -44,5 +44,4 @@ def get_config(variant: str = "l32") -> ConfigDict:
     config.discriminator_optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=5_000)
     if variant == "smoke":
         config.init_from = "random"
-        return common.shrink(config)
-    return common.at_size(config, pixels)
+    return common.finish(common.at_size(config, pixels), smoke=variant == "smoke")

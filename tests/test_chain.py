@@ -19,7 +19,10 @@ from titok_jax.models import MaskgitVQGANConfig, TiTokConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECTION = "## The whole chain, small"
-SHORTER = " --config.num_steps=2 --config.data.batch_size=16 --config.preview_every=0 --config.checkpoint_every=2"
+SHORTER = (
+    " --config.num_steps=2 --config.data.batch_size=16 --config.preview_every=0 --config.eval_every=0"
+    " --config.checkpoint_every=2"
+)
 
 
 def test_each_output_is_the_next_ones_input(tmp_path):

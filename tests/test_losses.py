@@ -256,3 +256,10 @@ def test_maskgit_vqgan_total(golden, factor):
     )
     np.testing.assert_allclose([metrics[name] for name in names], parts, rtol=TOLERANCE)
     np.testing.assert_allclose(metrics["gan_loss"], gan if factor else 0.0, rtol=TOLERANCE)
+
+
+def test_use_of_codes_by_hand():
+    found = losses.codebook_metrics(jnp.array([[0, 0, 3], [5, 0, 3]]), 8)
+    np.testing.assert_allclose(found["codebook_usage"], 3 / 8)
+    np.testing.assert_allclose(found["codebook_perplexity"], np.exp(scipy.stats.entropy([3, 2, 1])), rtol=1e-6)
+    assert losses.codebook_metrics(jnp.zeros((2, 4), jnp.int32), 8)["codebook_perplexity"] == 1

@@ -150,3 +150,14 @@ def test_no_decay_words(name):
         table = [convert.Rule(path, path.replace("/", ".")) for path in params]
         mask = convert.flatten(convert.decay_mask(table, convert.unflatten(params), optimizer.NO_DECAY_WORDS))
         assert {path.replace("/", ".") for path, decays in mask.items() if decays} == set(golden[prefix + "decay"])
+
+
+def test_plain_ema_is_the_weighted_mean_of_all_it_saw():
+    """In closed form: decay^n of the first value, and (1 - decay) decay^(n - k) of what came at update k."""
+    rng = np.random.default_rng(0)
+    start, seen = rng.standard_normal((1, 5)), rng.standard_normal((6, 5))
+    ema = jnp.asarray(start[0], jnp.float32)
+    for step, params in enumerate(seen):
+        ema = optimizer.ema_update(ema, jnp.asarray(params, jnp.float32), jnp.int32(step), optimizer.constant_decay(0.9))
+    weights = np.concatenate([[0.9**6], 0.1 * 0.9 ** np.arange(5, -1, -1.0)])
+    np.testing.assert_allclose(ema, weights @ np.concatenate([start, seen]), rtol=1e-5, atol=1e-6)

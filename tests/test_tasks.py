@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from titok_jax import convert, models
+from titok_jax import convert, metrics, models
 from titok_jax.losses import LeCamEma
 from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.titok import TiTokConfig, TransformerSize
 from titok_jax.optimizer import NO_DECAY_WORDS, ema_decay
-from titok_jax.tasks import accumulate, generator, single_stage, stage1, stage2
+from titok_jax.tasks import accumulate, generator, reconstruction_quality, single_stage, stage1, stage2
 from titok_jax.tasks.perceptual import make_perceptual
 
 OPTIMIZER = {
@@ -341,6 +341,15 @@ def test_accumulation_in_gan_training_equals_the_large_batch():
         np.testing.assert_allclose(b, a, atol=2e-5 * max(1e-4, float(jnp.abs(a).max())))
 
 
+def test_quality_of_reconstructions_is_that_of_the_measures():
+    rng = np.random.default_rng(0)
+    images = gd.images(3, 24, 0)[:, :, :20]
+    noisy = np.clip(images + rng.normal(0, [[[[0.001]]], [[[0.1]]], [[[0.5]]]], images.shape), 0, 1).astype(np.float32)
+    found = reconstruction_quality(lambda *_: {"image": images, "reconstruction": noisy})({}, None, {}, None)
+    np.testing.assert_allclose(found["psnr"], metrics.psnr(images, noisy), rtol=1e-5)
+    np.testing.assert_allclose(found["ssim"], metrics.ssim(images, noisy), atol=1e-5)
+
+
 def test_tasks_refuse_what_they_cannot_train():
     options = {"optimizer": OPTIMIZER, "num_steps": 5}
     with pytest.raises(ValueError, match="finetune_decoder to False"):
@@ -356,6 +365,8 @@ def test_tasks_refuse_what_they_cannot_train():
         single_stage.make_task(tokenizer_config("vq"), single_stage.LossConfig(discriminator_weight=0.1), **options)
     with pytest.raises(ValueError, match="perceptual"):
         single_stage.make_task(tokenizer_config("vq"), single_stage.LossConfig(perceptual="lpips"), **options)
+    with pytest.raises(ValueError, match="no codebook in training"):
+        single_stage.make_task(tokenizer_config("vae"), single_stage.LossConfig(), restart_codes=True, **options)
     with pytest.raises(ValueError, match="schedule"):
         single_stage.make_task(
             tokenizer_config("vq"), single_stage.LossConfig(), optimizer=OPTIMIZER | {"schedule": "step"}, num_steps=5

@@ -318,7 +318,7 @@ def training_step(name: str, config, devices: list) -> Program:
     batch_size = config.data.batch_size
     sharding.check_batch_size(mesh, batch_size, config.gradient_accumulation)
     task = build_task(config, abstract=True)
-    state = jax.eval_shape(task.init, jax.random.key(0))
+    state = jax.eval_shape(task.begin, jax.random.key(0))
     shardings, frozen = sharding.state_shardings(mesh, state), sharding.state_shardings(mesh, task.frozen)
     model = next(iter(task.networks.values())).config
     if config.data.source.get("name") == "tokens":

@@ -89,9 +89,14 @@ def stage1_loss(
     }
 
 
-def codebook_usage(tokens: jax.Array, codebook_size: int) -> jax.Array:
-    """Share of the codes that occur among `tokens` (int, any shape)."""
-    return jnp.zeros(codebook_size, bool).at[tokens.reshape(-1)].set(True).mean()
+def codebook_metrics(tokens: jax.Array, codebook_size: int) -> Metrics:
+    """How `tokens` (int, any shape) use the codes: "codebook_usage", the share that occurs, and "codebook_perplexity", as
+    many equally frequent codes would be as uncertain (exp of the entropy)."""
+    p = jnp.zeros(codebook_size, jnp.float32).at[tokens.reshape(-1)].add(1.0) / tokens.size
+    return {
+        "codebook_usage": jnp.mean(p > 0),
+        "codebook_perplexity": jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p))),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,18 @@
-"""Where the numbers of a training go: the terminal, `metrics.jsonl` and TensorBoard files in the workdir."""
+"""Where the numbers of a training go: the terminal, `metrics.jsonl`, `curves.png` and TensorBoard files in the workdir."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
+
+from titok_jax import pictures
+
+_NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor")
 
 
 class MetricLog:
@@ -24,12 +29,11 @@ class MetricLog:
         self._last_step, self._last_time, self._wait = first_step, time.perf_counter(), 0.0
         if not active:
             return
-        self._path = workdir / "metrics.jsonl"
-        kept = [line for line in _lines(self._path) if line["step"] <= first_step]
+        self._path, self._picture = workdir / "metrics.jsonl", workdir / "curves.png"
+        self._records = [record for record in _records(self._path) if record["step"] <= first_step]
         partial = workdir / ".metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.write_text("".join(json.dumps(record) + "\n" for record in self._records))
         partial.replace(self._path)
-        self._lines = kept
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def waited(self, seconds: float) -> None:
@@ -53,20 +57,57 @@ class MetricLog:
             flush=True,
         )
         line |= {"images_per_second": rate, "data_wait": wait, "seconds_left": remaining}
+        self._record(step, line)
+
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs what was measured on held-out examples after `step` updates, each under "eval/" and its name; once."""
+        line = {f"eval/{name}": float(value) for name, value in values.items()}
+        if not self._active or any(record["step"] == step and line.keys() <= record.keys() for record in self._records):
+            return
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"step {step}/{self._num_steps}  held out: {shown}", flush=True)
+        self._record(step, line)
+
+    def _record(self, step: int, line: Mapping[str, float]) -> None:
+        record = {"step": step, **{n: v if math.isfinite(v) else None for n, v in line.items()}}
+        self._records.append(record)
         for name, value in line.items():
             if not math.isnan(value):  # what a step did not compute
                 self._tensorboard.add_scalar(name, value, step)
-        record = {"step": step, **{n: v if math.isfinite(v) else None for n, v in line.items()}}
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def draw_curves(self) -> None:
+        """Draws all that was logged, by this process and by those before it, over the steps: curves.png."""
+        if not self._active:
+            return
+        names = {name: None for record in self._records for name in record if name not in _NOT_DRAWN}
+        curves = {n: [(r["step"], r[n]) for r in self._records if r.get(n) is not None] for n in names}
+        # What never changes, as a loss of weight 0, is no curve.
+        curves = {n: p for n, p in curves.items() if len({value for _, value in p}) > 1}
+        if not curves:
+            return
+        charts = [pictures.curve({n: p}, x_label="step", y_label=n, size=(440, 280)) for n, p in curves.items()]
+        rows = [pictures.beside(*charts[i : i + 3]) for i in range(0, len(charts), 3)]
+        partial = self._picture.with_name(".curves.png.partial")
+        with partial.open("wb") as file:
+            pictures.below(*rows).save(file, "PNG")
+        partial.replace(self._picture)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Logs a picture, uint8 [H, W, 3]."""
         if self._active:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what happens inside out of the speed."""
+        began = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - began
+
     def restart_clock(self) -> None:
-        """Leaves what happened since the last `write` (compilation, a preview) out of the next speed."""
+        """Leaves what happened since the last `write` (compilation) out of the next speed."""
         self._last_time, self._wait = time.perf_counter(), 0.0
 
     def close(self) -> None:
@@ -74,7 +115,7 @@ class MetricLog:
             self._tensorboard.close()
 
 
-def _lines(path: epath.Path) -> list[dict]:
+def _records(path: epath.Path) -> list[dict]:
     if not path.exists():
         return []
     lines = []

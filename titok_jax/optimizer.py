@@ -109,7 +109,16 @@ def ema_decay(step: jax.Array, max_decay: float = 0.999) -> jax.Array:
     return 1.0 - _ema_step(step, max_decay)
 
 
-def ema_update(ema: Params, params: Params, step: jax.Array, max_decay: float = 0.999) -> Params:
-    """ema - (1 - ema_decay(step)) (ema - params), after the optimizer's update `step`. The first update copies."""
-    weight = _ema_step(step, max_decay)
+def constant_decay(decay: float) -> Schedule:
+    """The plain EMA's: the same at every update. (It starts at the first parameters, which it forgets only slowly.)"""
+    return lambda step: jnp.float32(decay)
+
+
+def ema_update(ema: Params, params: Params, step: jax.Array, decay: float | Schedule = 0.999) -> Params:
+    """decay ema + (1 - decay) params, after the optimizer's update `step`.
+
+    Args:
+      decay: the largest decay of the published ramp, `ema_decay`, whose first update copies; or another schedule of it.
+    """
+    weight = 1.0 - decay(step) if callable(decay) else _ema_step(step, decay)
     return jax.tree.map(lambda e, p: e - weight * (e - p), ema, params)

@@ -260,6 +260,16 @@ def beside(*pictures: Image.Image) -> Image.Image:
     return whole
 
 
+def below(*pictures: Image.Image) -> Image.Image:
+    """Pictures in one column on white, from the left edge."""
+    whole = Image.new("RGB", (max(picture.width for picture in pictures), sum(p.height for p in pictures)), _PAPER)
+    y = 0
+    for picture in pictures:
+        whole.paste(picture, (0, y))
+        y += picture.height
+    return whole
+
+
 def _limits(values: np.ndarray) -> tuple[float, float]:
     """The ends of an axis: those of the values, and a little room."""
     low, high = float(values.min()), float(values.max())

@@ -8,15 +8,16 @@ Examples:
 
 A run ends with DIR/pretrained, a model folder. Stopped at any point and started again by the same command, it goes on from
 DIR/checkpoints and ends with the same parameters, bit for bit, as if it had not been stopped. Also in DIR: metrics.jsonl,
-tensorboard/ and previews/.
+curves.png, tensorboard/ and previews/. docs/training.md tells of the recipes and of what to expect.
 """
 
 import fcntl
+import hashlib
 import json
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax
@@ -28,15 +29,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from titok_jax import inference, pictures, sharding
+from titok_jax import sharding
 from titok_jax.checkpoint import Checkpoints, check_config
-from titok_jax.data.loader import make_eval_loader, make_loader
+from titok_jax.data.loader import make_loader
 from titok_jax.data.sources import make_source
-from titok_jax.data.transforms import make_eval_transform, make_train_transform
+from titok_jax.data.transforms import make_train_transform
 from titok_jax.metric_log import MetricLog
-from titok_jax.models.generator import GeneratorConfig
+from titok_jax.progress import Evaluation, Previews
 from titok_jax.tasks import Task, jit_step
-from titok_jax.tasks.build import build_task
+from titok_jax.tasks.build import build_task, check_batch
 
 # What may change when a run is continued; everything else decides the result.
 FREE_FIELDS = (
@@ -44,34 +45,48 @@ FREE_FIELDS = (
     "log_every",
     "checkpoint_every",
     "preview_every",
+    "eval_every",
+    "eval_images",
     "keep_checkpoints",
+    "max_nonfinite_steps",
+    "recipe",
     "data.num_workers",
     "data.num_threads",
+    "data.eval_source",
+    "data.eval_transform",
 )
 
 
-def check_batch(batch: Mapping[str, np.ndarray], config: ConfigDict, task: Task) -> None:
-    """Raises ValueError if the data do not have what the task reads, in the model's size."""
-    model = next(iter(task.networks.values())).config
-    if isinstance(model, GeneratorConfig) and "tokens" in batch:
-        shape, name, expected = batch["tokens"].shape[1:], "tokens", (model.num_tokens,)
-        if batch["tokens"].max(initial=0) >= model.codebook_size:
-            raise ValueError(f"a token of the data is {batch['tokens'].max()}, the codebook has {model.codebook_size} codes")
-    else:
-        if "image" not in batch:
-            raise ValueError(f"data source {config.data.source.name!r} has no images, and this task needs them")
-        if isinstance(model, GeneratorConfig):
-            if not config.tokenizer:
-                raise ValueError("the data are images: set --config.tokenizer to the tokenizer that makes their tokens")
-            size = inference.load_tokenizer_config(config.tokenizer).image_size
-        else:
-            size = model.image_size
-        shape, name, expected = batch["image"].shape[1:], "images", (size, size, 3)
-    if tuple(shape) != tuple(expected):
-        raise ValueError(f"the data's {name} have shape {list(shape)}, the model takes {list(expected)}: see config.data")
-    if isinstance(model, GeneratorConfig) and not 0 <= batch["label"].min() <= batch["label"].max() < model.num_classes:
-        raise ValueError(f"labels of the data reach from {batch['label'].min()} to {batch['label'].max()}, "
-                         f"the model takes 0 to {model.num_classes - 1}")  # fmt: skip
+def fingerprint(params: Any) -> str:
+    """SHA-256 of a tree of arrays: paths, types, shapes and values."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def check_same_run(found: Mapping[str, Any], now: Mapping[str, Any], config: ConfigDict, workdir: epath.Path) -> None:
+    """Raises ValueError unless a checkpoint's configuration and frozen networks are those of this run."""
+    check_config({**found, "frozen_weights": ""}, {**now, "frozen_weights": ""}, FREE_FIELDS, str(workdir))
+    if found.get("frozen_weights") != now["frozen_weights"]:
+        names = [n for n in ("tokenizer", "vqgan", "perceptual_weights") if config.get(n)]
+        then, today = str(found.get("frozen_weights"))[:12], now["frozen_weights"][:12]
+        raise ValueError(
+            f"the frozen weights of {' or '.join(f'config.{n} ({config[n]})' for n in names)} are not those that the run in "
+            f"{workdir} began with (SHA-256 {then}... then, {today}... now): "
+            "put the former back, or use another workdir"
+        )
+
+
+def off_recipe(config: Mapping[str, Any], recipe: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """One line for each value that differs from the recipe's."""
+    for name, value in recipe.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from off_recipe(config[name], value, f"{prefix}{name}.")
+        elif config[name] != value:
+            yield f"{prefix}{name} is {config[name]}, the recipe has {value}"
 
 
 def describe(config: ConfigDict, task: Task, mesh: Mesh, num_examples: int) -> None:
@@ -86,6 +101,8 @@ def describe(config: ConfigDict, task: Task, mesh: Mesh, num_examples: int) -> N
         f"{jax.process_count()} process(es), compute in {config.compute_dtype}",
         flush=True,
     )
+    for line in off_recipe(config, config.recipe):
+        print(f"WARNING: {line}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +115,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     workdir = epath.Path(workdir).expanduser().resolve()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file, expected a folder")
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps"):
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps", "max_nonfinite_steps", "eval_images"):
         if config[name] < 1:
             raise ValueError(f"config.{name} is {config[name]}, expected at least 1")
     mesh = sharding.make_mesh(**config.mesh)
@@ -108,7 +125,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     source = make_source(config.data.source)
     augment = make_train_transform(config.data.transform) if config.data.get("transform") else None
     first_process = jax.process_index() == 0
-    stored_config = json.loads(config.to_json())
+    stored_config = json.loads(config.to_json()) | {"frozen_weights": fingerprint(task.frozen)}
 
     def batches(start_step: int):
         return make_loader(
@@ -125,12 +142,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         source, seed=config.seed, global_batch_size=batch_size, train_transform=augment, num_threads=0
     ) as loader:
         check_batch(next(loader), config, task)
+    evaluation = Evaluation(config, task, mesh) if config.eval_every else None
+    previews = Previews(config, task, mesh, workdir) if config.preview_every else None
     if first_process:
         describe(config, task, mesh, len(source))
 
     # State: made on its shards, or read onto them.
     key = jax.random.key(config.seed)
-    abstract = jax.eval_shape(task.init, key)
+    abstract = jax.eval_shape(task.begin, key)
     shardings, whole = sharding.state_shardings(mesh, abstract), sharding.replicated(mesh)
     frozen_shardings = sharding.state_shardings(mesh, task.frozen)
     frozen = jax.device_put(task.frozen, frozen_shardings)
@@ -138,21 +157,37 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     lock = lock_workdir(workdir) if first_process else None
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore_newest(
-        abstract, shardings, lambda found: check_config(found, stored_config, FREE_FIELDS, str(workdir))
+        abstract, shardings, lambda found: check_same_run(found, stored_config, config, workdir)
     )
     if restored is None:
-        start, state = 0, jax.jit(task.init, out_shardings=shardings)(jax.random.fold_in(key, 0), task.start)
+        start, state = 0, jax.jit(task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), task.start)
     else:
         start, state = restored
         print(f"Continuing at step {start} of {num_steps} from {workdir}/checkpoints", flush=True)
 
     # Steps.
     step_fn = jit_step(task, mesh, shardings, frozen_shardings)
-    previews = Previews(config, task, mesh, workdir, frozen, first_process) if config.preview_every else None
     step_key = jax.random.fold_in(key, 1)
     log = MetricLog(workdir, first_step=start, num_steps=num_steps, batch_size=batch_size, active=first_process)
+
+    def due(every: int, step: int) -> bool:
+        return step > 0 and (step % every == 0 or step == num_steps)
+
+    def look(step: int) -> None:
+        """Measures and draws what is to be seen after `step`, outside the time that counts."""
+        evaluate, preview = evaluation and due(config.eval_every, step), previews and due(config.preview_every, step)
+        if evaluate or preview or step == num_steps:
+            jax.block_until_ready(state)
+            with log.paused():
+                if evaluate:
+                    log.write_evaluation(step, evaluation.measure(state, frozen))
+                if preview:
+                    previews.draw(state, frozen, step, log)
+                log.draw_curves()
+
     loader, stop, done = batches(start), StopSignal(), start
     try:
+        look(start)  # what a run that was stopped right after a checkpoint had no time for
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = next(loader)
@@ -163,16 +198,17 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             if step == start:  # the first step waits for its compilation
                 jax.block_until_ready(metrics)
                 log.restart_clock()
-            if done % config.log_every == 0 or done == num_steps:
+            stopping, last = stop.agreed(done), done == num_steps
+            log_now, save_now = due(config.log_every, done), due(config.checkpoint_every, done) or stopping
+            if log_now:
                 log.write(done, jax.device_get(metrics), shown=task.loss)
-            stopping = stop.agreed(done)
-            if done % config.checkpoint_every == 0 or done == num_steps or stopping:
+            if log_now or save_now:
+                check_finite(state, done, config.max_nonfinite_steps)
+            if save_now:
                 checkpoints.save(done, state, stored_config)
-            if previews and (done % config.preview_every == 0 or done == num_steps):
-                previews.draw(state, done, log)
-                log.restart_clock()
-            if stopping and done < num_steps:
+            if stopping and not last:
                 break
+            look(done)
     finally:
         loader.close()
         log.close()
@@ -188,6 +224,17 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         task.export(host_state, workdir / "pretrained")
         print(f"Done: {workdir}/pretrained", flush=True)
     return host_state
+
+
+def check_finite(state: Any, step: int, limit: int) -> None:
+    """Raises FloatingPointError if `limit` steps in a row were skipped, which changed nothing; see `Task.step`."""
+    counts = jax.device_get(state["nonfinite"])
+    if counts["longest"] >= limit:
+        raise FloatingPointError(
+            f"{counts['longest']} steps in a row, of the {step} until now, gave a loss or gradient norm that is not finite: "
+            "stopped. They changed nothing, and the newest checkpoint is from before. Try a lower learning rate, or "
+            "--config.compute_dtype=float32; look for broken data; or allow more of them by --config.max_nonfinite_steps"
+        )
 
 
 class StopSignal:
@@ -230,49 +277,6 @@ def lock_workdir(workdir: epath.Path) -> IO | None:
     return file
 
 
-class Previews:
-    """Pictures of how good the model is, from the averaged parameters: files in workdir/previews, and TensorBoard."""
-
-    def __init__(self, config: ConfigDict, task: Task, mesh: Mesh, workdir: epath.Path, frozen: Any, active: bool):
-        self._folder, self._frozen, self._active = workdir / "previews", frozen, active
-        self._columns = config.preview_columns
-        self._key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        self._fn = None
-        if task.preview is None:
-            return
-        self._fn = jax.jit(task.preview, out_shardings=sharding.replicated(mesh))
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        rows = np.lcm(rows, self._columns)
-        size = int(-(-config.preview_images // rows) * rows)
-        crop = make_eval_transform(config.data.eval_transform) if config.data.get("eval_transform") else None
-        source = make_source(config.data.get("eval_source") or config.data.source)
-        with make_eval_loader(source, global_batch_size=size, transform=crop, num_threads=0) as loader:
-            self._batch = sharding.put_batch(mesh, next(loader))
-
-    def draw(self, state: Any, step: int, log: MetricLog) -> None:
-        """Draws and writes the pictures of a state."""
-        if self._fn is None:
-            return
-        images = jax.device_get(self._fn(state, self._frozen, self._batch, self._key))
-        if not self._active:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # One row of each kind, then the next: a reconstruction stands below its original.
-        count = len(next(iter(images.values())))
-        chunks = [
-            (name, kind[i : i + self._columns]) for i in range(0, count, self._columns) for name, kind in images.items()
-        ]
-        picture = pictures.grid(
-            np.concatenate([chunk for _, chunk in chunks]),
-            columns=self._columns,
-            row_labels=[name for name, _ in chunks],
-            title=f"step {step}",
-        )
-        with (self._folder / f"{step:07d}.png").open("wb") as file:
-            picture.save(file, "PNG")
-        log.picture(step, "preview", np.asarray(picture))
-
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/FILE.py:VARIANT", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: made, or continued")
 
@@ -284,7 +288,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at the level of information
     try:
         train(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

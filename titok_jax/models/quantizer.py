@@ -15,11 +15,13 @@ class QuantizerOutput:
     Attributes:
       quantized: [B, N, C] the chosen code vectors, straight-through: their gradient goes to z.
       tokens: [B, N] int32 indices of the codes.
+      latents: [B, N, C] float32, z as it came, not normalised.
       commitment_loss, codebook_loss, quantizer_loss: scalars; the last is the sum that training minimises.
     """
 
     quantized: jax.Array
     tokens: jax.Array
+    latents: jax.Array
     commitment_loss: jax.Array
     codebook_loss: jax.Array
     quantizer_loss: jax.Array
@@ -74,17 +76,48 @@ class VectorQuantizer(nnx.Module):
 
     def __call__(self, z: jax.Array) -> QuantizerOutput:
         """z [B, N, C] -> QuantizerOutput. The lowest index wins a tie."""
+        latents = z.astype(jnp.float32)
         z, codebook = self.normalized(z), self.codebook()
         tokens = jnp.argmin(codebook_distances(z, codebook), axis=-1).astype(jnp.int32)
         codes = codebook[tokens]
         commitment = self.commitment_cost * jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
         codebook_loss = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
         quantized = z + jax.lax.stop_gradient(codes - z)
-        return QuantizerOutput(quantized, tokens, commitment, codebook_loss, commitment + codebook_loss)
+        return QuantizerOutput(quantized, tokens, latents, commitment, codebook_loss, commitment + codebook_loss)
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
         """tokens int [B, N] -> code vectors [B, N, C]."""
         return self.codebook()[tokens]
+
+
+def restart_codes(
+    embedding: jax.Array, usage: jax.Array, latents: jax.Array, tokens: jax.Array, *, use_l2_norm: bool, decay: float = 0.99
+) -> tuple[jax.Array, jax.Array]:
+    """Moves codes that are not used onto latents of the batch, as the text-aware models' training does (published:
+    modeling/quantizer/quantizer.py, `clustering_vq`, after Zheng and Vedaldi, "Online Clustered Codebook", ICCV 2023).
+
+    A code of usage u moves a share exp(-10 K u / (1 - decay) - 0.001) of the way to the latent nearest to it, among all of
+    the global batch: all of it at u = 0, a third at a thousandth of an even share 1 / K, nothing that can be seen at a
+    hundredth. Nothing is drawn. One step of training does this between forward and update, from the codebook that the step
+    used. Adam's moments of a moved code stay: a code reaches u = 0.001 / K only hundreds of steps after its last use, when
+    its first moment has decayed to nothing, and an unused code has no gradient, so nothing carries the new vector away.
+
+    Args:
+      embedding: [K, C], as stored.
+      usage: [K] running average of the codes' shares of the tokens, 0 at the start, so that at the first step all codes that
+        the first batch does not use move.
+      latents: [B, N, C] as they came from the encoder; tokens: [B, N], their codes.
+
+    Returns:
+      embedding and usage after this step.
+    """
+    size, rows = embedding.shape[0], jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))
+    share = jnp.zeros(size, jnp.float32).at[tokens.reshape(-1)].add(1.0 / tokens.size)
+    usage = decay * usage + (1.0 - decay) * share
+    same = l2_normalize if use_l2_norm else (lambda x: x)
+    nearest = rows[jnp.argmin(codebook_distances(same(rows), same(embedding)), axis=0)]  # [K, C]
+    move = jnp.exp(-usage * (10 * size / (1.0 - decay)) - 1e-3)[:, None]
+    return embedding * (1.0 - move) + nearest * move, usage
 
 
 @jax.tree_util.register_dataclass

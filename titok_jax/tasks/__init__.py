@@ -2,7 +2,8 @@
 
     {"step": updates made, "params": {network: ...}, "opt": {network: ...}, "ema": {network: ...}, ...}
 
-The loop in train.py knows no more of a task than `Task` says.
+The loop in train.py knows no more of a task than `Task` says. Its state, of `Task.begin` and `Task.step`, also counts the
+steps that were skipped because they gave a number that is not finite: "nonfinite".
 """
 
 import dataclasses
@@ -12,12 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from titok_jax import convert, models, sharding
 from titok_jax.models.layers import target_platform
+from titok_jax.models.quantizer import restart_codes
+from titok_jax.models.titok import TiTokConfig
 from titok_jax.optimizer import NO_DECAY_WORDS, adamw, clip_by_global_norm, constant_schedule, cosine_schedule
 
 State = dict[str, Any]
@@ -38,6 +42,8 @@ class Task:
       update: (state, frozen, batch, draws) -> (state, metrics). Pure.
       preview: (state, frozen, batch, key) -> {title: images [n, H, W, 3] in [0, 1]}, pictures of the state's quality; the
         first `preview_columns` go into the first row of a grid, and so on. Pure. None if there is nothing to see.
+      evaluate: (state, frozen, batch, key) -> {metric: [B]}, of each example of a batch that training has not seen, by the
+        averaged parameters. Pure. None if there is nothing to measure.
       export: (state, folder) -> None; writes the result as a pretrained folder.
       loss: the metric to show first.
     """
@@ -51,10 +57,44 @@ class Task:
     export: Callable[[State, Path], None]
     loss: str
     start: Mapping[str, convert.Params] | None = None
+    evaluate: Callable[[State, Any, Batch, jax.Array], dict[str, jax.Array]] | None = None
+
+    def begin(self, key: jax.Array, start: Mapping[str, convert.Params] | None = None) -> State:
+        """The state before the first step: `init` with no step skipped."""
+        none = jnp.zeros((), jnp.int32)
+        return {**self.init(key, start), "nonfinite": {"total": none, "in_row": none, "longest": none}}
 
     def step(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
-        """One training step; `key` belongs to the whole run, the step's own is derived from it."""
-        return self.update(state, frozen, batch, self.draw(jax.random.fold_in(key, state["step"]), batch))
+        """One training step; `key` belongs to the whole run, the step's own is derived from it.
+
+        A step with a loss or a gradient norm that is not finite changes no network, optimizer, average or anything else, as
+        if its batch were not there; only "step", which is the position of the data, goes on, and "nonfinite" counts it: all
+        of them, those in a row up to now, and the longest row. In a state given to `update`, "step" is the number of updates
+        made, so that learning rates, averages and the discriminator's start count these alone.
+        """
+        skipped, draws = state["nonfinite"], self.draw(jax.random.fold_in(key, state["step"]), batch)
+        former = {**state, "step": state["step"] - skipped["total"]}
+        del former["nonfinite"]
+        new, metrics = self.update(former, frozen, batch, draws)
+        finite = self._finite(former, new, metrics)
+        new = jax.tree.map(lambda n, f: jnp.where(finite, n, f), new, former)
+        in_row = jnp.where(finite, 0, skipped["in_row"] + 1)
+        counts = {
+            "total": skipped["total"] + ~finite,
+            "in_row": in_row,
+            "longest": jnp.maximum(skipped["longest"], in_row),
+        }
+        metrics["nonfinite_steps"] = counts["total"]
+        return {**new, "step": state["step"] + 1, "nonfinite": counts}, metrics
+
+    def _finite(self, former: State, new: State, metrics: Metrics) -> jax.Array:
+        """Whether the losses and the gradient norms of all updates of a step are finite."""
+        finite = jnp.isfinite(metrics[self.loss]) & jnp.isfinite(metrics["grad_norm"])
+        if "discriminator" in self.networks:
+            # One that has not started reports NaN, and has made no update.
+            made = new["opt"]["discriminator"][0].count != former["opt"]["discriminator"][0].count
+            finite &= ~made | (jnp.isfinite(metrics["discriminator_loss"]) & jnp.isfinite(metrics["disc_grad_norm"]))
+        return finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,3 +264,54 @@ def float_images(batch: Batch) -> jax.Array:
     """The batch's images as float32 [B, H, W, 3] in [0, 1]."""
     images = batch["image"]
     return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+
+
+def restarted(
+    config: TiTokConfig, params: convert.Params, usage: jax.Array, outputs: Mapping[str, jax.Array]
+) -> tuple[convert.Params, jax.Array]:
+    """A tokenizer's parameters and its codes' usage after `restart_codes`; `outputs` holds "latents" and "tokens"."""
+    codebook, usage = restart_codes(
+        params["quantize"]["embedding"],
+        usage,
+        outputs["latents"],
+        outputs["tokens"],
+        use_l2_norm=config.use_l2_norm,
+    )
+    return {**params, "quantize": {**params["quantize"], "embedding": codebook}}, usage
+
+
+def reconstruction_quality(preview: Callable) -> Callable[[State, Any, Batch, jax.Array], dict[str, jax.Array]]:
+    """`Task.evaluate` of a tokenizer whose previews hold the image and its reconstruction: PSNR and SSIM."""
+
+    def evaluate(state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        pictures = preview(state, frozen, batch, key)
+        pair = pictures["image"], jnp.clip(pictures["reconstruction"], 0.0, 1.0)
+        return {"psnr": psnr(*pair), "ssim": ssim(*pair)}
+
+    return evaluate
+
+
+def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`metrics.psnr` in a jitted function: [B, H, W, C] in [0, 1], twice -> float32 [B] in dB."""
+    return -10.0 * jnp.log10(jnp.mean(jnp.square(a - b), axis=(1, 2, 3)))
+
+
+def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`metrics.ssim` in a jitted function: [B, H, W, C] in [0, 1], twice -> float32 [B]."""
+    taps = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
+
+    def window(x):  # [B, H, W, C] -> [B, H - 10, W - 10, C]
+        # As two matrix products, which every backend does fast; a convolution of one channel is slow.
+        rows, columns = (
+            jnp.array(sum(tap * np.eye(n - 10, n, k) for k, tap in enumerate(taps / taps.sum())), jnp.float32)
+            for n in x.shape[1:3]
+        )
+        return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns, precision="highest")
+
+    mean_a, mean_b = window(a), window(b)
+    var_a, var_b = window(a * a) - mean_a**2, window(b * b) - mean_b**2
+    covariance = window(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return similarity.mean((1, 2, 3))

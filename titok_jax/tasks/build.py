@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from titok_jax import convert, inference, models, pretrained
@@ -14,6 +15,7 @@ from titok_jax.models.generator import GeneratorConfig, SamplingConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.perceptual import PerceptualConfig
 from titok_jax.models.titok import TiTokConfig, transformer_size
+from titok_jax.optimizer import constant_decay
 from titok_jax.tasks import Task, generator, maskgit_vqgan, pixels, single_stage, stage1, stage2
 from titok_jax.tasks.perceptual import load_perceptual, make_perceptual
 
@@ -39,7 +41,7 @@ def build_task(config: ConfigDict, *, abstract: bool = False) -> Task:
     common = {
         "optimizer": config.optimizer.to_dict(),
         "num_steps": config.num_steps,
-        "ema_decay": config.ema_decay,
+        "ema_decay": config.ema_decay if config.ema_ramp else constant_decay(config.ema_decay),
         "compute_dtype": config.compute_dtype,
         "remat": config.remat,
         "gradient_accumulation": config.gradient_accumulation,
@@ -62,7 +64,14 @@ def build_task(config: ConfigDict, *, abstract: bool = False) -> Task:
     loss = _dataclass(_LOSSES[config.task], config.loss, "loss")
     if config.task == "stage1":
         model = _dataclass(TiTokConfig, fields, "model")
-        return stage1.make_task(model, loss, vqgan=_vqgan(config, abstract), start=_start(config, model, abstract), **common)
+        return stage1.make_task(
+            model,
+            loss,
+            vqgan=_vqgan(config, abstract),
+            start=_start(config, model, abstract),
+            restart_codes=config.get("restart_codes", False),
+            **common,
+        )
     if loss.perceptual != "none":
         if abstract:
             network = make_perceptual(loss.perceptual, models.abstract(PerceptualConfig(loss.perceptual))[1])
@@ -79,7 +88,33 @@ def build_task(config: ConfigDict, *, abstract: bool = False) -> Task:
         model, start = _stage2_start(config, fields, abstract)
         return stage2.make_task(model, loss, start=start, **common)
     model = _dataclass(TiTokConfig, fields, "model")
-    return single_stage.make_task(model, loss, start=_start(config, model, abstract), **common)
+    return single_stage.make_task(
+        model, loss, start=_start(config, model, abstract), restart_codes=config.get("restart_codes", False), **common
+    )
+
+
+def check_batch(batch: Mapping[str, np.ndarray], config: ConfigDict, task: Task) -> None:
+    """Raises ValueError if the data do not have what the task reads, in the model's size."""
+    model = next(iter(task.networks.values())).config
+    if isinstance(model, GeneratorConfig) and "tokens" in batch:
+        shape, name, expected = batch["tokens"].shape[1:], "tokens", (model.num_tokens,)
+        if batch["tokens"].max(initial=0) >= model.codebook_size:
+            raise ValueError(f"a token of the data is {batch['tokens'].max()}, the codebook has {model.codebook_size} codes")
+    else:
+        if "image" not in batch:
+            raise ValueError(f"data source {config.data.source.name!r} has no images, and this task needs them")
+        if isinstance(model, GeneratorConfig):
+            if not config.tokenizer:
+                raise ValueError("the data are images: set --config.tokenizer to the tokenizer that makes their tokens")
+            size = inference.load_tokenizer_config(config.tokenizer).image_size
+        else:
+            size = model.image_size
+        shape, name, expected = batch["image"].shape[1:], "images", (size, size, 3)
+    if tuple(shape) != tuple(expected):
+        raise ValueError(f"the data's {name} have shape {list(shape)}, the model takes {list(expected)}: see config.data")
+    if isinstance(model, GeneratorConfig) and not 0 <= batch["label"].min() <= batch["label"].max() < model.num_classes:
+        raise ValueError(f"labels of the data reach from {batch['label'].min()} to {batch['label'].max()}, "
+                         f"the model takes 0 to {model.num_classes - 1}")  # fmt: skip
 
 
 def _dataclass(cls: type, fields: Mapping[str, Any], name: str) -> Any:

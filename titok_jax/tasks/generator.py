@@ -71,11 +71,13 @@ def make_task(
             "dropout": dropout_key,
         }
 
-    def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
+    def tokens_of(frozen, batch: Batch) -> jax.Array:
         if "tokens" in batch:
-            tokens = batch["tokens"]
-        else:
-            tokens = nnx.merge(tokenizer_graphdef, frozen).quantized(float_images(batch)).tokens
+            return batch["tokens"]
+        return nnx.merge(tokenizer_graphdef, frozen).quantized(float_images(batch)).tokens
+
+    def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        tokens = tokens_of(frozen, batch)
         masked, mask = masking.mask_tokens(tokens, draws["timesteps"], draws["order_uniforms"], config.mask_id)
         labels = jnp.where(draws["drop_uniforms"] < config.class_label_dropout, config.num_classes, batch["label"])
         rows = {
@@ -105,6 +107,23 @@ def make_task(
         ema = ema_update(state["ema"]["generator"], params, state["step"], ema_decay)
         new = {"step": state["step"] + 1, "params": {"generator": params}, "opt": {"generator": opt}}
         return {**new, "ema": {"generator": ema}}, metrics
+
+    def evaluate(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """The loss of each example over its own tokens, without dropout, and the share of masked tokens that is right."""
+        tokens, draws = tokens_of(frozen, batch), draw(key, batch)
+        masked, mask = masking.mask_tokens(tokens, draws["timesteps"], draws["order_uniforms"], config.mask_id)
+        logits = network.module(state["ema"]["generator"]).logits(masked, batch["label"], key=None)
+
+        def one(logits, tokens, mask):
+            return losses.masked_token_loss(
+                logits[None],
+                tokens[None],
+                mask[None],
+                label_smoothing=loss.label_smoothing,
+                unmasked_weight=loss.unmasked_weight,
+            )[1]
+
+        return jax.vmap(one)(logits, tokens, mask)
 
     def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         labels = jnp.arange(batch["label"].shape[0]) % config.num_classes
@@ -139,4 +158,5 @@ def make_task(
         export=export,
         loss="loss",
         start=None if start is None else {"generator": start},
+        evaluate=evaluate,
     )

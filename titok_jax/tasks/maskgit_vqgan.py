@@ -21,7 +21,17 @@ from titok_jax import convert, losses, pretrained
 from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.optimizer import ema_update
-from titok_jax.tasks import Batch, Metrics, Network, State, Task, float_images, make_network, map_parts
+from titok_jax.tasks import (
+    Batch,
+    Metrics,
+    Network,
+    State,
+    Task,
+    float_images,
+    make_network,
+    map_parts,
+    reconstruction_quality,
+)
 from titok_jax.tasks.adversarial import Adversary
 from titok_jax.tasks.perceptual import Perceptual
 
@@ -145,7 +155,7 @@ def make_task(
             entropy_weight=loss.entropy_weight,
             discriminator_weight=loss.discriminator_weight,
         )
-        metrics["codebook_usage"] = losses.codebook_usage(bottleneck.codes, config.codebook_size)
+        metrics |= losses.codebook_metrics(bottleneck.codes, config.codebook_size)
         return total, (metrics, reconstructions)
 
     def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
@@ -183,4 +193,5 @@ def make_task(
         export=export,
         loss="total_loss",
         start=None if start is None else {"vqgan": start},
+        evaluate=reconstruction_quality(preview),
     )

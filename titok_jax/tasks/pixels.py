@@ -14,7 +14,18 @@ from titok_jax import convert, losses, pretrained
 from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.optimizer import ema_update
-from titok_jax.tasks import Batch, Metrics, Network, State, Task, accumulate, float_images, make_network
+from titok_jax.tasks import (
+    Batch,
+    Metrics,
+    Network,
+    State,
+    Task,
+    accumulate,
+    float_images,
+    make_network,
+    reconstruction_quality,
+    restarted,
+)
 from titok_jax.tasks.adversarial import Adversary
 from titok_jax.tasks.perceptual import Perceptual
 
@@ -58,6 +69,7 @@ def make_task(
     compute_dtype: str = "float32",
     remat: bool = False,
     gradient_accumulation: int = 1,
+    restart_codes: bool = False,
 ) -> Task:
     """The task.
 
@@ -69,6 +81,7 @@ def make_task(
       trained: the top-level parts of the tokenizer that are trained; None: all.
       start: the tokenizer's parameters to begin with; None: new ones.
       gradient_accumulation: parts that a batch is cut into; the step is that of the whole batch.
+      restart_codes: see `quantizer.restart_codes`.
 
     Raises:
       ValueError: a loss without what it needs.
@@ -76,6 +89,8 @@ def make_task(
     if loss.perceptual != ("none" if perceptual is None else perceptual.name):
         found = "no network is given" if perceptual is None else f"the network given is {perceptual.name!r}"
         raise ValueError(f"loss.perceptual is {loss.perceptual!r}, but {found}")
+    if restart_codes and (config.quantize_mode != "vq" or (trained is not None and "quantize" not in trained)):
+        raise ValueError("restart_codes is set, but there is no codebook in training: it is for stage 1 and single-stage vq")
     tokenizer = make_network(config, optimizer, num_steps, trained=trained, compute_dtype=compute_dtype, remat=remat)
     networks: dict[str, Network] = {"tokenizer": tokenizer}
     adversary = None
@@ -103,6 +118,8 @@ def make_task(
         state["ema"]["tokenizer"] = state["params"]["tokenizer"]
         if adversary:
             state["lecam"] = losses.init_lecam()
+        if restart_codes:
+            state["code_usage"] = jnp.zeros(config.codebook_size)
         return state
 
     def draw(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -116,10 +133,10 @@ def make_task(
         model = tokenizer.module({**state["params"]["tokenizer"], **trainable})
         if config.quantize_mode == "vq":
             bottleneck = model.quantized(images)
-            z, tokens = bottleneck.quantized, bottleneck.tokens
+            z, tokens, latents = bottleneck.quantized, bottleneck.tokens, bottleneck.latents
         else:
             posterior = model.posterior(images)
-            z, tokens = posterior.sample(rows["noise"]), None
+            z, tokens, latents = posterior.sample(rows["noise"]), None, None
         reconstructions = model.decode(z)
 
         factor, logits_fake = adversary.judge(state, reconstructions) if adversary else (jnp.float32(0.0), None)
@@ -148,7 +165,7 @@ def make_task(
             total, metrics = losses.vae_generator_loss(
                 images, reconstructions, kl=posterior.kl(), kl_weight=loss.kl_weight, **shared
             )
-        return total, (metrics, {"reconstructions": reconstructions, "tokens": tokens})
+        return total, (metrics, {"reconstructions": reconstructions, "tokens": tokens, "latents": latents})
 
     def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
         images = float_images(batch)
@@ -160,16 +177,18 @@ def make_task(
         rows, trainable = {"images": images, **draws}, tokenizer.trainable(params["tokenizer"])
         grads, metrics, outputs = accumulate(loss_of, trainable, rows, gradient_accumulation, convolutions=True)
         metrics["lr"] = tokenizer.schedule(state["step"])
+        new: State = {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}
+        if restart_codes:
+            params["tokenizer"], new["code_usage"] = restarted(config, params["tokenizer"], state["code_usage"], outputs)
         params["tokenizer"], opt["tokenizer"], metrics["grad_norm"] = tokenizer.apply(
             params["tokenizer"], opt["tokenizer"], grads
         )
-        new = {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}
         if adversary:
             trained = adversary.update(state, images, outputs["reconstructions"])
             params["discriminator"], opt["discriminator"], new["lecam"], disc_metrics = trained
             metrics |= disc_metrics
         if outputs["tokens"] is not None:
-            metrics["codebook_usage"] = losses.codebook_usage(outputs["tokens"], config.codebook_size)
+            metrics |= losses.codebook_metrics(outputs["tokens"], config.codebook_size)
         ema["tokenizer"] = ema_update(ema["tokenizer"], params["tokenizer"], state["step"], ema_decay)
         return new, metrics
 
@@ -192,4 +211,5 @@ def make_task(
         export=export,
         loss="total_loss",
         start=None if start is None else {"tokenizer": start},
+        evaluate=reconstruction_quality(preview),
     )

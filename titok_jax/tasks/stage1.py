@@ -15,7 +15,17 @@ from titok_jax import convert, losses, models, pretrained
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import PROXY_CODES, TiTokConfig
 from titok_jax.optimizer import ema_update
-from titok_jax.tasks import Batch, Metrics, State, Task, accumulate, float_images, make_network
+from titok_jax.tasks import (
+    Batch,
+    Metrics,
+    State,
+    Task,
+    accumulate,
+    float_images,
+    make_network,
+    reconstruction_quality,
+    restarted,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +51,7 @@ def make_task(
     compute_dtype: str = "float32",
     remat: bool = False,
     gradient_accumulation: int = 1,
+    restart_codes: bool = False,
 ) -> Task:
     """The task.
 
@@ -49,6 +60,7 @@ def make_task(
       vqgan: gives the target codes, in float32; None for batches that hold them as "codes" [B, h w].
       start: the parameters to begin with; None: new ones.
       gradient_accumulation: parts that a batch is cut into; the gradient is that of the whole batch.
+      restart_codes: see `quantizer.restart_codes`.
 
     Raises:
       ValueError: a model that does not predict codes, or a VQGAN with another grid or more codes.
@@ -66,6 +78,8 @@ def make_task(
     def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
         params, opt = network.init(key, (start or {}).get("tokenizer"))
         state = {"step": jnp.zeros((), jnp.int32), "params": {"tokenizer": params}, "opt": {"tokenizer": opt}}
+        if restart_codes:
+            state["code_usage"] = jnp.zeros(config.codebook_size)
         return {**state, "ema": {"tokenizer": params}}
 
     def draw(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -83,7 +97,7 @@ def make_task(
             codebook_loss=bottleneck.codebook_loss,
             quantizer_weight=loss.quantizer_weight,
         )
-        return total, (metrics, bottleneck.tokens)
+        return total, (metrics, {"tokens": bottleneck.tokens, "latents": bottleneck.latents})
 
     def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
         del draws
@@ -91,13 +105,16 @@ def make_task(
         codes = batch["codes"] if "codes" in batch else nnx.merge(vqgan_graphdef, frozen).get_codes(images)
         rows = {"images": images, "codes": codes}
         params, opt = state["params"]["tokenizer"], state["opt"]["tokenizer"]
-        grads, metrics, tokens = accumulate(loss_of, params, rows, gradient_accumulation)
+        grads, metrics, outputs = accumulate(loss_of, params, rows, gradient_accumulation)
         metrics["lr"] = network.schedule(state["step"])
-        metrics["codebook_usage"] = losses.codebook_usage(tokens, config.codebook_size)
+        metrics |= losses.codebook_metrics(outputs["tokens"], config.codebook_size)
+        usage = {}
+        if restart_codes:
+            params, usage["code_usage"] = restarted(config, params, state["code_usage"], outputs)
         params, opt, metrics["grad_norm"] = network.apply(params, opt, grads)
         ema = ema_update(state["ema"]["tokenizer"], params, state["step"], ema_decay)
         new = {"step": state["step"] + 1, "params": {"tokenizer": params}, "opt": {"tokenizer": opt}}
-        return {**new, "ema": {"tokenizer": ema}}, metrics
+        return {**new, **usage, "ema": {"tokenizer": ema}}, metrics
 
     def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """The most likely codes through the VQGAN's decoder, below what the VQGAN itself makes of the image."""
@@ -124,4 +141,5 @@ def make_task(
         export=export,
         loss="total_loss",
         start=None if start is None else {"tokenizer": start},
+        evaluate=reconstruction_quality(preview) if vqgan else None,
     )
