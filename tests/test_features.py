@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -72,27 +73,39 @@ def test_features_do_not_depend_on_batches(network):
     np.testing.assert_array_equal(network(images[:1]).pool, network(images).pool[:1])
 
 
-def test_statistics_do_not_depend_on_the_number_of_devices(network, tmp_path):
+def test_statistics_do_not_depend_on_devices_and_processes(network, tmp_path):
+    """Two processes of four devices each, which see the even and the odd images."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     code = (
-        "import sys, numpy as np\n"
+        "import sys, numpy as np, jax\n"
+        f"jax.distributed.initialize('localhost:{port}', 2, int(sys.argv[1]))\n"
+        "assert (jax.device_count(), jax.local_device_count()) == (8, 4)\n"
         "from titok_jax import features, metrics\n"
         "from titok_jax.data.digits import load_digits\n"
-        "import jax\n"
-        "assert jax.device_count() == 8\n"
-        "network = features.load_digits_features(batch_size=60)\n"
-        "found = network(np.repeat(load_digits('test', 32)[0][..., None], 3, -1))\n"
-        "metrics.FeatureStatistics(64, network.name).update(found.pool).save(sys.argv[1])\n"
+        "network = features.load_digits_features(batch_size=50)\n"
+        "images = load_digits('test', 32)[0][int(sys.argv[1])::2]\n"
+        "found = network(np.repeat(images[..., None], 3, -1))\n"
+        "metrics.FeatureStatistics(64, network.name).update(found.pool).save(sys.argv[2])\n"
     )
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    path = tmp_path / "digits.npz"
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT, env=environment)
-    here, there = statistics(network, rgb(load_digits("test", 32)[0])), metrics.FeatureStatistics.load(path)
-    assert (there.count, there.network) == (360, "digits")
-    # Sums of float32 features, themselves equal to 1e-6.
-    np.testing.assert_allclose(there.mean, here.mean, atol=1e-4)
-    np.testing.assert_allclose(there.covariance, here.covariance, atol=1e-4)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    paths = [tmp_path / "0.npz", tmp_path / "1.npz"]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(i), str(path)], cwd=ROOT, env=environment)
+        for i, path in enumerate(paths)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    merged = metrics.FeatureStatistics(64)
+    for path in paths:
+        merged.merge(metrics.FeatureStatistics.load(path))
+    assert (merged.count, merged.network) == (360, "digits")
+    alone = statistics(network, rgb(load_digits("test", 32)[0]))
+    # Of features up to 20 that are equal to 1e-6 of that.
+    np.testing.assert_allclose(merged.mean, alone.mean, atol=1e-5)
+    np.testing.assert_allclose(merged.covariance, alone.covariance, atol=1e-4)
     reference = statistics(network, rgb(load_digits("train", 32)[0]))
-    distances = [metrics.frechet_distance(reference, found) for found in (here, there)]
+    distances = [metrics.frechet_distance(reference, found) for found in (alone, merged)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-6)
 
 
