@@ -13,8 +13,9 @@ import pytest
 import tiny_models as tiny
 from PIL import Image
 
-from titok_jax import cli, evaluate, inference, metrics, pretrained, reconstruct, sample, zoo
+from titok_jax import cli, evaluate, inference, metrics, parity, pretrained, reconstruct, sample, zoo
 from titok_jax.data.transforms import center_crop_torchvision, to_uint8_truncate
+from titok_jax.models import MaskgitVQGANConfig
 
 COMMANDS = {"sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
 
@@ -157,6 +158,43 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
         partial.write_text("new")
     assert files(tmp_path) == {"old.txt": b"new", "folder/2.txt": b"new"}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_reconstruct_with_a_vqgan(tmp_path, capsys):
+    config = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, resolution=32)
+    model = pretrained.save(tmp_path / "vqgan", config, tiny.params(config))
+    png(tmp_path / "photos" / "cat.png")
+    (tmp_path / "photos" / "notes.pdf").write_bytes(b"%PDF-1.4")  # Pillow has a name for it, but it is no image
+    assert reconstruct.main(["--model", str(model), str(tmp_path / "photos"), "--out", str(tmp_path / "out")]) == 0
+    assert "32x32 pixels to 64 tokens of 1024 codes" in capsys.readouterr().out
+    ((name, codes),) = json.loads((tmp_path / "out" / "tokens.json").read_text()).items()
+    assert name.endswith("cat.png")
+    vqgan = inference.load_vqgan(model)
+    image = center_crop_torchvision(np.asarray(Image.open(tmp_path / "photos" / "cat.png")), 32)
+    np.testing.assert_array_equal(codes, vqgan.encode(image[None])[0])
+    decoded = np.uint8(255 * np.asarray(vqgan.decode(np.asarray(codes)[None]))[0])
+    # The same image twice is compared with two reconstructions of it.
+    cat = str(tmp_path / "photos" / "cat.png")
+    for name, array in (("one", decoded), ("two", 255 - decoded)):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    arguments = ["--model", str(model), cat, cat]
+    arguments += [a for name in ("one", "two") for a in ("--reconstruction", str(tmp_path / f"{name}.png"))]
+    assert parity.main(arguments) == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if "given reconstruction" in line]
+    assert [row.split()[-1] for row in rows] == ["pass", "FAIL"]
+    assert parity.main([*arguments[:3], "--reference", str(clone(tmp_path))]) == 2
+    assert "of the published code only TiTok is run" in capsys.readouterr().err
+
+
+def clone(folder):
+    (folder / "clone" / "modeling").mkdir(parents=True)
+    (folder / "clone" / "modeling" / "titok.py").write_text("")
+    return folder / "clone"
+
+
+def test_no_more_digits_than_there_are(tmp_path, capsys):
+    assert reconstruct.main(["--num", "361", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: --num is 361, but there are 360 held-out digits\n"
 
 
 def test_outputs_that_cannot_be_replaced(tmp_path, monkeypatch):
@@ -378,7 +416,7 @@ def test_reconstruct(model, pair, tmp_path, capsys):
     paths = [
         png(inputs / "a.png", mode="L"),
         png(inputs / "b.jpg", (35, 64), seed=1),
-        png(inputs / "sub" / "a.gif", (32, 32), "P", seed=2),
+        png(inputs / "sub" / "a.bmp", (32, 32), "P", seed=2),
         png(inputs / "sub" / "c.png", (200, 33), "RGBA", seed=3),
     ]
     (inputs / "notes.txt").write_text("not an image")

@@ -137,6 +137,17 @@ def test_refuses(arguments, message, tool, tmp_path, capsys):
     assert places["file"].read_bytes() == b"mine"
 
 
+@pytest.mark.skipif(HAS_TORCH, reason="torch is here")
+def test_a_pytorch_file_is_not_written_without_pytorch(tool, tmp_path, capsys):
+    folder = tiny.save(tmp_path / "folder", tiny.TOKENIZER)
+    assert tool.main([str(folder), f"{tmp_path}/a.bin"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: {tmp_path}/a.bin is a PyTorch file and PyTorch is not installed, which is needed to write it"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert tool.main([str(folder), f"{tmp_path}/a.bin", "--dry-run"]) == 0
+
+
 def test_a_write_that_fails_leaves_nothing(tool, tmp_path, capsys, monkeypatch):
     """A disk that returns other bytes than were written is found out."""
     folder = tiny.save(tmp_path / "folder", tiny.TOKENIZER)

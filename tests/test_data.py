@@ -589,3 +589,14 @@ def test_grey_of_16_bits_keeps_its_levels():
     Image.fromarray(levels).save(file, "PNG")
     image = transforms.decode_image(file.getvalue())
     np.testing.assert_array_equal(image, np.repeat((levels // 256).astype(np.uint8)[..., None], 3, axis=-1))
+    Image.fromarray(levels).save(file := io.BytesIO(), "TIFF")
+    np.testing.assert_array_equal(transforms.decode_image(file.getvalue()), image)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "whole numbers")])
+def test_grey_of_32_bits_is_refused(dtype, kind):
+    """Pillow would cut it off at 0 and 255: floats from 0 to 1 would be black."""
+    file = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1000, 48 * 64).reshape(48, 64).astype(dtype)).save(file, "TIFF")
+    with pytest.raises(ValueError, match=rf"^x\.tif: cannot read .*its pixels are {kind} of 32 bits"):
+        transforms.decode_image(file.getvalue(), "x.tif")

@@ -221,6 +221,14 @@ def test_a_broken_download_goes_on_and_the_cache_needs_no_network(hub, folders, 
     # The name of a pair gives both.
     assert run(hub.url, tmp_path, {**step, "kind": "pair"}) == [("loaded", ["TiTokConfig", "GeneratorConfig"])]
 
+    # Each has its revision: v0 of the tokenizer is another one.
+    ((kind, message),) = run(hub.url, tmp_path, {**step, "kind": "pair", "tokenizer_revision": "v0"})
+    assert kind == "ValueError"
+    assert "is a VAE" in message
+    ((kind, message),) = run(hub.url, tmp_path, {**step, "kind": "pair", "revision": "v9"})
+    assert kind == "DownloadError"
+    assert message.startswith(f"cannot download hf://{GENERATOR}/config.json: there is no revision 'v9' of it")
+
     # Offline, and with a hub that is not there.
     asked = len(hub.requests)
     results = run(hub.url, tmp_path, step, {"source": "titok_b64"}, HF_HUB_OFFLINE="1")

@@ -1,12 +1,18 @@
 """The public API on tiny models: shapes, dtypes, errors, and that nothing is compiled twice."""
 
+import golden_data
 import jax
 import numpy as np
 import pytest
 import tiny_models
+from flax import nnx
 
 import titok_jax
+from titok_jax import convert, pretrained, weights
 from titok_jax.inference import Generator, Tokenizer, check_pair
+from titok_jax.models import MaskgitVQGAN, MaskgitVQGANConfig
+
+VQGAN_CONFIG = MaskgitVQGANConfig(hidden_channels=32, resolution=64)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,9 @@ def test_a_vae_gives_the_mean_or_a_draw(vae):
         (IMAGES[0], r"shape \[32, 32, 3\], expected \[batch, 32, 32, 3\]"),
         (np.zeros((1, 64, 64, 3), np.uint8), r"expected \[batch, 32, 32, 3\]"),
         (IMAGES.astype(np.int64), "dtype int64"),
+        (IMAGES.astype(np.float32), r"reach from 0 to 255, expected \[0, 1\]: divide grey levels by 255"),
+        (IMAGES / np.float32(127.5) - 1, r"reach from -1 to 1, expected \[0, 1\].*take \(x \+ 1\) / 2"),
+        (np.full((1, 32, 32, 3), np.nan), "reach from nan to nan"),
     ],
 )
 def test_bad_images_are_refused(tokenizer, images, message):
@@ -128,6 +137,46 @@ def test_logits(generator):
         generator.logits(np.full((2, 8), 64), [0, 11])
     with pytest.raises(ValueError, match=r"expected integers \[2\]"):
         generator.logits(np.full((2, 8), 64), [0])
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_the_vqgan_in_each_of_its_forms(tmp_path):
+    """With the golden data's weights: its codes and images, from a folder, a file and a Flax checkpoint."""
+    golden = golden_data.load("tiny/tiny_maskgit_vqgan.npz")
+    _, params = golden_data.seeded_model(
+        lambda: MaskgitVQGAN(VQGAN_CONFIG, rngs=nnx.Rngs(0)), convert.table_for(VQGAN_CONFIG)
+    )
+    folder = pretrained.save(tmp_path / "folder", VQGAN_CONFIG, params)
+    tensors = convert.to_published(convert.table_for(VQGAN_CONFIG), params)
+    weights.write_flax(tmp_path / "checkpoint", convert.published_to_jax_vqgan(tensors, config=VQGAN_CONFIG))
+    pretrained.write_config(tmp_path / "checkpoint.json", VQGAN_CONFIG)
+    images = golden_data.images(2, 64, 0)
+    for source in (folder, folder / "model.safetensors", tmp_path / "checkpoint"):
+        vqgan = titok_jax.load_vqgan(source)
+        assert pretrained.tokenizer_kind(source) is MaskgitVQGANConfig
+        assert same(vqgan.params, params)
+        if source != folder:  # the same parameters compute the same
+            continue
+        codes = vqgan.encode(images)
+        assert codes.shape == (2, 4, 4)
+        assert codes.dtype == np.int32
+        clear = golden["margin"].reshape(2, 4, 4) > 1e-3
+        np.testing.assert_array_equal(np.asarray(codes)[clear], golden["codes"].reshape(2, 4, 4)[clear])
+        decoded = vqgan.decode(golden["codes"].reshape(2, 4, 4).astype(int))
+        np.testing.assert_allclose(decoded, golden["reconstruction"].transpose(0, 2, 3, 1), atol=1e-4)
+    for call, argument, message in (
+        (vqgan.encode, images[:, :24], r"shape \[2, 24, 64, 3\], expected .* multiples of 16"),
+        (vqgan.encode, images * 255, "reach from"),
+        (vqgan.decode, np.zeros((2, 16), int), r"expected integers \[batch, height, width\]"),
+        (vqgan.decode, np.full((1, 1, 1), 1024), "reach from 1024 to 1024, expected 0 to 1023"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(argument)
+    with pytest.raises(ValueError, match="not a tokenizer configuration"):
+        titok_jax.load_tokenizer(folder)
 
 
 def test_pairs_that_do_not_fit_are_refused():

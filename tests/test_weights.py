@@ -233,11 +233,20 @@ def test_other_files(tmp_path):
     path = tmp_path / "weights"
     for content, message in (
         (b"", "it is empty"),
-        (b"GIF89a" * 9, "it starts with b'GIF89a"),
-        (b"<html>" * 9, "it starts with"),
+        (b"hello " * 9, "it starts with b'hello"),
     ):
         path.write_bytes(content)
         with pytest.raises(convert.WeightsError, match=f"weights is no file of weights: expected safetensors.*{message}"):
+            pretrained.load(path, TiTokConfig)
+    for content, message in (
+        (b"GIF89a" * 9, r"an image \(GIF\)"),
+        (b"\x89PNG\r\n\x1a\n" * 9, r"an image \(PNG\)"),
+        (b"\xff\xd8\xff\xe0" * 9, r"an image \(JPEG\)"),
+        (b"<html>" * 9, "a page of the web"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", r"\(git lfs pull\)"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(convert.WeightsError, match=f"weights holds no weights: it is .*{message}"):
             pretrained.load(path, TiTokConfig)
     with pytest.raises(FileNotFoundError, match="nothing is not a folder or file"):
         pretrained.load(tmp_path / "nothing", TiTokConfig)

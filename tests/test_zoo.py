@@ -65,9 +65,12 @@ def test_a_file_without_configuration_is_told_by_its_tensors():
     for (kind, name), config in pretrained.known_configs().items():
         shapes = {n: np.broadcast_to(np.float32(0), shape) for n, shape in pretrained.published_shapes(config).items()}
         assert pretrained.match(shapes, type(config), source="a") == config, (kind, name)
-    other = models.GeneratorConfig if kind != "generator" else models.TiTokConfig
-    with pytest.raises(ValueError, match=f"a is the {kind} {name}, expected a "):
-        pretrained.match(shapes, other, source="a")
+    shapes = {
+        name: np.broadcast_to(np.float32(0), shape)
+        for name, shape in pretrained.published_shapes(models.DiscriminatorConfig()).items()
+    }
+    with pytest.raises(ValueError, match="a is the discriminator discriminator, expected a tokenizer"):
+        pretrained.match(shapes, models.TiTokConfig, source="a")
     del shapes["block_in.0.bias"]
     with pytest.raises(
         ValueError, match=r"(?s)no known model\. Put one .*discriminator: 1 tensors differ, the first is block_in"
@@ -103,8 +106,25 @@ def test_the_printed_table(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert zoo.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(zoo.MODELS)
-    rows = {tuple(line.split()[:2]): line for line in lines}
+    assert len(lines) == 2 * (1 + len(zoo.MODELS)) + 1
+    details = {tuple(line.split()[:2]): line for line in lines[2 + len(zoo.MODELS) :]}
+    for model in PUBLISHED:
+        assert details[model.name, model.kind].endswith(f"  {model.checkpoint}")
+    for name, kind, words in (
+        (
+            "titok_b64",
+            "tokenizer",
+            "two-stage, base encoder, base decoder, patches of 16, 64 x 12 channels, 4,096 codes on the",
+        ),
+        (
+            "titok_bl128_vae",
+            "tokenizer",
+            "single-stage, base encoder, large decoder, patches of 16, 128 x 16 channels  ",
+        ),
+        ("titok_s128", "generator", "UViT, 20 layers, width 1024, MLP 4096, 16 heads, 128 tokens"),
+    ):
+        assert words in details[name, kind]
+    rows = {tuple(line.split()[:2]): line for line in lines[: 1 + len(zoo.MODELS)]}
     l32 = rows["titok_l32", "generator"]
     assert "177,202,432" in l32
     assert "gFID 2.77" in l32

@@ -9,10 +9,19 @@ images = tokenizer.decode(ids)  # [3, 32, 32, 3] float32 in [0, 1]
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titok_jax.inference import Generator, Tokenizer, generate, load_generator, load_pair, load_tokenizer
+    from titok_jax.inference import (
+        VQGAN,
+        Generator,
+        Tokenizer,
+        generate,
+        load_generator,
+        load_pair,
+        load_tokenizer,
+        load_vqgan,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "Tokenizer", "generate", "load_generator", "load_pair", "load_tokenizer"]
+__all__ = ["VQGAN", "Generator", "Tokenizer", "generate", "load_generator", "load_pair", "load_tokenizer", "load_vqgan"]
 
 
 def __getattr__(name: str) -> Any:

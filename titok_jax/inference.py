@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from titok_jax import convert, decoding, models, pretrained, sharding, zoo
 from titok_jax.models.generator import GeneratorConfig
+from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig
 
 
@@ -64,18 +65,15 @@ class Tokenizer:
           int32 [B, N]; of a VAE float32 [B, N, C].
 
         Raises:
-          ValueError: another shape, dtype or size than expected.
+          ValueError: another shape, dtype, size or (of numpy arrays) range than expected.
         """
         size = self.config.image_size
-        if not hasattr(images, "shape"):
-            images = np.asarray(images)
+        images = _checked_images(images)
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(
                 f"images have shape {list(images.shape)}, expected [batch, {size}, {size}, 3]: the model takes this size "
                 "only, so crop or resize them (titok_jax.data.transforms)"
             )
-        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images have dtype {images.dtype}, expected uint8, or float in [0, 1]")
         if key is not None and self.config.quantize_mode == "vq":
             raise ValueError("key given, but the tokens of a vq model are not drawn; only a VAE takes a key")
         return self._encode(self.params, images, key)
@@ -114,6 +112,88 @@ class Tokenizer:
                 f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {config.codebook_size - 1}"
             )
         return self._decode(self.params, tokens)
+
+
+def _checked_images(images) -> np.ndarray | jax.Array:
+    """Images as an array of the expected dtype and, of numpy's, range; ValueError otherwise."""
+    if not hasattr(images, "shape"):
+        images = np.asarray(images)
+    if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images have dtype {images.dtype}, expected uint8, or float in [0, 1]")
+    if isinstance(images, np.ndarray) and images.dtype != np.uint8 and images.size:
+        low, high = float(images.min()), float(images.max())
+        if not -1e-3 <= low <= high <= 1 + 1e-3:  # NaN is not
+            raise ValueError(
+                f"images reach from {low:g} to {high:g}, expected [0, 1]: divide grey levels by 255 or leave them uint8; of "
+                "values in [-1, 1] take (x + 1) / 2"
+            )
+    return images
+
+
+class VQGAN:
+    """A MaskGIT-VQGAN with its weights.
+
+    Attributes:
+      config: the architecture.
+      params: nested dict of float32 arrays.
+    """
+
+    def __init__(self, config: MaskgitVQGANConfig, params: convert.Params, *, dtype=jnp.float32):
+        """
+        Args:
+          dtype: computation dtype, "float32" or "bfloat16".
+        """
+        self.config, self.params = config, params
+        graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
+
+        def encode(params, images):
+            images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+            return nnx.merge(graphdef, params).get_codes(images)
+
+        def decode(params, codes):
+            return nnx.merge(graphdef, params).decode_codes(codes)
+
+        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+
+    def encode(self, images) -> jax.Array:
+        """Images to codes, one for each 16 x 16 pixels (published sizes).
+
+        Args:
+          images: [B, H, W, 3], uint8 or float in [0, 1], of any size that `config.downsampling` divides.
+
+        Returns:
+          int32 [B, H/16, W/16].
+
+        Raises:
+          ValueError: another shape, dtype or (of numpy arrays) range than expected.
+        """
+        images, factor = _checked_images(images), self.config.downsampling
+        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % factor or images.shape[2] % factor:
+            raise ValueError(
+                f"images have shape {list(images.shape)}, expected [batch, height, width, 3] with multiples of {factor}"
+            )
+        return self._encode(self.params, images)
+
+    def decode(self, codes) -> jax.Array:
+        """Codes to images.
+
+        Args:
+          codes: int [B, h, w] in 0 .. codebook_size - 1.
+
+        Returns:
+          float32 [B, 16 h, 16 w, 3] in [0, 1] (published sizes).
+
+        Raises:
+          ValueError: another shape, dtype or range than expected.
+        """
+        if not hasattr(codes, "shape"):
+            codes = np.asarray(codes)
+        if codes.ndim != 3 or not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}, expected integers [batch, height, width]")
+        largest = self.config.codebook_size - 1
+        if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) <= largest:
+            raise ValueError(f"codes reach from {int(codes.min())} to {int(codes.max())}, expected 0 to {largest}")
+        return self._decode(self.params, codes)
 
 
 class Generator:
@@ -289,34 +369,71 @@ def load_generator(
     return Generator(*_load(source, GeneratorConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
 
 
+def load_vqgan(
+    source: str | os.PathLike,
+    *,
+    dtype="float32",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> VQGAN:
+    """A MaskGIT-VQGAN: "maskgit_vqgan", a folder, or a file of it: PyTorch's, safetensors or the original JAX checkpoint
+    (Flax msgpack); arguments and errors as of `load_tokenizer`."""
+    return VQGAN(*_load(source, MaskgitVQGANConfig, mesh, revision, token), dtype=dtype)
+
+
+def load_image_config(
+    source: str | os.PathLike, *, revision: str | None = None, token: str | None = None
+) -> TiTokConfig | MaskgitVQGANConfig:
+    """The configuration of a tokenizer of images, which `load_tokenizer` or `load_vqgan` loads: which one, it says. Reads no
+    weights; errors as there."""
+    kind = pretrained.tokenizer_kind(source, revision=revision, token=token)
+    return pretrained.load_config(source, kind, revision=revision, token=token)
+
+
 def _load(source, kind: type, mesh: Mesh | None, revision: str | None, token: str | None):
     place = {} if mesh is None else {"place": sharding.placer(mesh)}
     return pretrained.load(source, kind, revision=revision, token=token, **place)
 
 
 def load_pair(
-    source: str | os.PathLike, tokenizer: str | os.PathLike | None = None, *, dtype="float32", mesh: Mesh | None = None
+    source: str | os.PathLike,
+    tokenizer: str | os.PathLike | None = None,
+    *,
+    dtype="float32",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    tokenizer_revision: str | None = None,
+    token: str | None = None,
 ) -> tuple[Tokenizer, Generator]:
     """A generator and the tokenizer for its tokens: that of `tokenizer`, or the one of the same name or in the generator's
-    folder.
+    folder. They are in different repositories of the hub, so each has its revision.
 
     Raises:
       ValueError: as `load_tokenizer`, and if the two do not fit together.
       FileNotFoundError: as `load_tokenizer`, and if no tokenizer belongs to the generator and none is named.
     """
-    pair_configs(source, tokenizer)  # so that what does not fit is known before weights are read
-    generator = load_generator(source, dtype=dtype, mesh=mesh)
-    return load_tokenizer(source if tokenizer is None else tokenizer, dtype=dtype, mesh=mesh), generator
+    revisions = {"revision": revision, "tokenizer_revision": tokenizer_revision, "token": token}
+    pair_configs(source, tokenizer, **revisions)  # so that what does not fit is known before weights are read
+    generator = load_generator(source, dtype=dtype, mesh=mesh, revision=revision, token=token)
+    source = source if tokenizer is None else tokenizer
+    return load_tokenizer(source, dtype=dtype, mesh=mesh, revision=tokenizer_revision, token=token), generator
 
 
 def pair_configs(
-    source: str | os.PathLike, tokenizer: str | os.PathLike | None = None
+    source: str | os.PathLike,
+    tokenizer: str | os.PathLike | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer_revision: str | None = None,
+    token: str | None = None,
 ) -> tuple[TiTokConfig, GeneratorConfig]:
     """The configurations of what `load_pair` loads, checked against each other; reads no weights, errors as there."""
-    generator = pretrained.load_config(source, GeneratorConfig)
+    generator = pretrained.load_config(source, GeneratorConfig, revision=revision, token=token)
     if tokenizer is None and source not in zoo.names("tokenizer") and not (Path(source) / "tokenizer").is_dir():
         raise FileNotFoundError(f"{source} holds no sub-folder tokenizer: name the tokenizer of this generator")
-    pair = load_tokenizer_config(source if tokenizer is None else tokenizer), generator
+    source = source if tokenizer is None else tokenizer
+    pair = load_tokenizer_config(source, revision=tokenizer_revision, token=token), generator
     check_pair(*pair)
     return pair
 

@@ -19,7 +19,7 @@ from PIL import Image
 from titok_jax import metrics, zoo
 from titok_jax.cli import command
 from titok_jax.data.transforms import decode_image, to_uint8_truncate
-from titok_jax.reconstruct import find_images, read_images
+from titok_jax.reconstruct import ImageFiles, find_images
 
 # JAX is imported where it is first used: `--help` and wrong arguments need not wait for it.
 
@@ -125,7 +125,7 @@ def run(tokenizer, images: np.ndarray, known: Sequence[Sequence[int] | None]) ->
     """Encodes and decodes one image at a time.
 
     Args:
-      tokenizer: as `titok_jax.load_tokenizer` gives it.
+      tokenizer: as `titok_jax.load_tokenizer` or `load_vqgan` gives it; the codes of a VQGAN are numbered row by row.
       images: [n, H, W, 3] uint8.
       known: for each image, tokens to decode instead of its own.
     """
@@ -135,7 +135,9 @@ def run(tokenizer, images: np.ndarray, known: Sequence[Sequence[int] | None]) ->
     from titok_jax import models
 
     graphdef, _ = models.abstract(tokenizer.config)
-    discrete = tokenizer.config.quantize_mode == "vq"
+    is_vqgan = isinstance(tokenizer.config, models.MaskgitVQGANConfig)
+    discrete = is_vqgan or tokenizer.config.quantize_mode == "vq"
+    grid = (images.shape[1] // tokenizer.config.downsampling, -1) if is_vqgan else ()
 
     @jax.jit
     def encode(params, images):
@@ -143,12 +145,17 @@ def run(tokenizer, images: np.ndarray, known: Sequence[Sequence[int] | None]) ->
         z = model.encode(images)
         if not discrete:
             return z, models.titok.DiagonalGaussian.from_moments(z).mean, None
+        if is_vqgan:
+            z = z.reshape(z.shape[0], -1, z.shape[-1])
         nearest = jax.lax.top_k(-model.quantize.distances(z), 2)[0]
-        return z, model.quantize(z).tokens, nearest[..., 0] - nearest[..., 1]
+        tokens = model.quantize.codes(z) if is_vqgan else model.quantize(z).tokens
+        return z, tokens, nearest[..., 0] - nearest[..., 1]
 
     @jax.jit
     def decode(params, tokens):
         model = nnx.merge(graphdef, params)
+        if is_vqgan:
+            return model.decode(model.quantize.lookup(tokens.reshape(len(tokens), *grid)))
         return model.decode_tokens(tokens) if discrete else model.decode(tokens)
 
     results = []
@@ -269,8 +276,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     parser.add_argument(
-        "--model", required=True, help="tokenizer: a name (`python -m titok_jax.zoo`), hf://owner/name, folder or file"
+        "--model",
+        required=True,
+        help="tokenizer or MaskGIT-VQGAN: a name (`python -m titok_jax.zoo`), hf://owner/name, folder or file",
     )
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (HF_TOKEN: a token for it)")
     parser.add_argument(
         "--reconstruction",
         action="append",
@@ -300,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--reference {args.reference}: no clone of the published code, it holds no modeling/titok.py")
     if args.reference is None and args.reference_python is not None:
         raise ValueError("--reference-python is given without --reference")
-    zoo.find(args.model, "tokenizer")  # before JAX is imported
+    zoo.find(args.model, None if args.model in zoo.names("vqgan") else "tokenizer")  # before JAX is imported
     files = find_images(args.images)
     if args.reconstruction and len(args.reconstruction) != len(files):
         raise ValueError(f"{len(args.reconstruction)} reconstructions for {len(files)} images; give one for each, in order")
@@ -308,18 +318,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     from titok_jax import inference
+    from titok_jax.models import MaskgitVQGANConfig
 
-    config = inference.load_tokenizer_config(args.model)
-    if config.predicts_codes:
+    config = inference.load_image_config(args.model, revision=args.revision)
+    is_vqgan = isinstance(config, MaskgitVQGANConfig)
+    if not is_vqgan and config.predicts_codes:
         raise ValueError(f"{args.model} is a stage 1 model, which predicts codes, not images; name one of stage 2")
-    size = config.image_size
-    images = read_images(files, size)
+    if is_vqgan and args.reference is not None:
+        raise ValueError("--reference: of the published code only TiTok is run; give --reconstruction for a MaskGIT-VQGAN")
+    size = config.resolution if is_vqgan else config.image_size
+    images = ImageFiles([path for _, path in files], size)[:]
     given = _read_reconstructions(args.reconstruction, size)
-    known = [_known_tokens(config, path) for path in files.values()]
+    known = [None if is_vqgan else _known_tokens(config, path) for _, path in files]
     if all(tokens is None for tokens in known) and not given and args.reference is None:
         raise ValueError("nothing to compare with: no published tokens are known; give --reconstruction or --reference")
 
-    tokenizer = inference.load_tokenizer(args.model)
+    load = inference.load_vqgan if is_vqgan else inference.load_tokenizer
+    tokenizer = load(args.model, revision=args.revision)
     device = jax.devices()[0]
     print(f"{args.model} on {device.platform} ({device.device_kind}), float32, matmul precision {args.precision}")
     with jax.default_matmul_precision(args.precision):
@@ -327,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks, theirs = [], None
     if args.reference is not None:
         theirs = run_reference(args.reference, args.reference_python or sys.executable, tokenizer, images, results)
-    for index, (path, result) in enumerate(zip(files.values(), results, strict=True)):
+    for index, (path, result) in enumerate(zip((path for _, path in files), results, strict=True)):
         name = path.name
         if known[index] is not None:
             checks.append(check_published_tokens(name, result.tokens, known[index]))

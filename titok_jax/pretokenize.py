@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("data", metavar="DATA", help="a folder of images, digits:SPLIT, tfds:NAME:SPLIT or webdataset:GLOB")
     parser.add_argument("--model", default="digits", help=f"tokenizer: {', '.join(zoo.names('tokenizer'))}, folder or file")
+    parser.add_argument("--revision", help="branch, tag or commit of a tokenizer on the hub (HF_TOKEN: a token for it)")
     parser.add_argument("--out", required=True, type=Path, help="folder of the shards; made, or continued")
     parser.add_argument("--crops", choices=CROPS, default="flip", help="pictures of each image (default: %(default)s)")
     parser.add_argument("--passes", type=int, default=1, help='passes over the data, for "random" (default: 1)')
@@ -209,13 +210,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from titok_jax.inference import load_tokenizer, load_tokenizer_config
 
-    config = load_tokenizer_config(args.model)
+    config = load_tokenizer_config(args.model, revision=args.revision)
     if config.quantize_mode != "vq":
         raise ValueError(f"{args.model} is a VAE, which has no token ids; a generator needs a vq tokenizer")
     settings = {
         "data": args.data,
         "num_images": len(source),
-        "model": args.model,
+        "model": args.model if args.revision is None else f"{args.model}@{args.revision}",
         "crops": args.crops,
         "passes": args.passes,
         "seed": args.seed,
@@ -223,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "format": args.format,
     }
     written, there = pretokenize(
-        load_tokenizer(args.model),
+        load_tokenizer(args.model, revision=args.revision),
         source,
         args.out,
         settings=settings,

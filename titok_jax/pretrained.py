@@ -206,6 +206,20 @@ def load_config(
         return config
 
 
+def tokenizer_kind(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> type:
+    """TiTokConfig or MaskgitVQGANConfig: which tokenizer of images a source is, for `load` and `load_config`. Reads no
+    weights; errors as there."""
+    found = zoo.find(source) if isinstance(source, str) else None
+    if isinstance(found, zoo.Model):
+        return MaskgitVQGANConfig if found.kind == _KINDS[MaskgitVQGANConfig] else TiTokConfig
+    files = locate(source, TiTokConfig, revision=revision, token=token, config_only=True)
+    if files.config is not None:
+        model = read_config(files.config).get("model")
+        return MaskgitVQGANConfig if isinstance(model, dict) and "maskgit_vqgan" in model else TiTokConfig
+    with open_model(files.weights, None, None) as (config, _):
+        return MaskgitVQGANConfig if isinstance(config, MaskgitVQGANConfig) else TiTokConfig
+
+
 @contextlib.contextmanager
 def open_model(
     path: Path, kind: type | None, config: models.Config | None

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from titok_jax import metrics, pictures, zoo
 from titok_jax.cli import check_output, command, new_folder
 from titok_jax.data.digits import load_digits
-from titok_jax.data.transforms import center_crop_torchvision, decode_image
+from titok_jax.data.transforms import IMAGE_SUFFIXES, center_crop_torchvision, decode_image
 
 # JAX is imported where it is first used: `--help` and wrong arguments need not wait for it.
 
@@ -22,6 +21,8 @@ _EPILOG = """examples:
       eight held-out digits through the embedded model, into reconstructions/
   python -m titok_jax.reconstruct --model runs/tokenizer/pretrained cat.jpg dog.png --out pets
       two files through a tokenizer that was trained here
+  python -m titok_jax.reconstruct --model maskgit_vqgan cat.jpg
+      through the MaskGIT-VQGAN, 256 tokens an image
   python -m titok_jax.reconstruct --model runs/tokenizer/pretrained photos/ --out photos_reconstructed
       every image in a folder and below
 """
@@ -29,16 +30,19 @@ _FILES = r".*_reconstruction\.png|grid\.png|tokens\.json"  # what the output fol
 _SHOWN = 64  # images in grid.png
 
 
-def reconstruct(tokenizer, images: np.ndarray, *, batch_size: int = 64) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+def reconstruct(
+    tokenizer, images: "np.ndarray | ImageFiles", *, batch_size: int = 64
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Encodes and decodes, batch by batch; of a VAE, the mean of the posterior.
 
     Args:
-      tokenizer: as `titok_jax.load_tokenizer` gives it.
-      images: [n, H, W, 3] uint8, or float in [0, 1].
+      tokenizer: as `titok_jax.load_tokenizer` or `load_vqgan` gives it.
+      images: [n, H, W, 3] uint8, or float in [0, 1]; or what gives such arrays for its slices.
       batch_size: images at a time; the last batch is filled up, so that one program serves all.
 
     Yields:
-      Where in the images, tokens int32 [b, N] (a VAE: float32 [b, N, C]), reconstructions float32 [b, H, W, 3] in [0, 1].
+      Where in the images, tokens int32 [b, N] (a VAE: float32 [b, N, C], a VQGAN: int32 [b, h, w]), reconstructions float32
+      [b, H, W, 3] in [0, 1].
 
     Raises:
       ValueError: images of another size than the tokenizer's, or one without pixels (stage 1).
@@ -53,47 +57,61 @@ def reconstruct(tokenizer, images: np.ndarray, *, batch_size: int = 64) -> Itera
         yield slice(start, start + count), np.asarray(tokens)[:count], np.asarray(decoded)[:count]
 
 
-def find_images(arguments: Sequence[str]) -> dict[str, Path]:
-    """{name: file} of image files and of all images in folders and below, sorted there; the name is the path as given.
+def find_images(arguments: Sequence[str]) -> list[tuple[str, Path]]:
+    """(name, file) of image files and of all images in folders and below, sorted there; the name is the path as given.
 
     Raises:
       FileNotFoundError: no such file or folder.
       ValueError: a folder without images.
     """
-    known = Image.registered_extensions()
-    files: dict[str, Path] = {}
+    files: list[tuple[str, Path]] = []
     for argument in arguments:
         path = Path(argument)
         if not path.exists():
             raise FileNotFoundError(f"{argument}: no such file or folder")
         found = [path]
         if path.is_dir():
-            inside = (file for file in path.rglob("*") if file.suffix.lower() in known and not file.name.startswith("."))
+            inside = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
             found = sorted(file for file in inside if file.is_file())
             if not found:
-                raise ValueError(f"{argument}: no images in this folder or below")
-        files |= {str(file): file for file in found}
+                suffixes = ", ".join(IMAGE_SUFFIXES)
+                raise ValueError(f"{argument}: no images in this folder or below; expected {suffixes} files")
+        files += [(str(file), file) for file in found]
     return files
 
 
-def read_images(files: dict[str, Path], size: int) -> np.ndarray:
-    """Reads images as the published reconstruction score does: shorter side to `size`, then the centre.
+class ImageFiles:
+    """Images as the published reconstruction score takes them: shorter side to `size`, then the centre.
 
-    Returns:
-      uint8 [n, size, size, 3].
+    `files[a:b]` decodes some, uint8 [b - a, size, size, 3]; `len(files)` is their number. All are decoded once at the start,
+    and none is kept but the last that were asked for.
 
     Raises:
       ValueError: naming every file that cannot be read.
     """
-    images, problems = [], []
-    for path in files.values():
-        try:
-            images.append(center_crop_torchvision(decode_image(path.read_bytes(), str(path)), size))
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("unreadable images, nothing was written:\n  " + "\n  ".join(problems))
-    return np.stack(images)
+
+    def __init__(self, paths: Sequence[Path], size: int):
+        self._paths, self._size, self._last = list(paths), size, (slice(0, 0), None)
+        problems = []
+        for path in self._paths:
+            try:
+                self._read(path)
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("unreadable images, nothing was written:\n  " + "\n  ".join(problems))
+
+    def _read(self, path: Path) -> np.ndarray:
+        return center_crop_torchvision(decode_image(path.read_bytes(), str(path)), self._size)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        where = slice(*where.indices(len(self)))
+        if self._last[0] != where:
+            self._last = where, np.stack([self._read(path) for path in self._paths[where]])
+        return self._last[1]
 
 
 def _picture_names(names: Sequence[str]) -> list[str]:
@@ -118,9 +136,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = ", ".join(zoo.names("tokenizer"))
+    known = ", ".join(zoo.names("tokenizer") + zoo.names("vqgan"))
     parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a tokenizer (default: digits)")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (HF_TOKEN: a token for it)")
     parser.add_argument("--out", default="reconstructions", help="folder to write (default: reconstructions)")
     parser.add_argument("--num", type=int, default=8, help="without images: how many held-out digits (default: 8)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
@@ -137,41 +156,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.images and args.model != "digits":
         raise ValueError("no images given; name image files or a folder of them")
     out = check_output(args.out, args.overwrite, folder_of=_FILES)
-    zoo.find(args.model, "tokenizer")  # before JAX is imported
-    files = find_images(args.images)
+    zoo.find(args.model, None if args.model in zoo.names("vqgan") else "tokenizer")  # before JAX is imported
+    files = dict(find_images(args.images))
 
     from titok_jax import inference
+    from titok_jax.models import MaskgitVQGANConfig
 
-    config = inference.load_tokenizer_config(args.model)
-    if config.predicts_codes:
+    config = inference.load_image_config(args.model, revision=args.revision)
+    is_vqgan = isinstance(config, MaskgitVQGANConfig)
+    if not is_vqgan and config.predicts_codes:
         raise ValueError(f"{args.model} is a stage 1 model, which predicts codes, not images; name one of stage 2")
+    size = config.resolution if is_vqgan else config.image_size
     if files:
-        names, images = list(files), read_images(files, config.image_size)
+        names, images = list(files), ImageFiles(list(files.values()), size)
     else:
-        digits, labels = (array[: args.num] for array in load_digits("test", config.image_size))
+        digits, labels = load_digits("test", size)
+        if args.num > len(digits):
+            raise ValueError(f"--num is {args.num}, but there are {len(digits)} held-out digits")
+        digits, labels = digits[: args.num], labels[: args.num]
         names = [f"digit_{index:03d}_{label}" for index, label in enumerate(labels)]
         images = np.repeat(digits[..., None], 3, axis=-1)
 
-    tokenizer = inference.load_tokenizer(args.model)
-    what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
-    if config.quantize_mode == "vae":
+    load = inference.load_vqgan if is_vqgan else inference.load_tokenizer
+    tokenizer = load(args.model, revision=args.revision)
+    if is_vqgan:
+        what = f"{(size // config.downsampling) ** 2} tokens of {config.codebook_size} codes"
+    elif config.quantize_mode == "vae":
         what = f"{config.num_latent_tokens} latents of {config.token_size} channels"
-    print(f"{args.model}: {config.image_size}x{config.image_size} pixels to {what}\ncompiling; the first batch takes longer")
+    else:
+        what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
+    print(f"{args.model}: {size}x{size} pixels to {what}\ncompiling; the first batch takes longer")
     width, all_psnr, tokens, shown = max(map(len, names)), [], {}, []
     with new_folder(out) as folder, tqdm(total=len(images), unit="image") as bar:
         file_names = _picture_names(names)
         for where, codes, decoded in reconstruct(tokenizer, images, batch_size=args.batch_size):
-            values = metrics.psnr(images[where] / 255.0, decoded)
-            for index, code, image, value in zip(range(where.start, where.stop), codes, decoded, values, strict=True):
+            originals = images[where]
+            values = metrics.psnr(originals / 255.0, decoded)
+            rows = zip(range(where.start, where.stop), codes, originals, decoded, values, strict=True)
+            for index, code, original, image, value in rows:
                 caption = f"{Path(names[index]).name}   {value:.2f} dB"
-                pictures.side_by_side(images[index], image, caption).save(folder / file_names[index])
+                pictures.side_by_side(original, image, caption).save(folder / file_names[index])
                 tqdm.write(f"{names[index]:{width}}  PSNR {value:6.2f} dB")
                 tokens[names[index]] = code.tolist()
             shown += list(decoded[: _SHOWN - len(shown)])
             all_psnr += values.tolist()
             bar.update(len(codes))
         captions = [f"{value:.1f} dB" for value in all_psnr[: len(shown)]]
-        columns = 8 if config.image_size <= 64 else 4
+        columns = 8 if size <= 64 else 4
         pictures.comparison(images[: len(shown)], np.stack(shown), columns, captions).save(folder / "grid.png")
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(code)}" for name, code in tokens.items())
         (folder / "tokens.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

@@ -122,16 +122,21 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_sha256(generator: str | None, tokenizer: str | None) -> dict[str, str]:
+def weights_sha256(
+    generator: str | None, tokenizer: str | None, revision: str | None = None, tokenizer_revision: str | None = None
+) -> dict[str, str]:
     """{"generator": ..., "tokenizer": ...}: SHA-256 of the files that `load_generator` and `load_tokenizer` read for these
-    names or folders; what is None is left out. Errors as there."""
+    names or folders, of these revisions on the hub; what is None is left out. Errors as there."""
     from titok_jax import pretrained
     from titok_jax.models import GeneratorConfig, TiTokConfig
 
-    sources = {"generator": (generator, GeneratorConfig), "tokenizer": (tokenizer, TiTokConfig)}
+    sources = {
+        "generator": (generator, GeneratorConfig, revision),
+        "tokenizer": (tokenizer, TiTokConfig, tokenizer_revision),
+    }
     return {
-        name: sha256(pretrained.locate(source, kind).weights)
-        for name, (source, kind) in sources.items()
+        name: sha256(pretrained.locate(source, kind, revision=revision).weights)
+        for name, (source, kind, revision) in sources.items()
         if source is not None
     }
 
@@ -291,6 +296,8 @@ def _parser() -> argparse.ArgumentParser:
     known = ", ".join(zoo.names("generator"))
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a generator (default: digits)")
     parser.add_argument("--tokenizer", help="name or folder, if not the one in the generator's folder")
+    parser.add_argument("--revision", help="branch, tag or commit of a generator on the hub (HF_TOKEN: a token for it)")
+    parser.add_argument("--tokenizer-revision", help="the same of its tokenizer, which is in a repository of its own")
     parser.add_argument("--labels", default="all", help="classes: numbers separated by commas, or all (default: all)")
     parser.add_argument("--num", type=int, default=64, help="how many images, shared among the labels (default: 64)")
     parser.add_argument(
@@ -326,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from titok_jax import inference
 
-    tokenizer_config, config = inference.pair_configs(args.model, args.tokenizer)
+    revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
+    tokenizer_config, config = inference.pair_configs(args.model, args.tokenizer, **revisions)
     if tokenizer_config.predicts_codes:
         raise ValueError("the tokenizer is a stage 1 model, which predicts codes, not images; name one of stage 2")
     settings = sampling_settings(args, config.sampling)
@@ -342,14 +350,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{out}.shards",
         {"labels": args.labels, "seed": args.seed, "dtype": args.dtype}
         | settings
-        | weights_sha256(args.model, args.tokenizer or args.model),
+        | weights_sha256(args.model, args.tokenizer or args.model, **revisions),
         args.num,
         batch_size,
         restart=args.overwrite,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype, mesh=local_mesh())
+    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype, mesh=local_mesh(), **revisions)
 
     def pieces(numbers):
         options = {"batch_size": batch_size, "batches": numbers, **settings}

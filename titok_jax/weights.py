@@ -100,7 +100,21 @@ def open_weights(path: str | os.PathLike) -> Iterator[Weights]:
             yield Weights(form, _torch(path))
 
 
+_OTHERS = {
+    b"\x89PNG": "an image (PNG)",
+    b"\xff\xd8\xff": "an image (JPEG)",
+    b"GIF8": "an image (GIF)",
+    b"RIFF": "an image or a sound (RIFF)",
+    b"version https://": "the place of a file that Git LFS has not downloaded (git lfs pull)",
+    b"<": "a page of the web, not the file",
+    b"\x1f\x8b": "compressed (gzip)",
+}
+
+
 def _form(path: Path, start: bytes) -> str:
+    for beginning, what in _OTHERS.items():
+        if start.startswith(beginning):
+            raise WeightsError(f"{path} holds no weights: it is {what}")
     if start[8:9] == b"{":
         return "safetensors"
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
@@ -242,7 +256,8 @@ def write_safetensors(
 # PyTorch: a pickle, in a zip archive since version 1.6
 
 
-def _import_torch(path: Path, purpose: str):
+def import_torch(path: Path, purpose: str):
+    """The module torch; without it a WeightsError that says what it is needed for: to "read" or "write" the file."""
     try:
         import torch
     except ImportError:
@@ -300,7 +315,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _torch(path: Path) -> dict[str, _TorchTensor]:
-    torch = _import_torch(path, "read")
+    torch = import_torch(path, "read")
     mapped = zipfile.is_zipfile(path)  # a file of the old form (before PyTorch 1.6) cannot be mapped into memory
     try:
         if mapped:
@@ -338,7 +353,7 @@ def write_torch(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
     Raises:
       WeightsError: PyTorch is not installed.
     """
-    torch = _import_torch(Path(path), "write")
+    torch = import_torch(Path(path), "write")
     state = {}
     for name, tensor in tensors.items():
         array = np.array(tensor)  # a copy: PyTorch does not take read-only arrays

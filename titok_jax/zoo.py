@@ -71,6 +71,25 @@ class Model:
             f"{settings['guidance_scale']} {settings['guidance_decay']}, annealed"
         )
 
+    @property
+    def configuration(self) -> str:
+        """The architecture in words; "" if it is no published model."""
+        if self.architecture is None:
+            return ""
+        if self.kind == "vqgan":
+            return "convolutions of 128 x (1, 1, 2, 2, 4), 2 blocks each, 1,024 codes of 256 channels"
+        if self.kind == "generator":
+            model = self.architecture["generator"]
+            size = f"{model['num_hidden_layers']} layers, width {model['hidden_size']}, MLP {model['intermediate_size']}"
+            return f"{model['model_type']}, {size}, {model['num_attention_heads']} heads, {model['image_seq_len']} tokens"
+        model = self.architecture["vq_model"]
+        latents = f"{model['num_latent_tokens']} x {model['token_size']} channels"
+        if "codebook_size" in model:
+            latents += f", {model['codebook_size']:,} codes" + (" on the unit sphere" if model["use_l2_norm"] else "")
+        stages = "two-stage" if model.get("is_legacy", True) else "single-stage"
+        sizes = f"{model['vit_enc_model_size']} encoder, {model['vit_dec_model_size']} decoder"
+        return f"{stages}, {sizes}, patches of {model['vit_enc_patch_size']}, {latents}"
+
     def cached(self) -> str | None:
         """Path of the weights on this machine, None if they are not here; asks no network."""
         if self.folder is not None:
@@ -314,9 +333,10 @@ def what(name: str) -> str:
 
 
 def table(models: Sequence[Model] = MODELS) -> str:
-    """The models as lines of text."""
+    """The models as lines of text: two tables, what they are and do, and what they are made of."""
     fid = {"tokenizer": "rFID", "generator": "gFID", "vqgan": "rFID"}
-    rows = [("name", "kind", "parameters", "published", "sampling", "weights", "on this machine")]
+    rows = [("name", "kind", "parameters", "published", "sampling", "on this machine")]
+    details = [("name", "kind", "configuration", "weights", "published checkpoint")]
     for model in models:
         rows.append(
             (
@@ -325,10 +345,15 @@ def table(models: Sequence[Model] = MODELS) -> str:
                 "" if model.num_params is None else f"{model.num_params:,}",
                 "" if model.fid is None else f"{fid[model.kind]} {model.fid:.2f}",
                 model.sampling,
-                "in this package" if model.folder else f"{model.repository}/{model.file}",
                 "yes" if model.cached() else "no",
             )
         )
+        weights = "in this package" if model.folder else f"{HUB_PREFIX}{model.repository}/{model.file}"
+        details.append((model.name, model.kind, model.configuration, weights, model.checkpoint or ""))
+    return f"{_aligned(rows)}\n\n{_aligned(details)}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

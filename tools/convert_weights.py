@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("output", help="folder or file to write; must not exist")
     parser.add_argument("--kind", choices=_KINDS, help="which model of a name or folder (default: told from the tensors)")
+    parser.add_argument("--revision", help="branch, tag or commit, of an input on the hub")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the output (default: that of each tensor)")
     parser.add_argument("--dry-run", action="store_true", help="print names, shapes and dtypes; write nothing")
     args = parser.parse_args(argv)
@@ -157,10 +158,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"{output}: unknown ending {output.suffix}; expected one of {', '.join(filter(None, _ENDINGS))}, or /"
         )
+    if form == "torch" and not args.dry_run:
+        weights.import_torch(output, "write")
     kind = None if args.kind is None else _KINDS[args.kind]
     if kind is None and args.input in zoo.names("generator") and args.input in zoo.names("tokenizer"):
         raise ValueError(f"{args.input} is a tokenizer and a generator; add --kind tokenizer or --kind generator")
-    files = pretrained.locate(args.input, kind)
+    files = pretrained.locate(args.input, kind, revision=args.revision)
     pretrained.check_download(files.weights)
     pretrained.check_config(files)
     with open_input(files, kind) as (config, found):

@@ -18,9 +18,7 @@ from etils import epath
 
 from titok_jax.data.digits import load_digits
 from titok_jax.data.records import decode_json_tokens, decode_record
-from titok_jax.data.transforms import Example, decode_image
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_image
 
 Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or glob pattern, or several
 
@@ -74,7 +72,7 @@ class FolderSource:
         files = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
         parts = sorted(os.path.relpath(file, root).split(os.sep) for file in files if _is_image(file))
         if not parts:
-            raise ValueError(f"{root}: no images in this folder or below; expected {', '.join(_IMAGE_SUFFIXES)} files")
+            raise ValueError(f"{root}: no images in this folder or below; expected {', '.join(IMAGE_SUFFIXES)} files")
         loose = [name for name, *below in parts if not below]
         if labels and loose and len(loose) < len(parts):
             raise ValueError(
@@ -172,7 +170,7 @@ class WebDatasetSource:
                         if not key:
                             continue  # hidden files, such as the ._KEY.jpg that macOS adds
                         sample = samples.setdefault((folder, key), [0, 0, -1])
-                        if f".{extension.lower()}" in _IMAGE_SUFFIXES:
+                        if f".{extension.lower()}" in IMAGE_SUFFIXES:
                             sample[:2] = member.offset_data, member.size
                         elif extension == "cls":
                             sample[2] = int(tar.extractfile(member).read())
@@ -182,7 +180,7 @@ class WebDatasetSource:
             if bare or not samples:
                 raise ValueError(
                     f"{path}: {f'{len(bare)} samples without an image, the first is {bare[0]}' if bare else 'empty'}; "
-                    f"expected KEY{', KEY'.join(_IMAGE_SUFFIXES)} beside each KEY.cls"
+                    f"expected KEY{', KEY'.join(IMAGE_SUFFIXES)} beside each KEY.cls"
                 )
             spans.append(np.array([(number, *sample) for sample in samples.values()], np.int64))
         self._spans = np.concatenate(spans)
@@ -282,7 +280,7 @@ def _expand(paths: Paths, what: str) -> list[str]:
 
 def _is_image(path: str) -> bool:
     name = os.path.basename(path)
-    return name.lower().endswith(_IMAGE_SUFFIXES) and not name.startswith(".")  # macOS adds ._NAME.jpg
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")  # macOS adds ._NAME.jpg
 
 
 def _read(path: str, offset: int, length: int) -> bytes:

@@ -17,6 +17,7 @@ from PIL import Image
 
 Example = dict[str, Any]  # "image": uint8 [H, W, 3] or "tokens": int32 [N]; "label": int32 []
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # what is an image in a folder
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -25,11 +26,18 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     transparency is dropped.
 
     Raises:
-      ValueError: the bytes are no image Pillow can read, or are cut short; `name` says where they came from.
+      ValueError: the bytes are no image Pillow can read, are cut short, or have grey levels of 32 bits (some TIFF files), of
+        which no one knows what is white; `name` says where they came from.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I;16"):  # 16-bit grey, whose values Pillow would cut off at 255
+            sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+            if image.mode in ("I", "F") and not sixteen_bits:
+                kind = "whole numbers" if image.mode == "I" else "floats"
+                raise ValueError(
+                    f"its pixels are {kind} of 32 bits, of which none is known to be white; save it with 8 or 16"
+                )
+            if sixteen_bits:  # grey, whose values Pillow would cut off at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # each of Pillow's readers has exceptions of its own for damaged files
