@@ -517,3 +517,8 @@ def test_quality_of_the_digits(tmp_path):
     assert result["generation"]["num_images"] == 1000
     assert result["generated_accuracy"] >= 0.95
     assert result["reconstructed_accuracy"] >= 0.95
+    against = result["against_training_digits"]
+    assert against["held_out"]["digits-FID-360"] < 8  # as near as real digits are
+    assert result["reconstruction"]["held_out"]["digits-rFID-360"] < 6
+    assert 30 < against["generated"]["digits-FID-360"] < 80
+    assert 30 < against["generated"]["digits-FID-1K"] < 80

@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import scipy.linalg
+import scipy.special
 import tiny_models as tiny
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
+from test_inception import golden_weights
 
 from titok_jax import decoding, evaluate, evaluation, features, inference, metrics, pretrained, sample
 from titok_jax.data.digits import load_digits
@@ -256,6 +259,47 @@ def test_adm_references(model, networks, tmp_path):
     assert (result["reference"]["num_images"], result["reference"]["neighbourhoods"]) == (None, 40)
     main(*options, "--reference", tmp_path / "images.npz", "--overwrite")  # without statistics: those of its images
     assert read(tmp_path / "a.json")["metrics"]["FID-50"] == pytest.approx(frechet(network(few).pool, fake.pool), rel=1e-5)
+
+
+def test_the_whole_path_with_inception(tmp_path, monkeypatch, capsys):
+    """With seeded weights in the form of the published file; the distance of 2,048 features has tests of its own."""
+    monkeypatch.delenv("TITOK_JAX_INCEPTION", raising=False)
+    images = rgb("test")[:12]
+    np.savez(tmp_path / "samples.npz", images[:6])
+    np.savez(tmp_path / "adm.npz", images[6:])
+    options = ["--samples", tmp_path / "samples.npz", "--reference", tmp_path / "adm.npz", "--json", tmp_path / "a.json"]
+    assert evaluate.main([str(option) for option in options]) == 2  # and not another network in its place
+    assert "FID needs the weights of InceptionV3, but none are given: download https://" in capsys.readouterr().err
+
+    weights = tmp_path / "inception.safetensors"
+    safetensors.numpy.save_file(golden_weights(), weights)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", sample.sha256(weights))
+    monkeypatch.setattr(features, "verify_inception", lambda path: None)
+    monkeypatch.setenv("TITOK_JAX_INCEPTION", str(weights))
+    found = features.load_inception(batch_size=6)(images)
+    compared = []
+
+    def distance(a, b):
+        assert a.network == b.network == "inception-2015-12-05"
+        compared.append((a.mean, b.mean))
+        return 0.5 + len(compared)
+
+    monkeypatch.setattr(metrics, "frechet_distance", distance)
+    main(*options, "--batch-size", 6)
+    result = read(tmp_path / "a.json")
+    assert result["features"] == {"network": "inception-2015-12-05", "sha256": sample.sha256(weights)}
+    for (samples, reference), name in zip(compared, ("pool", "spatial"), strict=True):
+        expected = getattr(found, name).astype(np.float64)
+        for mean, rows in ((samples, expected[:6]), (reference, expected[6:])):
+            np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-5, atol=1e-6 * expected.max())
+    p = scipy.special.softmax(found.logits[:6].astype(np.float64), -1)
+    assert result["metrics"] == {
+        "FID-6": 1.5,
+        "sFID-6": 2.5,
+        "IS-6": pytest.approx(math.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), -1))), rel=1e-5),
+        **dict(zip(("precision-6", "recall-6"), metrics.precision_recall(found.pool[6:], found.pool[:6]), strict=True)),
+    }
+    weights.unlink()  # 96 MB
 
 
 def test_neighbourhoods_are_spread_over_a_large_reference(tmp_path, monkeypatch):
