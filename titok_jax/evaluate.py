@@ -249,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     known = ", ".join(zoo.names("tokenizer"))
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a model (default: digits)")
     parser.add_argument("--tokenizer", help="name or folder, if not the one in the generator's folder")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (HF_TOKEN: a token for it)")
+    parser.add_argument("--tokenizer-revision", help="the same of the tokenizer, which is in a repository of its own")
     what = parser.add_argument_group("what is measured", "without these: every figure of a model of the digits")
     what.add_argument("--reconstruct", metavar="DATA", help="images against their reconstructions by the tokenizer")
     what.add_argument(
@@ -365,7 +367,8 @@ class Evaluation:
         self.prefix = "digits-" if digits else ""
         tokenizer = None if mode in ("samples", "reference") else args.tokenizer or args.model
         generator = args.model if mode in ("digits", "generation", "sweep") else None
-        self.identity = {"features": self.network.name, "dtype": args.dtype, **weights_sha256(generator, tokenizer)}
+        weights = weights_sha256(generator, tokenizer, args.revision, _tokenizer_revision(args, generator))
+        self.identity = {"features": self.network.name, "dtype": args.dtype, **weights}
         digest = sha256(features.DIGITS_WEIGHTS) if digits else features.INCEPTION_SHA256
         self.result: dict[str, Any] = {"mode": mode}
         if tokenizer is not None:
@@ -409,7 +412,9 @@ class Evaluation:
     def load_pair(self):
         from titok_jax.inference import load_pair
 
-        return load_pair(self.args.model, self.args.tokenizer, dtype=self.args.dtype, mesh=local_mesh())
+        args = self.args
+        revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
+        return load_pair(args.model, args.tokenizer, dtype=args.dtype, mesh=local_mesh(), **revisions)
 
     def generate(self, name: str, pair, labels: np.ndarray, settings: dict[str, Any]) -> Shards:
         """The pieces of generated images."""
@@ -417,6 +422,11 @@ class Evaluation:
         options = (self.network, labels, self.args.seed, settings)
         self.work.make(job, evaluation.generation_pieces(job, *pair, *options))
         return job
+
+
+def _tokenizer_revision(args: argparse.Namespace, generator: str | None) -> str | None:
+    """Of what `load_tokenizer` reads: without a generator, --model is the tokenizer."""
+    return args.tokenizer_revision if generator or args.tokenizer else args.revision
 
 
 def _digits(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -444,7 +454,9 @@ def _reconstruction(run: Evaluation) -> dict[str, Any] | None:
         files = [Path(args.lpips) / name for name in names]
         about["lpips_sha256"] = {file.name: sha256(file) for file in files if file.is_file()}
 
-    tokenizer = load_tokenizer(args.tokenizer or args.model, dtype=args.dtype, mesh=local_mesh())
+    tokenizer = load_tokenizer(
+        args.tokenizer or args.model, dtype=args.dtype, mesh=local_mesh(), revision=_tokenizer_revision(args, None)
+    )
     job = run.work.job("reconstruction", len(images), run.identity | about)
     run.work.make(job, evaluation.reconstruction_pieces(job, images, tokenizer, run.network, lpips=lpips))
     if not job.first:
@@ -608,10 +620,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if samples is not None:
         image_size, grid = samples.size, []
     elif mode in ("reconstruction", "reference"):
-        tokenizer_config, grid = inference.load_tokenizer_config(args.tokenizer or args.model), []
+        revision = _tokenizer_revision(args, None)
+        tokenizer_config, grid = inference.load_tokenizer_config(args.tokenizer or args.model, revision=revision), []
         image_size = tokenizer_config.image_size
     else:
-        tokenizer_config, config = inference.pair_configs(args.model, args.tokenizer)
+        revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
+        tokenizer_config, config = inference.pair_configs(args.model, args.tokenizer, **revisions)
         image_size, grid = tokenizer_config.image_size, _grid(args, config.sampling)
         digits = config.num_classes == NUM_CLASSES and image_size == DIGITS_SIZE
         if not (digits or args.reference):
