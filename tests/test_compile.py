@@ -176,6 +176,38 @@ def test_a_small_step_compiles_for_a_tpu_slice(tmp_path):
     assert np.isclose(row["argument_bytes"], 16e6, rtol=0.2)
 
 
+def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypatch, capsys):
+    results, calls = tmp_path / "rows.json", []
+    row = {"mesh": {"data": 16}, "batch_size": 8, "problems": []}
+    figures = ("argument_bytes", "temporary_bytes", "total_bytes", "flops", "estimated_seconds", "compile_seconds")
+    row |= dict.fromkeys(figures, 2**30) | {"collective_bytes": {"all-reduce": 5e6}, "collective_count": {"all-reduce": 3}}
+    results.write_text(json.dumps([row | {"name": "stage1:l32", "slice": "v5e-16"}]))
+
+    def run(command):
+        calls.append(command[3:])
+        if "--config" in command:  # the other dies
+            options = dict(zip(command[3::2], command[4::2], strict=False))
+            name = compiling.row_name(options["--config"], command[9:])
+            compiling._write_row(results, row | {"name": name, "slice": options["--slice"], "problems": ["too large"]})
+
+    programs = (
+        ("configs/stage1.py:l32", "v5e-16", ()),
+        ("configs/stage1.py:l32", "v6e-64", ("--config.remat=True",)),
+        ("titok_l32", "v4-32", ()),
+    )
+    monkeypatch.setattr(compiling, "TABLE", programs)
+    monkeypatch.setattr(compiling.subprocess, "run", run)
+    assert compiling.main(["--all", "--results", str(results)]) == 1
+    assert calls == [
+        ["--config", programs[1][0], "--slice", "v6e-64", "--results", str(results), "--config.remat=True"],
+        ["--sampler", "titok_l32", "--slice", "v4-32", "--results", str(results)],
+    ]
+    printed = capsys.readouterr().out
+    assert "| `stage1:l32` | v5e-16 | data 16 | 8 | 1.0 (1.0 + 1.0) | 0.00 | all-reduce 5 (3) |" in printed
+    assert "stage1:l32 remat=True on v6e-64: too large\nsample titok_l32 on v4-32: not compiled\n" in printed
+    assert len(json.loads(results.read_text())) == 2
+
+
 def test_wrong_arguments_end_with_one_line(capsys):
     for arguments, message in [
         (("--config", "x.py", "--slice", "v5e-15"), "--slice is 'v5e-15', expected one of v4-8"),

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# with_bucket.sh BUCKET CMD...: mounts gs://BUCKET at /tmp/BUCKET on this machine, for reading, unless it is there already, and
+# runs CMD in its place. ArrayRecord files are read at random places, which needs a path of the file system.
+set -euo pipefail
+
+[[ $# -ge 2 ]] || {
+  echo "usage: with_bucket.sh BUCKET CMD..." >&2
+  exit 2
+}
+bucket=$1 folder=${TMPDIR:-/tmp}/$1
+shift
+if ! mountpoint -q "$folder"; then
+  if ! command -v gcsfuse >/dev/null; then
+    keys=/usr/share/keyrings/cloud.google.asc
+    curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$keys" >/dev/null
+    echo "deb [signed-by=$keys] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+    sudo apt-get -qq update
+    sudo apt-get -qq install -y gcsfuse
+  fi
+  mkdir -p "$folder"
+  gcsfuse --implicit-dirs -o ro "$bucket" "$folder"
+fi
+exec "$@"
