@@ -223,6 +223,16 @@ def test_wrong_arguments_end_with_one_line(cloud):
     assert "examples:" in subprocess.run([SCRIPTS / "tpu.sh", "--help"], capture_output=True, text=True).stdout
 
 
+def test_a_bucket_is_mounted_once(cloud):
+    programs = {"mountpoint": '[[ -e "$2/file" ]]', "gcsfuse": f'echo "$@" >>{cloud}/mounts; touch "${{@: -1}}/file"'}
+    for name, text in programs.items():
+        (cloud / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (cloud / "bin" / name).chmod(0o755)
+    command = ["bash", SCRIPTS / "with_bucket.sh", "b", "bash", "-c", f'test -e {cloud}/b/file && exit "$0"', "7"]
+    assert [subprocess.run(command).returncode for _ in range(2)] == [7, 7]
+    assert (cloud / "mounts").read_text() == f"--implicit-dirs -o ro b {cloud}/b\n"
+
+
 def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:

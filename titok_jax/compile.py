@@ -91,6 +91,7 @@ def topology_devices(name: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError('the TPU compiler is not installed: pip install "titok_jax[tpu]", or libtpu beside this jax')
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks the metadata server of a cloud machine otherwise
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it holds no chip, so it need not be alone on the machine
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jax.experimental import topologies
 
