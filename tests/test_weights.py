@@ -453,19 +453,18 @@ def test_mutated_flax_checkpoints(in_time, tmp_path):
 
 
 def test_each_byte_of_a_tensor_counts(tmp_path):
-    """One flipped bit in each tensor, and two tensors that take each other's place, are found by name."""
+    """A flipped bit in a tensor, and two tensors that take each other's place, are found by name."""
     folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
     path = folder / "model.safetensors"
     original = path.read_bytes()
     header, _ = split(path)
     start = len(original) - max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    for name, entry in header.items():
-        if name != "__metadata__":
-            data = bytearray(original)
-            data[start + entry["data_offsets"][0]] ^= 1  # the lowest bit of the mantissa
-            path.write_bytes(data)
-            with pytest.raises(convert.WeightsError, match=rf"model\.safetensors: tensor {name} is not what was written"):
-                load_numpy(folder, TiTokConfig)
+    for name in ("latent_tokens", "encoder.conv_out.weight", "decoder.transformer.1.mlp.c_proj.bias"):
+        data = bytearray(original)
+        data[start + header[name]["data_offsets"][0]] ^= 1  # the lowest bit of the mantissa
+        path.write_bytes(data)
+        with pytest.raises(convert.WeightsError, match=rf"model\.safetensors: tensor {name} is not what was written"):
+            load_numpy(folder, TiTokConfig)
     one, two = b'"encoder.ln_pre.weight"', b'"encoder.ln_pre.biasXX"'
     swapped = original.replace(b'"encoder.ln_pre.bias"', two).replace(one, b'"encoder.ln_pre.bias"').replace(two, one)
     assert len(swapped) == len(original)
@@ -572,7 +571,7 @@ def test_mutated_configurations_without_a_checksum(config, in_time, tmp_path):
     safetensors.numpy.save_file(published(config), folder / "model.safetensors")
     path, original = folder / "config.json", (folder / "config.json").read_text()
     rng = random.Random(4)
-    for number in range(70):
+    for number in range(40):
         path.write_bytes(mutate_config(original, rng))
         error = None
         try:
@@ -634,14 +633,13 @@ def test_a_configuration_of_another_model_is_refused(tmp_path):
 
 def test_a_published_architecture_with_another_configuration(tmp_path):
     """Without its configuration it would be taken for the published one, which has the same tensors."""
-    config = dict(pretrained.known_configs(TiTokConfig))["tokenizer", "titok_s128"]
-    other = dataclasses.replace(config, use_l2_norm=False)
+    config, other = MaskgitVQGANConfig(), MaskgitVQGANConfig(resolution=128)
     tensors = {n: np.broadcast_to(np.float16(0), shape) for n, shape in pretrained.published_shapes(config).items()}
     pretrained.write_weights(tmp_path / "a.safetensors", tensors, other)
     with pytest.raises(convert.WeightsError, match=r"a\.safetensors was saved with a configuration that is not beside it"):
-        pretrained.load_config(tmp_path / "a.safetensors", TiTokConfig)
+        pretrained.load_config(tmp_path / "a.safetensors", MaskgitVQGANConfig)
     pretrained.write_config(tmp_path / "a.json", other)
-    assert pretrained.load_config(tmp_path / "a.safetensors", TiTokConfig) == other
+    assert pretrained.load_config(tmp_path / "a.safetensors", MaskgitVQGANConfig) == other
 
 
 def test_models_and_what_they_cannot_take():
