@@ -3,7 +3,8 @@
   python -m titok_jax.train --config configs/generator.py:b64 --workdir runs/b64_generator \
       --config.data.source.paths='TOKENS/*.array_record'
 
-The data are token records; for tokens made from images on the way, set --config.tokenizer and an image source. Variants l32
+The data are token records; for tokens made from images on the way take l32_images, b64_images or s128_images, and set
+--config.tokenizer and --config.data.source.path (slower, but every flip is drawn anew). Variants l32
 and b64 (ViT), s128 (U-ViT); published gFID 2.77, 2.48, 1.97, about 1 day (32 tokens) to 2 days (128) on 32 A800. l64_512 and
 b128_512 make tokens of images of 512 x 512 pixels: published gFID 2.74, and 2.49 (2.13 in 64 steps). `:smoke` is a small one
 of the embedded digits' tokens, about a minute on a CPU; `:smoke_tokens` is the same on token records.
@@ -31,13 +32,18 @@ VARIANTS = {
 
 
 def get_config(variant: str = "l32") -> ConfigDict:
-    model_type, num_tokens, (width, layers, heads, mlp), sampling = common.pick(VARIANTS, variant)
+    images = variant.endswith("_images")
+    model_type, num_tokens, (width, layers, heads, mlp), sampling = common.pick(VARIANTS, variant.removesuffix("_images"))
     config = common.base("generator")
     config.num_steps = 500_000
     config.tokenizer = ""
-    config.data.source = ConfigDict({"name": "tokens", "paths": ""})
-    config.data.eval_source = ConfigDict({"name": "tokens", "paths": ""})
-    config.data.transform = config.data.eval_transform = None
+    if images:
+        config.data.transform = ConfigDict({"name": "center_crop_flip", "size": 512 if "512" in variant else 256})
+        config.data.eval_transform.size = config.data.transform.size
+    else:
+        config.data.source = ConfigDict({"name": "tokens", "paths": ""})
+        config.data.eval_source = ConfigDict({"name": "tokens", "paths": ""})
+        config.data.transform = config.data.eval_transform = None
     config.data.batch_size = 2048
     config.model = ConfigDict(
         {

@@ -1,9 +1,13 @@
 """The recipes: their models are the published ones, the published values are in them, and the small ones can be built."""
 
+import ast
 import dataclasses
 import importlib
+import pathlib
+import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from titok_jax import pretrained
 from titok_jax.models import GeneratorConfig, TiTokConfig
@@ -90,3 +94,50 @@ def test_stage2_says_what_it_needs():
         FileNotFoundError, match=r"(?s)convnext_small-0c510722.pth.*download.pytorch.org.*perceptual_weights"
     ):
         build_task(found)
+
+
+# What a run may set as it likes; everything else of a recipe is in the tables of docs/training.md.
+NOT_RECIPE = {
+    "task", "init_from", "vqgan", "tokenizer", "perceptual_weights", "data.source", "data.eval_source",
+    "data.num_workers", "data.num_threads", "remat", "gradient_accumulation", "mesh", "log_every", "checkpoint_every",
+    "keep_checkpoints", "eval_every", "eval_images", "max_nonfinite_steps", "preview_every",
+    "preview_images", "preview_columns", "recipe",
+}  # fmt: skip
+RECIPES = {
+    "maskgit_vqgan": ("imagenet256", "imagenet512"),
+    "stage1": (*TWO_STAGE, "l64_512", "b128_512"),
+    "stage2": (*TWO_STAGE, "l64_512", "b128_512"),
+    "single_stage": SINGLE_STAGE,
+    "generator": tuple(v + i for v in (*TWO_STAGE, "l64_512", "b128_512") for i in ("", "_images")),
+}
+
+
+def documented(file: str) -> dict[str, dict]:
+    """{variant: {field: value}} of the table of a recipe in docs/training.md; a row that names variants goes before one that
+    does not, and a row without a source is none."""
+    text = (pathlib.Path(__file__).parents[1] / "docs/training.md").read_text()
+    table = text.split(f"### configs/{file}.py\n")[1].split("\n#")[0]
+    rows = re.findall(r"^\| `([\w.]+)`(?: \(([^)]*)\))? \| `([^`]*)` \| \S.* \|$", table, re.MULTILINE)
+    assert len(rows) == sum(line.startswith("| `") for line in table.splitlines()), "a row of another form"
+    values = {variant: {} for variant in RECIPES[file]}
+    for general in (True, False):
+        for name, variants, value in rows:
+            if general == (not variants):
+                for variant in variants.split(", ") if variants else RECIPES[file]:
+                    values[variant][name] = float("inf") if value == "inf" else ast.literal_eval(value)
+    return values
+
+
+def leaves(section, prefix: str = "") -> dict:
+    found = {}
+    for name, value in section.items():
+        if prefix + name in NOT_RECIPE or value is None:
+            continue
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict | dict) else {prefix + name: value}
+    return found
+
+
+@pytest.mark.parametrize("file", RECIPES)
+def test_recipes_are_what_the_documentation_says_field_by_field(file):
+    for variant, expected in documented(file).items():
+        assert leaves(config(file, variant)) == expected, variant

@@ -313,8 +313,19 @@ def test_decode_error(data):
         transforms.decode_image(data, "that.png")
 
 
+def test_center_crop_flip_mirrors_every_second_image():
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    center, rng = transforms.center_crop_torchvision(image, 24), np.random.default_rng(1)
+    found = [transforms.center_crop_flip(image, rng, size=24) for _ in range(400)]
+    mirrored = [np.array_equal(crop, center[:, ::-1]) for crop in found]
+    assert all(m or np.array_equal(crop, center) for m, crop in zip(mirrored, found, strict=True))
+    assert 160 < sum(mirrored) < 240  # 4 standard deviations
+
+
 def test_transform_spec_errors():
-    with pytest.raises(ValueError, match="unknown training transform 'mirror'; known: random_resize_crop_flip, jitter"):
+    with pytest.raises(
+        ValueError, match="unknown training transform 'mirror'; known: random_resize_crop_flip, center_crop_flip, jitter"
+    ):
         transforms.make_train_transform({"name": "mirror"})
     with pytest.raises(ValueError, match=r"jitter.*'angle'.*rotation"):
         transforms.make_train_transform({"name": "jitter", "angle": 3})

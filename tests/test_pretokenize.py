@@ -127,7 +127,7 @@ def test_the_command_goes_on_after_sigkill(tmp_path):
     for name in ("killed", "straight"):
         subprocess.run([*command, "--out", str(tmp_path / name)], check=True, capture_output=True)
     assert read(tmp_path / "killed") == read(tmp_path / "straight")
-    assert len(read(tmp_path / "killed")) == 2 * 1437
+    assert len(read(tmp_path / "killed")) == 1437  # digits are not mirrored
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from titok_jax.data.transforms import center_crop_adm, random_resize_crop_flip, 
 
 _EPILOG = """examples:
   python -m titok_jax.pretokenize digits:train --out tokens
-      the embedded training digits through the embedded tokenizer, each and its mirror image
+      the embedded training digits through the embedded tokenizer, each once: a mirrored digit is none
   python -m titok_jax.pretokenize imagenet/train --model titok_b64 --crops ten --shards 256 --out tokens
       ten crops of every image in a folder: one pass stands for ten epochs with augmentation
   python -m titok_jax.pretokenize tfds:imagenet2012:train --model titok_l32 --crops random --passes 10 --out tokens
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="digits", help=f"tokenizer: {', '.join(zoo.names('tokenizer'))}, folder or file")
     parser.add_argument("--revision", help="branch, tag or commit of a tokenizer on the hub (HF_TOKEN: a token for it)")
     parser.add_argument("--out", required=True, type=Path, help="folder of the shards; made, or continued")
-    parser.add_argument("--crops", choices=CROPS, default="flip", help="pictures of each image (default: %(default)s)")
+    parser.add_argument("--crops", choices=CROPS, help="pictures of each image (default: flip, of digits center)")
     parser.add_argument("--passes", type=int, default=1, help='passes over the data, for "random" (default: 1)')
     parser.add_argument("--shards", type=int, default=1, help="files to write (default: 1)")
     parser.add_argument("--format", choices=("array_record", "jsonl"), default="array_record", help="(default: %(default)s)")
@@ -198,11 +198,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("passes", "shards", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    if args.passes > 1 and args.crops != "random":
-        raise ValueError(f'--passes is {args.passes}, but --crops {args.crops} gives the same in every pass; use "random"')
+    described = parse_source(args.data)
+    crops = args.crops or ("center" if described["name"] == "digits" else "flip")
+    if args.passes > 1 and crops != "random":
+        raise ValueError(f'--passes is {args.passes}, but --crops {crops} gives the same in every pass; use "random"')
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, expected a folder")
-    source = make_source(parse_source(args.data))
+    source = make_source(described)
     if args.shards > args.passes * len(source):
         raise ValueError(f"--shards is {args.shards}, more than the {args.passes * len(source)} images")
 
@@ -217,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": args.data,
         "num_images": len(source),
         "model": args.model if args.revision is None else f"{args.model}@{args.revision}",
-        "crops": args.crops,
+        "crops": crops,
         "passes": args.passes,
         "seed": args.seed,
         "shards": args.shards,

@@ -128,6 +128,21 @@ def random_resize_crop_flip(
     return np.ascontiguousarray(image)
 
 
+def center_crop_flip(image: np.ndarray, rng: np.random.Generator, *, size: int, flip_probability: float = 0.5) -> np.ndarray:
+    """`center_crop_torchvision`, mirrored half of the time: the published augmentation of the generator when it is trained
+    on images (`random_crop: False`, `random_flip: True`).
+
+    Args:
+      image: uint8 [H, W, 3].
+      rng: draws the flip.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    image = center_crop_torchvision(image, size)
+    return np.ascontiguousarray(image[:, ::-1]) if rng.random() < flip_probability else image
+
+
 def jitter(
     image: np.ndarray, rng: np.random.Generator, *, rotation: float = 8.0, shift: float = 2.0, scale: float = 0.05
 ) -> np.ndarray:
@@ -170,13 +185,18 @@ def make_train_transform(spec: Mapping[str, Any]) -> Callable[[Example, np.rando
     """The augmentation named by `spec`, as a picklable function of an example and a random generator.
 
     Args:
-      spec: "name" (`random_resize_crop_flip` or `jitter`) and that function's keyword arguments,
+      spec: "name" (`random_resize_crop_flip`, `center_crop_flip` or `jitter`) and that function's keyword arguments,
         e.g. {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256}.
 
     Raises:
       ValueError: unknown name or option.
     """
-    options = _options(spec, {"random_resize_crop_flip": random_resize_crop_flip, "jitter": jitter}, "training")
+    known = {
+        "random_resize_crop_flip": random_resize_crop_flip,
+        "center_crop_flip": center_crop_flip,
+        "jitter": jitter,
+    }
+    options = _options(spec, known, "training")
     return functools.partial(_apply_random, *options)
 
 
