@@ -28,6 +28,7 @@ from test_inception import golden_weights
 from titok_jax import decoding, evaluate, evaluation, features, inference, metrics, pretrained, sample
 from titok_jax.data.digits import load_digits
 from titok_jax.data.transforms import center_crop_adm, center_crop_torchvision, to_uint8_round, to_uint8_truncate
+from titok_jax.models import MaskgitVQGANConfig
 
 # Fewer images than features; the metrics know how to deal with it.
 pytestmark = pytest.mark.filterwarnings("ignore:Matrix is singular")
@@ -129,16 +130,21 @@ def pictures_folder(folder, count=7):
     return [arrays[i] for i in (*range(0, count, 2), *range(1, count, 2))]  # sorted by path
 
 
-@pytest.mark.parametrize("kind", ["vq", "vae"])
+@pytest.mark.parametrize("kind", ["vq", "vae", "vqgan"])
 def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
-    folder = model if kind == "vq" else tiny.save(tmp_path / "vae", tiny.VAE)
+    folder = model
+    if kind == "vae":
+        folder = tiny.save(tmp_path / "vae", tiny.VAE)
+    if kind == "vqgan":
+        config = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, resolution=32)
+        folder = pretrained.save(tmp_path / "vqgan", config, tiny.params(config))
     arrays = pictures_folder(tmp_path / "photos")
     out = tmp_path / "r.json"
     options = ["--model", folder, "--reconstruct", tmp_path / "photos", "--features", "inception", "--json", out]
     main(*options, "--batch-size", 3)
     result = read(out)
     # The same by the library, all at once.
-    tokenizer = inference.load_tokenizer(folder)
+    tokenizer = inference.load_vqgan(folder) if kind == "vqgan" else inference.load_tokenizer(folder)
     images = np.stack([center_crop_torchvision(array, 32) for array in arrays])
     tokens = tokenizer.encode(images)
     rebuilt = to_uint8_round(tokenizer.decode(tokens))
@@ -151,13 +157,13 @@ def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
         "psnr": metrics.psnr(images / 255.0, rebuilt / 255.0).mean(),
         "ssim": metrics.ssim(images / 255.0, rebuilt / 255.0).mean(),
     }
-    if kind == "vq":
-        expected["codebook_usage"] = len(np.unique(tokens)) / 64
+    if kind != "vae":
+        expected["codebook_usage"] = len(np.unique(tokens)) / tokenizer.config.codebook_size
     for name, value in expected.items():
         assert result["metrics"][name] == pytest.approx(value, rel=2e-3), name  # single pixels round differently by batch
-    assert ("perplexity" in result["metrics"]) == (kind == "vq")
+    assert ("perplexity" in result["metrics"]) == (kind != "vae")
     assert (result["crop"], result["num_images"], result["features"]["network"]) == ("torchvision", 7, "inception")
-    assert result["sha256"]["tokenizer"] == sample.sha256(pretrained.locate(folder, tiny.TOKENIZER.__class__).weights)
+    assert result["sha256"]["tokenizer"] == sample.sha256(pretrained.locate(folder, type(tokenizer.config)).weights)
     assert result["features"]["sha256"] == features.INCEPTION_SHA256
     assert "rFID-7" in capsys.readouterr().out
     assert not (tmp_path / "r.json.shards").exists()

@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = ", ".join(zoo.names("tokenizer"))
+    known = ", ".join(zoo.names("tokenizer") + zoo.names("vqgan"))
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a model (default: digits)")
     parser.add_argument("--tokenizer", help="name or folder, if not the one in the generator's folder")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (HF_TOKEN: a token for it)")
@@ -439,7 +439,7 @@ def _digits(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _reconstruction(run: Evaluation) -> dict[str, Any] | None:
-    from titok_jax.inference import load_tokenizer
+    from titok_jax import inference, models
 
     args = run.args
     images = run.images(args.reconstruct, "torchvision", args.num)
@@ -454,14 +454,18 @@ def _reconstruction(run: Evaluation) -> dict[str, Any] | None:
         files = [Path(args.lpips) / name for name in names]
         about["lpips_sha256"] = {file.name: sha256(file) for file in files if file.is_file()}
 
-    tokenizer = load_tokenizer(
-        args.tokenizer or args.model, dtype=args.dtype, mesh=local_mesh(), revision=_tokenizer_revision(args, None)
-    )
+    source, revision = args.tokenizer or args.model, _tokenizer_revision(args, None)
+    if isinstance(inference.load_image_config(source, revision=revision), models.MaskgitVQGANConfig):
+        tokenizer = inference.load_vqgan(source, dtype=args.dtype, revision=revision)
+        is_vae = False
+    else:
+        tokenizer = inference.load_tokenizer(source, dtype=args.dtype, mesh=local_mesh(), revision=revision)
+        is_vae = tokenizer.config.quantize_mode == "vae"
     job = run.work.job("reconstruction", len(images), run.identity | about)
     run.work.make(job, evaluation.reconstruction_pieces(job, images, tokenizer, run.network, lpips=lpips))
     if not job.first:
         return None
-    codebook_size = tokenizer.config.codebook_size if tokenizer.config.quantize_mode == "vq" else None
+    codebook_size = None if is_vae else tokenizer.config.codebook_size
     figures = evaluation.reconstruction_figures(job, run.network.name, codebook_size, run.prefix)
     return {**about, "num_images": len(images), "metrics": figures}
 
@@ -610,23 +614,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.save_reference:
         check_output(args.save_reference, args.overwrite)
     samples = evaluation.NpzImages(args.samples) if args.samples else None
-    if samples is None:
-        zoo.find(args.model, "generator" if mode in ("digits", "generation", "sweep") else "tokenizer")  # before JAX
+    if samples is None:  # before JAX is imported
+        kind = "tokenizer" if mode in ("reconstruction", "reference") else "generator"
+        zoo.find(args.model, None if kind == "tokenizer" and args.model in zoo.names("vqgan") else kind)
 
     import jax
 
-    from titok_jax import inference
+    from titok_jax import inference, models
 
+    predicts_codes = False
     if samples is not None:
         image_size, grid = samples.size, []
     elif mode in ("reconstruction", "reference"):
         revision = _tokenizer_revision(args, None)
-        tokenizer_config, grid = inference.load_tokenizer_config(args.tokenizer or args.model, revision=revision), []
-        image_size = tokenizer_config.image_size
+        tokenizer_config, grid = inference.load_image_config(args.tokenizer or args.model, revision=revision), []
+        if isinstance(tokenizer_config, models.MaskgitVQGANConfig):
+            image_size = tokenizer_config.resolution
+        else:
+            image_size, predicts_codes = tokenizer_config.image_size, tokenizer_config.predicts_codes
     else:
         revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
         tokenizer_config, config = inference.pair_configs(args.model, args.tokenizer, **revisions)
         image_size, grid = tokenizer_config.image_size, _grid(args, config.sampling)
+        predicts_codes = tokenizer_config.predicts_codes
         digits = config.num_classes == NUM_CLASSES and image_size == DIGITS_SIZE
         if not (digits or args.reference):
             raise ValueError(
@@ -638,7 +648,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"--num is {args.num}, expected a multiple of {config.num_classes}, so that every class has as many"
             )
-    if mode != "reference" and samples is None and tokenizer_config.predicts_codes:
+    if mode != "reference" and predicts_codes:
         raise ValueError("the tokenizer is a stage 1 model, which predicts codes, not images; name one of stage 2")
 
     with _work_folder(args.json or args.save_reference) as folder:

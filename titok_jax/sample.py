@@ -125,20 +125,18 @@ def sha256(path: str | os.PathLike) -> str:
 def weights_sha256(
     generator: str | None, tokenizer: str | None, revision: str | None = None, tokenizer_revision: str | None = None
 ) -> dict[str, str]:
-    """{"generator": ..., "tokenizer": ...}: SHA-256 of the files that `load_generator` and `load_tokenizer` read for these
-    names or folders, of these revisions on the hub; what is None is left out. Errors as there."""
+    """{"generator": ..., "tokenizer": ...}: SHA-256 of the files that `load_generator` and `load_tokenizer` (`load_vqgan`) read
+    for these names or folders, of these revisions on the hub; what is None is left out. Errors as there."""
     from titok_jax import pretrained
     from titok_jax.models import GeneratorConfig, TiTokConfig
 
-    sources = {
-        "generator": (generator, GeneratorConfig, revision),
-        "tokenizer": (tokenizer, TiTokConfig, tokenizer_revision),
-    }
-    return {
-        name: sha256(pretrained.locate(source, kind, revision=revision).weights)
-        for name, (source, kind, revision) in sources.items()
-        if source is not None
-    }
+    result = {}
+    if generator is not None:
+        result["generator"] = sha256(pretrained.locate(generator, GeneratorConfig, revision=revision).weights)
+    if tokenizer is not None:
+        kind = pretrained.tokenizer_kind(tokenizer, revision=tokenizer_revision) if generator is None else TiTokConfig
+        result["tokenizer"] = sha256(pretrained.locate(tokenizer, kind, revision=tokenizer_revision).weights)
+    return result
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
