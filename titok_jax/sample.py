@@ -125,8 +125,8 @@ def sha256(path: str | os.PathLike) -> str:
 def weights_sha256(
     generator: str | None, tokenizer: str | None, revision: str | None = None, tokenizer_revision: str | None = None
 ) -> dict[str, str]:
-    """{"generator": ..., "tokenizer": ...}: SHA-256 of the files that `load_generator` and `load_tokenizer` (`load_vqgan`) read
-    for these names or folders, of these revisions on the hub; what is None is left out. Errors as there."""
+    """{"generator": ..., "tokenizer": ...}: SHA-256 of the files that `load_generator` and `load_tokenizer` (`load_vqgan`)
+    read for these names or folders, of these revisions on the hub; what is None is left out. Errors as there."""
     from titok_jax import pretrained
     from titok_jax.models import GeneratorConfig, TiTokConfig
 
