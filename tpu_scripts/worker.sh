@@ -71,12 +71,11 @@ start() {
     echo $$ >"$1/pid"
     if [[ -f $HOME/.titok_env ]]; then set -a; source "$HOME/.titok_env"; set +a; fi
     export PATH="$2/bin:$PATH" JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
-    ended=
-    trap "ended=stopped" TERM # the command gets it too, and may well exit with 0
+    ended= interrupted=
+    trap "ended=stopped interrupted=yes" TERM # the command gets it too, and may well exit with 0
     cd "$3"
     { eval "exec env $4"; } & # env: for VARIABLE=value in front
-    wait $!; status=$?
-    while kill -0 $! 2>/dev/null; do wait $!; status=$?; done # a signal ends `wait`
+    until wait $!; status=$?; [[ -z $interrupted ]]; do interrupted=; done # a signal ends `wait`
     echo "${ended:-exit $status}" >"$1/exit.new"; mv "$1/exit.new" "$1/exit"
   ' run "$RUN" "$VENV" "$CODE" "$command" >"$RUN/log" 2>&1 </dev/null &
   while [[ ! -s $RUN/pid ]]; do sleep 0.05; done
