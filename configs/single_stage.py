@@ -4,8 +4,8 @@
       --config.data.source.path=IMAGENET/train --config.perceptual_weights=WEIGHTS
 
 WEIGHTS holds convnext_small-0c510722.pth and vgg16-397923af.pth of torchvision and lpips_vgg.pth of LPIPS. Variants and
-published rFID: bl64_vq8k 2.06, bl128_vq8k 1.49, sl256_vq8k 1.03, ll32_vae 1.61, bl64_vae 1.25, bl128_vae 0.84. `:smoke` is a
-small one on the embedded digits, about a minute on a CPU, without perceptual loss.
+published rFID: bl64_vq8k 2.06, bl128_vq8k 1.49, sl256_vq8k 1.03, ll32_vae 1.61, bl64_vae 1.25, bl128_vae 0.84. `:smoke` (VQ)
+and `:smoke_vae` are small ones on the embedded digits, about a minute on a CPU, without perceptual loss.
 
 Values: no file of these was published. Length and batch size are what the authors said of them (1M steps of 256 images,
 200 epochs), the rest is that of the text-aware models that followed, configs/training/TA-TiTok/tatitok_bl64_vq.yaml and
@@ -25,6 +25,7 @@ VARIANTS = {
     "bl64_vae": ("base", "large", 64, "vae"),
     "bl128_vae": ("base", "large", 128, "vae"),
     "smoke": ("small", "small", 8, "vq"),
+    "smoke_vae": ("small", "small", 8, "vae"),
 }
 
 
@@ -69,4 +70,4 @@ def get_config(variant: str = "bl64_vq8k") -> ConfigDict:
     config.optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=10_000)
     config.discriminator = ConfigDict({"hidden_channels": 128, "num_stages": 3, "logits_size": 16})
     config.discriminator_optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=10_000)
-    return common.finish(config, smoke=variant == "smoke")
+    return common.finish(config, smoke=variant.startswith("smoke"))

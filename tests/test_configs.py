@@ -1,16 +1,21 @@
-"""The recipes: their models are the published ones, the published values are in them, and the small ones can be built."""
+"""The recipes: their models are the published ones, the published values are in them, and the small ones can be built.
+
+That the small ones' losses fall is tested here for the single stage, for the others in test_chain.py.
+"""
 
 import ast
 import dataclasses
 import importlib
+import json
 import pathlib
 import re
 
 import pytest
+import tiny_models as tiny
 from ml_collections import ConfigDict
 
-from titok_jax import pretrained
-from titok_jax.models import GeneratorConfig, TiTokConfig
+from titok_jax import convert, pretrained, train
+from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 from titok_jax.models.titok import transformer_size
 from titok_jax.tasks.build import build_task
 
@@ -76,7 +81,38 @@ def test_optimizers_are_the_published_ones(file, variant, steps, batch, rate, be
     assert ("discriminator_optimizer" in found) == (file in ("stage2", "single_stage"))
 
 
-@pytest.mark.parametrize("file", ["stage1", "stage2", "single_stage", "generator"])
+@pytest.mark.parametrize(("variant", "size", "tokens"), [("l64_512", "large", 64), ("b128_512", "base", 128)])
+def test_models_for_512_pixels(variant, size, tokens):
+    for file in ("stage1", "stage2"):
+        found = config(file, variant)
+        fields = found.model.to_dict()
+        assert (fields["encoder"], fields["num_latent_tokens"], fields["codebook_size"]) == (size, tokens, 4096)
+        fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder")}
+        assert TiTokConfig(**fields).grid_size == 32  # the MaskGIT-VQGAN's codes of 512 pixels
+        assert found.data.transform.crop_size == found.data.eval_transform.size == fields["image_size"] == 512
+        if file == "stage2":
+            found.loss.perceptual, found.init_from = "none", "random"
+        with pytest.raises(ValueError, match=r"set --config\.vqgan"):  # the one of 256 pixels is not taken unasked
+            build_task(found)
+    assert config("generator", variant).model.num_tokens == tokens
+
+
+def test_maskgit_vqgan_has_the_published_values():
+    found = config("maskgit_vqgan", "imagenet256")
+    assert MaskgitVQGANConfig(**found.model.to_dict()) == PUBLISHED["vqgan", "maskgit_vqgan"]
+    assert (found.num_steps, found.data.batch_size, found.seed, found.ema_decay) == (1_000_000, 256, 42, 0.999)
+    loss = found.loss
+    assert (loss.discriminator_weight, loss.gradient_penalty, loss.perceptual_weight) == (0.1, 10.0, 0.1)
+    assert (loss.entropy_weight, loss.entropy_temperature, loss.commitment_weight) == (0.1, 0.01, 0.25)
+    assert (loss.discriminator_start, loss.lecam_weight) == (0, 0.0)
+    for adam in (found.optimizer, found.discriminator_optimizer):
+        assert (adam.learning_rate, adam.schedule, adam.beta1, adam.beta2) == (1e-4, "constant", 0.0, 0.99)
+        assert (adam.weight_decay, adam.warmup_steps, adam.max_grad_norm) == (0.0, 0, float("inf"))
+    large = config("maskgit_vqgan", "imagenet512")
+    assert large.model.resolution == large.data.transform.crop_size == 512
+
+
+@pytest.mark.parametrize("file", ["stage1", "stage2", "single_stage", "generator", "maskgit_vqgan"])
 def test_small_recipes_can_be_built(file):
     task = build_task(config(file, "smoke"))
     assert task.networks
@@ -141,3 +177,47 @@ def leaves(section, prefix: str = "") -> dict:
 def test_recipes_are_what_the_documentation_says_field_by_field(file):
     for variant, expected in documented(file).items():
         assert leaves(config(file, variant)) == expected, variant
+
+
+@pytest.mark.parametrize("variant", ["smoke", "smoke_vae"])
+def test_the_loss_of_a_small_single_stage_falls(variant, tmp_path):
+    found = config("single_stage", variant)
+    found.update({"num_steps": 10, "log_every": 1, "preview_every": 0, "eval_every": 0})
+    found.data.batch_size = 16
+    found.optimizer.warmup_steps = 1
+    found.loss.discriminator_start = 5
+    train.train(found, tmp_path)
+    log = [json.loads(line)["reconstruction_loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(log[7:]) < sum(log[:3]), log
+
+
+def start_of(folder, model: TiTokConfig):
+    """A small single-stage recipe for `model` that begins from a folder -> the parameters it begins with."""
+    found = config("single_stage", "smoke")
+    found.model.update({name: getattr(model, name) for name in ("num_latent_tokens", "token_size", "codebook_size")})
+    size = {name: getattr(model.encoder, name) for name in ("width", "num_layers", "num_heads")}
+    found.model.update({"encoder": size, "decoder": size})
+    found.loss.discriminator_weight = 0.0
+    found.init_from = str(folder)
+    return build_task(found).start["tokenizer"]
+
+
+def test_a_start_is_filled_as_far_as_it_fits_and_the_rest_is_listed(tmp_path, capsys):
+    tiny.save(tmp_path / "model", tiny.TOKENIZER)
+    given, model = tiny.params(tiny.TOKENIZER), dataclasses.replace(tiny.TOKENIZER, use_l2_norm=False)
+    same = convert.flatten(start_of(tmp_path / "model", model))
+    assert "100.0% of" in capsys.readouterr().out
+    for path, array in convert.flatten(given).items():
+        assert (same[path] == array).all(), path
+    # Twice the tokens: what belongs to a token is new, all else is filled.
+    other = convert.flatten(start_of(tmp_path / "model", dataclasses.replace(model, num_latent_tokens=16)))
+    out = capsys.readouterr().out
+    new = {line.split()[1] for line in out.splitlines() if line.startswith("  new: ")}
+    assert new == {path for path, array in convert.flatten(given).items() if other[path].shape != array.shape}
+    assert "latent_tokens" in new
+    assert "num_latent_tokens: 8 there, 16 here" in out
+    for path, array in convert.flatten(given).items():
+        assert path in new or (other[path] == array).all(), path
+    wide = dataclasses.replace(model.encoder, width=64)
+    with pytest.raises(ValueError, match=r"(?s)is another model.*encoder: .*width=32.* there, .*width=64"):
+        start_of(tmp_path / "model", dataclasses.replace(model, encoder=wide, decoder=wide))
