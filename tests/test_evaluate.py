@@ -267,6 +267,18 @@ def test_adm_references(model, networks, tmp_path):
     assert read(tmp_path / "a.json")["metrics"]["FID-50"] == pytest.approx(frechet(network(few).pool, fake.pool), rel=1e-5)
 
 
+def test_references_of_images_have_the_crop_of_adm(networks, tmp_path):
+    arrays = pictures_folder(tmp_path / "photos", 8)
+    np.savez(tmp_path / "samples.npz", rgb("test")[:30])
+    options = ["--samples", tmp_path / "samples.npz", "--features", "inception", "--json", tmp_path / "a.json"]
+    main(*options, "--reference", tmp_path / "photos")
+    network, found = Projection("inception", (7, 4, 10)), read(tmp_path / "a.json")["metrics"]["FID-30"]
+    fake = network(rgb("test")[:30]).pool
+    crops = {crop: network(np.stack([crop(array, 32) for array in arrays])).pool for crop in evaluation.CROPS.values()}
+    assert found == pytest.approx(frechet(crops[center_crop_adm], fake), rel=1e-6)
+    assert found != pytest.approx(frechet(crops[center_crop_torchvision], fake), rel=1e-4)
+
+
 def test_the_whole_path_with_inception(tmp_path, monkeypatch, capsys):
     """With seeded weights in the form of the published file; the distance of 2,048 features has tests of its own."""
     monkeypatch.delenv("TITOK_JAX_INCEPTION", raising=False)
