@@ -612,6 +612,7 @@ def test_evaluate_writes_every_setting(model, networks, loaded_once, tmp_path, c
             r"holds features of another, but this evaluation is in those of inception: .* --features",
         ),
         (["--reference", "{there}"], r"there.json.*: no such folder"),
+        (["--reference", "{tmp}/VIRTUAL.npz"], r"--reference .*/VIRTUAL.npz: no such file; docs/evaluation.md says where"),
         (["--reference", "{broken}"], r"broken.npz is not a file of reference statistics"),
         (["--reference", "{misfit}"], r"misfit.npz: mu has 5 features, those of inception are 7"),
         (["--save-reference", "{tmp}/r.npz"], r"--save-reference needs --reference DATA"),

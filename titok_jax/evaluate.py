@@ -276,7 +276,9 @@ def _parser() -> argparse.ArgumentParser:
         help="its published weights; the environment variable TITOK_JAX_INCEPTION if not given",
     )
     parser.add_argument("--lpips", metavar="FOLDER", help="with --reconstruct: also LPIPS, by the weights in this folder")
-    parser.add_argument("--json", metavar="FILE", help="write the figures and all settings there; a sweep also FILE.png")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the figures and all settings there; of a sweep, a picture beside it"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace that file, and unfinished work of other settings")
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; figures are float64"
@@ -315,6 +317,10 @@ def _check(args: argparse.Namespace) -> str:
         if args.samples or sampling:
             raise ValueError(f"--save-reference goes without {' and '.join(sampling) or '--samples'}: nothing is sampled")
         return "reference"
+    if args.reference and args.reference.endswith(".npz") and not Path(args.reference).is_file():
+        raise FileNotFoundError(
+            f"--reference {args.reference}: no such file; docs/evaluation.md says where ADM's is to be had"
+        )
     if args.samples:
         if not args.reference:
             raise ValueError("--samples needs --reference: ADM's file, a saved one, or a data set")
