@@ -198,15 +198,16 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             if step == start:  # the first step waits for its compilation
                 jax.block_until_ready(metrics)
                 log.restart_clock()
-            stopping, last = stop.agreed(done), done == num_steps
-            log_now, save_now = due(config.log_every, done), due(config.checkpoint_every, done) or stopping
+            log_now = due(config.log_every, done)
             if log_now:
                 log.write(done, jax.device_get(metrics), shown=task.loss)
+            stopping = stop.agreed(done)
+            save_now = due(config.checkpoint_every, done) or stopping
             if log_now or save_now:
                 check_finite(state, done, config.max_nonfinite_steps)
             if save_now:
                 checkpoints.save(done, state, stored_config)
-            if stopping and not last:
+            if stopping and done < num_steps:
                 break
             look(done)
     finally:
