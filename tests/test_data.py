@@ -4,8 +4,12 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +174,40 @@ def test_two_workers_give_the_same_batches():
     source, jitter = sources.make_source({"name": "digits"}), transforms.make_train_transform({"name": "jitter"})
     options = {"global_batch_size": 32, "train_transform": jitter, "start_step": 3}
     assert_same(take(source, 4, num_workers=2, **options), take(source, 4, **options))
+
+
+WITH_WORKERS = """
+import time
+from titok_jax.data import loader, sources
+if __name__ == "__main__":
+    source = sources.make_source({"name": "digits"})
+    with loader.make_loader(source, seed=0, global_batch_size=32, num_workers=2) as batches:
+        next(batches)
+        print("ready", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_killed_run(tmp_path):
+    (tmp_path / "run.py").write_text(WITH_WORKERS)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py"], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert run.stdout.readline() == b"ready\n"
+    children = [pid for path in Path(f"/proc/{run.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    assert len(children) >= 2
+    run.kill()
+    run.wait()
+
+    def alive(pid: str) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    deadline = time.monotonic() + 60  # they need milliseconds
+    while any(map(alive, children)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_evaluation_gives_everything_once():

@@ -1,18 +1,32 @@
 """Training checkpoints: the whole state and the configuration, written by Orbax in the background.
 
-A checkpoint `<folder>/<step>` is complete or absent: Orbax writes beside it and renames. It can be restored on any mesh.
+A checkpoint `<folder>/<step>` is complete or absent: Orbax writes beside it and renames. All processes of a run write
+their shards of it; it can be restored on any mesh and by any number of processes.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 State = Any
+
+# What TensorStore says, as a ValueError, when a storage fails rather than what is stored there.
+_STORAGE_FAILS = (
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "RESOURCE_EXHAUSTED",
+    "ABORTED",
+)
 
 
 class Checkpoints:
@@ -24,7 +38,10 @@ class Checkpoints:
           folder: absolute; made if need be.
           keep: how many of the newest are kept.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        # What a killed run left half written is removed: no other run writes here.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         self._folder = epath.Path(folder)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -36,13 +53,29 @@ class Checkpoints:
         """Writes a checkpoint in the background; waits for the one before.
 
         Raises:
+          OSError: it, or the one before, cannot be written; complete ones are as they were.
           RuntimeError: Orbax declined (there is one of this or a later step).
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(json.loads(json.dumps(config)))
         )
-        if step != self.latest() and not self._manager.save(step, args=args):
+        with self._writing():
+            saved = step == self.latest() or self._manager.save(step, args=args)
+        if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not written: a later one, {self.latest()}, exists")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes every error that writing ends with one line that says what is safe."""
+        try:
+            yield
+        except Exception as error:
+            complete = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+            kept = f"the newest complete one, of step {complete[-1]}, is intact" if complete else "there is none yet"
+            raise OSError(
+                f"a checkpoint cannot be written to {self._folder} ({_one_line(error)}); is the disk full? {kept}; "
+                "the same command continues"
+            ) from error
 
     def restore_newest(
         self, abstract: State, shardings: State, check: Callable[[dict[str, Any]], None]
@@ -50,7 +83,7 @@ class Checkpoints:
         """The newest checkpoint that can be read, straight onto its shards, or None if there is none at all.
 
         A newer one that is damaged is reported and, once an older one has been read, moved out of the way, into the folder
-        `damaged` beside the checkpoints.
+        `damaged` beside the checkpoints. A storage that fails is an error and moves nothing.
 
         Args:
           abstract: shapes and dtypes; shardings: a NamedSharding for each, of any mesh.
@@ -58,44 +91,71 @@ class Checkpoints:
 
         Raises:
           ValueError: there are checkpoints, but none of them can be read.
+          OSError: the storage fails.
         """
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                config = self._read(step, "config", ocp.args.JsonRestore())
-            except Exception as error:  # whatever a damaged file makes the libraries below raise
-                damaged[step] = _one_line(error)
-                continue
-            check(config)
-            try:
-                state = self._read(step, "state", ocp.args.StandardRestore(target))
-            except Exception as error:
-                damaged[step] = _one_line(error)
-                continue
-            for bad, problem in damaged.items():
-                place = self._folder.parent / "damaged" / str(bad)
-                while place.exists():
-                    place = place.with_name(place.name + "_again")
-                print(f"warning: the checkpoint of step {bad} cannot be read ({problem}); moved to {place}", flush=True)
-                if jax.process_index() == 0:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    (self._folder / str(bad)).rename(place)
-            if damaged:
-                self._manager.reload()
-            return step, state
+            config, problem = self._read(step, "config", ocp.args.JsonRestore())
+            if not problem:
+                check(config)
+                state, problem = self._read(step, "state", ocp.args.StandardRestore(target))
+            if not problem:
+                self._put_aside(damaged)
+                return step, state
+            damaged[step] = problem
         if damaged:
             listed = "".join(f"\n  step {step}: {problem}" for step, problem in damaged.items())
             raise ValueError(f"none of the checkpoints in {self._folder} can be read:{listed}")
         return None
 
-    def _read(self, step: int, item: str, args: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+    def _read(self, step: int, item: str, args: Any) -> tuple[Any, str]:
+        """(the item, "") or (None, what is wrong with its files); all processes agree which.
+
+        Raises:
+          OSError: the storage fails, on this process or another.
+        """
+        found, error = None, None
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as caught:  # whatever a damaged file makes the libraries below raise
+            error = caught
+        fine, damaged, fails = range(3)
+        outcome = fine if error is None else fails if _storage_fails(error) else damaged
+        if jax.process_count() > 1:
+            outcome = int(np.max(multihost_utils.process_allgather(np.int32(outcome))))
+        problem = "another process cannot read it" if error is None else _one_line(error)
+        if outcome == fails:
+            raise OSError(
+                f"the checkpoint of step {step} in {self._folder} cannot be read now ({problem}); nothing was changed. Is "
+                "the storage reachable, with permission to read? The same command tries again"
+            ) from error
+        return (found, "") if outcome == fine else (None, problem)
+
+    def _put_aside(self, damaged: Mapping[int, str]) -> None:
+        """Moves checkpoints {step: what is wrong} out of the way."""
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            for step, problem in damaged.items():
+                place = self._folder.parent / "damaged" / str(step)
+                while place.exists():
+                    place = place.with_name(place.name + "_again")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (self._folder / str(step)).rename(place)
+                print(f"warning: the checkpoint of step {step} cannot be read ({problem}); moved to {place}", flush=True)
+        multihost_utils.sync_global_devices("moved")
+        self._manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is written.
+
+        Raises:
+          OSError: the last checkpoint cannot be written; complete ones are as they were.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -126,6 +186,18 @@ def check_config(found: Mapping[str, Any], now: Mapping[str, Any], free: Iterabl
             + "\n".join(different)
             + "\nUse the former values, or another workdir for a new run."
         )
+
+
+def _storage_fails(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is of the machine or its storage, and says nothing of the files."""
+    while error is not None:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            if error.errno is not None or isinstance(error, TimeoutError | ConnectionError | PermissionError):
+                return True
+        elif isinstance(error, MemoryError) or any(code in str(error) for code in _STORAGE_FAILS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _one_line(error: Exception) -> str:

@@ -89,7 +89,9 @@ class Work:
         shards.make(pieces, name=shards.folder.name, quiet=self.quiet)
 
     def remove(self) -> None:
-        """Removes the pieces of all jobs."""
+        """Removes the pieces of all jobs, once no process reads them any more."""
+        for shards in self.jobs:
+            shards.wait("used")
         if self.first:
             for shards in self.jobs:
                 shards.remove()
@@ -626,8 +628,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import jax
 
-    from titok_jax import inference, models
+    from titok_jax import inference, models, sharding
 
+    sharding.start_processes()
     predicts_codes = False
     if samples is not None:
         image_size, grid = samples.size, []

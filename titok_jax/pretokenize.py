@@ -2,8 +2,8 @@
 
 The output is a folder of shards `tokens-00003-of-00016.array_record` (or `.jsonl`, the published form) and
 `pretokenize.json`, which says how they were made. A shard appears when it is complete, so the same command, started again
-after any kill, makes the missing ones; no record is lost or doubled. Where `jax.distributed` is initialised, processes share
-the shards.
+after any kill, makes the missing ones; no record is lost or doubled. Several processes
+(sharding.py: start_processes) share the shards.
 """
 
 import argparse
@@ -210,8 +210,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import jax
 
+    from titok_jax import sharding
     from titok_jax.inference import load_tokenizer, load_tokenizer_config
 
+    sharding.start_processes()
     config = load_tokenizer_config(args.model, revision=args.revision)
     if config.quantize_mode != "vq":
         raise ValueError(f"{args.model} is a VAE, which has no token ids; a generator needs a vq tokenizer")

@@ -343,6 +343,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import jax
 
+    from titok_jax import sharding
+
+    sharding.start_processes()
     batch_size = whole_batch(args.batch_size, args.num)
     shards = Shards(
         f"{out}.shards",

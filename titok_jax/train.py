@@ -109,8 +109,9 @@ def describe(config: ConfigDict, task: Task, mesh: Mesh, num_examples: int) -> N
 # The loop
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-    """Runs a training to its end, from its newest checkpoint if there is one. Returns the final state."""
+def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
+    """Runs a training to its end, from its newest checkpoint if there is one. Returns the final state, or None if SIGTERM
+    stopped it."""
     # Parts: everything that can be wrong with the configuration shows here, before anything is written.
     workdir = epath.Path(workdir).expanduser().resolve()
     if workdir.exists() and not workdir.is_dir():
@@ -154,7 +155,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     frozen_shardings = sharding.state_shardings(mesh, task.frozen)
     frozen = jax.device_put(task.frozen, frozen_shardings)
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = lock_workdir(workdir) if first_process else None
+    lock = lock_workdir(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore_newest(
         abstract, shardings, lambda found: check_same_run(found, stored_config, config, workdir)
@@ -163,7 +164,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         start, state = 0, jax.jit(task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), task.start)
     else:
         start, state = restored
-        print(f"Continuing at step {start} of {num_steps} from {workdir}/checkpoints", flush=True)
+        if first_process:
+            print(f"Continuing at step {start} of {num_steps} from {workdir}/checkpoints", flush=True)
 
     # Steps.
     step_fn = jit_step(task, mesh, shardings, frozen_shardings)
@@ -218,12 +220,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         if lock:
             lock.close()
     if done < num_steps:
-        print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
-        return jax.device_get(state)
-    host_state = jax.device_get(jax.jit(lambda s: s, out_shardings=whole)(state))
+        if first_process:
+            print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
+        return None
+    host_state = sharding.to_host(state)
     if first_process:
         task.export(host_state, workdir / "pretrained")
         print(f"Done: {workdir}/pretrained", flush=True)
+    multihost_utils.sync_global_devices("end")  # the others wait for the export, however long it takes
     return host_state
 
 
@@ -262,19 +266,22 @@ class StopSignal:
 
 
 def lock_workdir(workdir: epath.Path) -> IO | None:
-    """Holds the workdir until the returned file is closed, or the process ends however it does. Local folders only.
+    """Holds the workdir for all processes of this run until the file returned to the first is closed, or that process ends
+    however it does. Local folders only: on gs:// two runs on one workdir are not noticed.
 
     Raises:
-      ValueError: another run holds it.
+      ValueError: another run holds it; on every process.
     """
-    if "://" in str(workdir):
-        return None
-    file = open(str(workdir / ".lock"), "w")  # noqa: SIM115 (held as long as the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ValueError(f"another run is training in {workdir}; wait for it, or choose another workdir") from None
+    file, held = None, True
+    if jax.process_index() == 0 and "://" not in str(workdir):
+        file = open(str(workdir / ".lock"), "w")  # noqa: SIM115 (held as long as the run)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            held = False
+    if not multihost_utils.broadcast_one_to_all(held):
+        raise ValueError(f"another run is training in {workdir}; wait for it, or choose another workdir")
     return file
 
 
@@ -288,6 +295,7 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at the level of information
     try:
+        sharding.start_processes()
         train(_CONFIG.value, _WORKDIR.value)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error

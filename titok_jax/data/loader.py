@@ -6,6 +6,9 @@ holds the p-th block of rows), and a run that resumes at step s continues with t
 of the data is the step, and no iterator state is ever saved.
 """
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -30,7 +33,8 @@ class Loader(Iterator[Batch]):
             # Grain's workers read absl flags, which exist unparsed in every program not started by absl.app.run.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+            options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
         self._iterator = iter(dataset)
 
     def __next__(self) -> Batch:
@@ -45,6 +49,17 @@ class Loader(Iterator[Batch]):
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _end_with_parent(worker: int, num_workers: int) -> None:
+    """Lets a worker process end when the one that started it has been killed; Grain's own would wait for it for ever."""
+    del worker, num_workers
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_loader(

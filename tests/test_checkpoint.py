@@ -1,0 +1,89 @@
+"""Checkpoints that cannot be written or read: what is complete stays, and only what is damaged is put aside."""
+
+import errno
+import json
+import os
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from titok_jax import sharding
+from titok_jax.checkpoint import Checkpoints
+
+CONFIG = {"seed": 0}
+
+
+def state(step: int):
+    return {"w": jax.random.normal(jax.random.key(step), (256, 1024)), "step": jnp.int32(step)}
+
+
+def restore(checkpoints):
+    abstract = jax.eval_shape(lambda: state(0))
+    shardings = sharding.state_shardings(sharding.make_mesh(), abstract)
+    return checkpoints.restore_newest(abstract, shardings, lambda config: None)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state(1), CONFIG)
+
+    def save_again():
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            checkpoints.save(2, state(2), CONFIG)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write beyond it fails, as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"cannot be written to .*is the disk full\? the newest complete one, of step 1, "):
+            save_again()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        step, found = restore(checkpoints)
+        assert step == 1
+        np.testing.assert_array_equal(found["w"], state(1)["w"])
+    save_again()  # with room again
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        PermissionError(errno.EACCES, "Permission denied"),
+        TimeoutError("the read operation timed out"),
+        ValueError("UNAVAILABLE: Error reading local file: gs://bucket/run/checkpoints/2"),
+        MemoryError(),
+    ],
+)
+def test_a_storage_that_fails_is_no_damage(tmp_path, monkeypatch, error):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(step), CONFIG)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        real = checkpoints._manager.restore
+
+        def fail(step, args):
+            if step == 2 and "state" in args:
+                raise ValueError("cannot restore") from error
+            return real(step, args=args)
+
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(OSError, match=r"checkpoint of step 2 in .* cannot be read now"):
+            restore(checkpoints)
+        assert not (tmp_path / "damaged").exists()
+        monkeypatch.undo()
+        assert restore(checkpoints)[0] == 2
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    (left / "part").write_text(json.dumps({}))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(1, state(1), CONFIG)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]

@@ -1,0 +1,226 @@
+"""Two real processes on one run: what they make together is what one process makes, and neither outlives the other."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import test_train
+
+from titok_jax import sharding, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def start(program: str, *arguments: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
+    """Starts `program` in processes that find each other, with so many simulated devices each."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": str(devices)}
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            cwd=ROOT,
+            env=env | ({"JAX_PROCESS_ID": str(index)} if processes > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def finish(*runs: list[subprocess.Popen]) -> list[str]:
+    """Waits for processes that must all end well -> what each printed."""
+    outputs = [process.communicate(timeout=300) for run in runs for process in run]
+    for process, (_, error) in zip([process for run in runs for process in run], outputs, strict=True):
+        assert process.returncode == 0, error[-4000:]
+    return [out for out, _ in outputs]
+
+
+CONFIG = """
+import sys
+import test_train
+from titok_jax import sharding, train
+sharding.start_processes()
+sharding.SMALLEST_SHARDED = 64
+workdir = sys.argv[1]
+config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoints=9)
+"""
+# Every command, one after the other in the same processes, which saves their starts.
+ALL_COMMANDS = (
+    CONFIG
+    + """
+train.train(config, workdir + "/run")
+from titok_jax import evaluate, pretokenize, sample
+tokens = ["digits:test", "--out", workdir + "/tokens", "--shards", "3", "--format", "jsonl"]
+samples = ["--num", "30", "--steps", "2", "--batch-size", "8", "--out", workdir + "/samples.npz"]
+figures = ["--reconstruct", "digits:test", "--features", "digits", "--json", workdir + "/figures.json"]
+for command, arguments in ((pretokenize, tokens), (sample, samples), (evaluate, figures)):
+    assert command.main(arguments) == 0
+"""
+)
+# The second of two processes gets SIGTERM after its second step here, as on a host that is preempted.
+STOPPED = (
+    CONFIG
+    + """
+import os, signal
+import jax, pytest
+from etils import epath
+lock = train.lock_workdir(epath.Path(workdir))
+with pytest.raises(ValueError, match="another run"):
+    train.lock_workdir(epath.Path(workdir))
+if lock:
+    lock.close()
+real, steps = train.sharding.put_batch, iter(range(100))
+def put_batch(mesh, batch):
+    if next(steps) == 2 and jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(mesh, batch)
+train.sharding.put_batch = put_batch
+config.mesh.update({"data": 1, "fsdp": 2})
+assert train.train(config, workdir) is None
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Workdirs of every command on one process with two devices, and on two processes with one device each."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    printed = finish(start(ALL_COMMANDS, str(one), devices=2), start(ALL_COMMANDS, str(two), processes=2))
+    for text in ("Global batch", "step 16/16", "Done: ", "wrote " + str(two / "samples.npz")):
+        assert text.replace(str(two), str(one)) in printed[0]
+        assert text in printed[1]
+        assert text not in printed[2]  # the second of two processes says nothing that the first has said
+    return one, two
+
+
+def log_of(workdir) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(found, expected):
+    """Losses and final parameters, but for rounding: sums over devices may be in another order."""
+    logs = [log_of(found), log_of(expected)]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    for a, b in zip(*logs, strict=True):
+        for name in ("total_loss", "reconstruction_loss", "quantizer_loss", "grad_norm", "lr", "codebook_usage"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=f"{name} of step {b['step']}")
+    for name, array in test_train.weights(expected).items():
+        np.testing.assert_allclose(test_train.weights(found)[name], array, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_train_as_one_with_two_devices(runs):
+    one, two = runs
+    assert_same_training(two / "run", one / "run")
+
+
+def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
+    one, two = runs
+    names = [f"tokens-{shard:05d}-of-00003.jsonl" for shard in range(3)]
+    for name in names:
+        assert (two / "tokens" / name).read_bytes() == (one / "tokens" / name).read_bytes()
+    with np.load(one / "samples.npz") as a, np.load(two / "samples.npz") as b:
+        assert len(a["arr_0"]) == 30
+        for name in a.files:
+            np.testing.assert_array_equal(a[name], b[name])
+    figures = [json.loads((workdir / "figures.json").read_text())["metrics"] for workdir in runs]
+    assert figures[0] == figures[1]
+    assert not list(two.glob("*.shards"))
+
+
+def test_a_run_changes_its_mesh_and_its_number_of_processes(runs, tmp_path):
+    """Begun by one process with two devices, continued by two and cut along fsdp, until one gets SIGTERM, ended by one."""
+    one, _ = runs
+    shutil.copytree(one / "run", tmp_path, dirs_exist_ok=True)
+    for later in (6, 9, 12, 15, 16):
+        shutil.rmtree(tmp_path / "checkpoints" / str(later))
+    shutil.rmtree(tmp_path / "pretrained")
+    printed = finish(start(STOPPED, str(tmp_path), processes=2))
+    assert "Continuing at step 3 of 16" in printed[0]
+    assert "Stopped by SIGTERM after step" in printed[0]
+    config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoints=9)
+    train.train(config, tmp_path)
+    assert_same_training(tmp_path, one / "run")
+
+
+ONE_DIES = """
+import os, sys
+from titok_jax import sharding
+sharding.HEARTBEAT_SECONDS = 3
+sharding.start_processes()
+import jax
+from jax.experimental import multihost_utils
+multihost_utils.sync_global_devices("started")
+if jax.process_index() == int(sys.argv[1]):
+    os.kill(os.getpid(), 9)
+multihost_utils.sync_global_devices("never")
+print("reached")
+"""
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_does_not_wait_for_a_dead_one(which):
+    processes = start(ONE_DIES, str(which), processes=2)
+    printed = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    assert not any("reached" in out for out, _ in printed)
+    assert "process 1 of 2 at localhost:" in printed[1][0]
+
+
+def test_a_process_does_not_wait_for_ever_to_start():
+    program = "from titok_jax import sharding; sharding.START_SECONDS = 2; sharding.start_processes()"
+    first, second = start(program, processes=2)
+    second.kill()
+    second.communicate()
+    out, _ = first.communicate(timeout=120)
+    assert first.returncode != 0
+    assert "process 0 of 2 at localhost:" in out
+    assert "waiting for the others, 2 s at most; was the command started for all?" in out
+
+
+def test_what_the_environment_says_is_checked(monkeypatch):
+    sharding.start_processes()  # nothing is said, so nothing is done
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
+    with pytest.raises(ValueError, match="found JAX_COORDINATOR_ADDRESS=host:1234, JAX_NUM_PROCESSES=, JAX_PROCESS_ID="):
+        sharding.start_processes()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID is 2, expected 0 to 1"):
+        sharding.start_processes()
+
+
+@pytest.mark.parametrize(
+    ("environment", "metadata", "hosts"),
+    [
+        ({}, "10.0.0.1,10.0.0.2", 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "MEGASCALE_NUM_SLICES": "2"}, "", 8),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "", 1),
+        ({}, "", 1),
+    ],
+)
+def test_the_hosts_of_a_pod_are_joined_and_a_single_one_is_not(monkeypatch, capsys, environment, metadata, hosts):
+    joined = []
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sharding, "_has_tpu", lambda: True)
+    monkeypatch.setattr(sharding, "_metadata", lambda name: metadata)
+    monkeypatch.setattr(sharding.jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
+    # The tests have no TPU, so that JAX falls back to the CPU, which nobody has asked for.
+    with pytest.raises(ValueError, match=r"this machine has TPU chips, but JAX found the CPU only.*JAX_PLATFORMS=cpu"):
+        sharding.start_processes()
+    assert len(joined) == (hosts > 1)
+    assert (f"a host of {hosts} with TPU chips: waiting" in capsys.readouterr().out) == (hosts > 1)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    sharding.start_processes()
+    assert len(joined) == (hosts > 1)
