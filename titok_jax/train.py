@@ -151,7 +151,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
     # State: made on its shards, or read onto them.
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(task.begin, key)
-    shardings, whole = sharding.state_shardings(mesh, abstract), sharding.replicated(mesh)
+    shardings = sharding.state_shardings(mesh, abstract)
     frozen_shardings = sharding.state_shardings(mesh, task.frozen)
     frozen = jax.device_put(task.frozen, frozen_shardings)
     workdir.mkdir(parents=True, exist_ok=True)

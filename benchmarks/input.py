@@ -1,0 +1,141 @@
+"""How many images a second one CPU core prepares for training, by source: `python benchmarks/input.py`.
+
+Synthetic JPEGs of 256 to 500 pixels are read from every kind of source, decoded, and augmented as the published recipes
+do (shorter side to 256, random crop, flip). Sources take turns, round after round; the table has the median over the rounds,
+per second of CPU time, so that other work on the machine matters little. Everything is on the local disk and in its cache:
+what a network adds is not measured.
+
+A host that trains at R images/s needs R / (images/s per core) cores for it.
+"""
+
+import argparse
+import io
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from titok_jax.cli import command
+from titok_jax.data.records import image_writer
+from titok_jax.data.sources import make_source
+from titok_jax.data.transforms import make_train_transform
+
+CROP = {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256}
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    """A picture of large shapes, fine texture and a little noise, 256 to 500 pixels a side."""
+    width, height = (int(side) for side in rng.integers(256, 501, 2))
+    layers = [(8, 90.0), (64, 25.0), (200, 14.0)]  # (cells a side, contrast)
+    pixels = np.full((height, width, 3), 128.0)
+    for cells, contrast in layers:
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+        pixels += (np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC)) / 127.5 - 1) * contrast
+    pixels += rng.normal(0, 9, pixels.shape)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def make_sources(folder: Path, images: Sequence[bytes]) -> dict[str, object]:
+    """The same images in every kind of source."""
+    for index, data in enumerate(images):
+        path = folder / "folder" / f"class{index % 10}" / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    with image_writer(folder / "images.array_record") as write:
+        for index, data in enumerate(images):
+            write(data, index % 10)
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for index, data in enumerate(images):
+            for ending, content in (("jpg", data), ("cls", str(index % 10).encode())):
+                info = tarfile.TarInfo(f"{index:06d}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    _write_tfds(folder, images)
+    specs = {
+        "folder of JPEGs": {"name": "folder", "path": str(folder / "folder")},
+        "ArrayRecord": {"name": "array_record", "paths": str(folder / "images.array_record")},
+        "WebDataset tar": {"name": "webdataset", "paths": str(folder / "images.tar")},
+        "TFDS (ArrayRecord)": {"name": "tfds", "path": str(folder / "synthetic/1.0.0"), "split": "train"},
+        "digits (in memory)": {"name": "digits", "split": "train"},
+    }
+    return {title: make_source(spec) for title, spec in specs.items()}
+
+
+def _write_tfds(folder: Path, images: Sequence[bytes]) -> None:
+    import tensorflow_datasets as tfds
+
+    class Synthetic(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+            features = {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, download_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for index, data in enumerate(images):
+                yield index, {"image": io.BytesIO(data), "label": index % 10}
+
+    Synthetic(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def seconds(prepare: Callable[[int], object], number: int) -> float:
+    """CPU time of `number` calls in one thread."""
+    began = time.thread_time()
+    for index in range(number):
+        prepare(index)
+    return time.thread_time() - began
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200, help="in each source (default: 200)")
+    parser.add_argument("--rounds", type=int, default=5, help="medians over so many (default: 5)")
+    args = parser.parse_args(argv)
+    if min(args.images, args.rounds) < 1:
+        raise ValueError("--images and --rounds are at least 1")
+
+    rng = np.random.default_rng(0)
+    images = [jpeg(rng) for _ in tqdm(range(args.images), desc="making images", unit="image")]
+    with tempfile.TemporaryDirectory() as name:
+        sources = make_sources(Path(name), images)
+        crop, jitter = make_train_transform(CROP), make_train_transform({"name": "jitter"})
+        augments = {title: jitter if title.startswith("digits") else crop for title in sources}
+        steps = {
+            (title, kind): prepare
+            for title, source in sources.items()
+            for kind, prepare in (
+                ("read", lambda i, source=source: source[i]),
+                (
+                    "augmented",
+                    lambda i, source=source, augment=augments[title]: augment(source[i], np.random.default_rng(i)),
+                ),
+            )
+        }
+        rates: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
+        for _ in tqdm(range(args.rounds), desc="measuring", unit="round"):
+            for step, prepare in steps.items():
+                rates[step].append(args.images / seconds(prepare, args.images))
+    kilobytes = sum(map(len, images)) / len(images) / 1000
+    print(f"{args.images} JPEGs of 256 to 500 pixels, {kilobytes:.0f} KB on average; median of {args.rounds} rounds\n")
+    print("| source | read and decoded, images/s per core | and augmented, images/s per core |\n|---|---|---|")
+    for title in sources:
+        read, augmented = (statistics.median(rates[title, kind]) for kind in ("read", "augmented"))
+        print(f"| {title} | {read:,.0f} | {augmented:,.0f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
