@@ -214,15 +214,27 @@ def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypat
     assert len(json.loads(results.read_text())) == 2
 
 
-def test_wrong_arguments_end_with_one_line(capsys):
+def test_wrong_arguments_end_with_one_line(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for arguments, message in [
         (("--config", "x.py", "--slice", "v5e-15"), "--slice is 'v5e-15', expected one of v4-8"),
         (("--config", "x.py"), "--slice is not set"),
         (("--sampler", "titok_l32", "--config.mesh.fsdp=2"), "unknown argument --config.mesh.fsdp=2"),
         (("--all",), "--all needs --results"),
+        (("--config", "configs/none.py", "--slice", "v5e-16"), "--config configs/none.py: there is no such file"),
+        (
+            ("--config", "configs/stage1.py:l33", "--slice", "v5e-16"),
+            "--config=configs/stage1.py:l33: no such variant or field, or a value of another type: ValueError",
+        ),
+        (
+            ("--config", "configs/stage1.py:l32", "--slice", "v5e-16", "--config.remat=maybe"),
+            "--config=configs/stage1.py:l32 --config.remat=maybe: no such variant or field",
+        ),
     ]:
         assert compiling.main(arguments) == 2
-        assert capsys.readouterr().err.startswith(f"error: {message}")
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}")
+        assert error.count("\n") == 1
 
 
 def test_a_step_is_compiled_for_the_platform_of_the_mesh():

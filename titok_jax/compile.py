@@ -586,11 +586,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.slice:
         raise ValueError("--slice is not set: which slice to compile for")
     slice_chip(args.slice)
+    config = _read_config(args.config, changes) if args.config else None
     devices = topology_devices(args.slice)
-    if args.sampler:
+    if config is None:
         program = sampler(args.sampler, devices)
     else:
-        program = training_step(row_name(args.config, changes), _read_config(args.config, changes), devices)
+        program = training_step(row_name(args.config, changes), config, devices)
     row = compile_program(program, args.slice)
     if args.results:
         _write_row(args.results, row)
@@ -608,12 +609,16 @@ def _read_config(file: str, changes: Sequence[str]):
     from absl import flags
     from ml_collections import config_flags
 
+    if not Path(file.split(":")[0]).is_file():
+        raise ValueError(f"--config {file}: there is no such file")
     values, argv = flags.FlagValues(), ["compile", f"--config={file}", *changes]
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
     try:
         values(argv)
     except (AttributeError, KeyError, TypeError, flags.Error) as error:
-        raise ValueError(f"{' '.join(argv[1:])}: no such field, or a value of another type: {error}") from None
+        # Of an error in the file the message holds the whole traceback.
+        last = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{' '.join(argv[1:])}: no such variant or field, or a value of another type: {last}") from None
     return values["config"].value
 
 
