@@ -119,10 +119,12 @@ def test_flops_are_those_of_matmuls_and_convolutions():
 
 
 _STEPS = """
-import json
+import json, math
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from titok_jax import compile as compiling, sharding
+from flax import nnx
+from titok_jax import compile as compiling, models, sharding
+from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from configs import generator
 
 def look(**mesh):
@@ -139,9 +141,20 @@ def look(**mesh):
     return cost.bytes, problems, compiled.memory_analysis().argument_size_in_bytes, sum(
         x.size for x in jax.tree.leaves(program.args[0]["params"]))
 
-found = {"data": look(data=8), "fsdp": look(data=1, fsdp=8)}
+def gathered_by_decoder():
+    graphdef, params = models.abstract(
+        MaskgitVQGANConfig(hidden_channels=96, channel_mult=(1, 1), num_res_blocks=1, z_channels=32))
+    mesh = sharding.make_mesh(data=1, fsdp=8, devices=jax.devices())
+    places = sharding.state_shardings(mesh, params)
+    gradient = jax.grad(lambda p, x: nnx.merge(graphdef, p).decoder(x).sum())
+    function = jax.jit(gradient, in_shardings=(places, sharding.batch_sharding(mesh)), out_shardings=places)
+    with jax.set_mesh(mesh):
+        program = function.lower(params, jax.ShapeDtypeStruct((32, 8, 8, 32), "float32")).compile().as_text()
+    return [dims for _, dims in compiling.program_cost(program).arrays if dims[:1] == (32,) and math.prod(dims) > 2**14]
+
+found = {"data": look(data=8), "fsdp": look(data=1, fsdp=8), "decoder": gathered_by_decoder()}
 sharding.keep_batch = lambda x: x
-print(json.dumps(found | {"free": look(data=1, fsdp=8)}))
+print(json.dumps(found | {"free": look(data=1, fsdp=8), "free_decoder": gathered_by_decoder()}))
 """
 
 
@@ -158,6 +171,8 @@ def test_collectives_are_those_of_the_mesh():
     assert cut < 0.25 * copied
     # Left alone, the partitioner would gather the batch; the check tells.
     assert any("the whole batch is exchanged" in problem for problem in found["free"][1])
+    assert found["decoder"] == []
+    assert found["free_decoder"] != []
 
 
 @pytest.mark.skipif(

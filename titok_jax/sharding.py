@@ -6,8 +6,8 @@
     tensor  attention heads and MLP columns are cut along it (Megatron): for layers too large for one device
 
 All axes are "Auto": XLA's partitioner (GSPMD) derives everything between parameters, batch and results. The models contain
-one annotation, `keep_batch` around each block of a transformer, which needs `jax.set_mesh` around a step. The same program
-runs on one device, where all three axes are 1.
+one annotation, `keep_batch` around each block of a transformer, each GroupNorm and each convolution of VGG; it needs
+`jax.set_mesh` around a step. The same program runs on one device, where all three axes are 1.
 """
 
 import glob

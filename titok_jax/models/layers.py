@@ -230,4 +230,7 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         form = group_norm_affine if target_platform() == "cpu" else group_norm_two_pass
-        return form(x, self.scale[...], self.bias[...], groups=self.groups, epsilon=self.epsilon)
+        # Every convolution of the networks that have this is before or after one.
+        x = sharding.keep_batch(x)
+        x = form(x, self.scale[...], self.bias[...], groups=self.groups, epsilon=self.epsilon)
+        return sharding.keep_batch(x)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from titok_jax import sharding
 from titok_jax.models.layers import MLP, LayerNorm, make_stack, run_stack, target_platform, trunc_normal
 from titok_jax.models.maskgit_vqgan import conv
 
@@ -194,7 +195,7 @@ class LPIPS(nnx.Module):
         for level, numbers in enumerate(VGG_LEVELS):
             x = _halve(x) if level else x
             for number in numbers:
-                x = jax.nn.relu(self.net[f"slice{level + 1}"][str(number)](x))
+                x = sharding.keep_batch(jax.nn.relu(self.net[f"slice{level + 1}"][str(number)](x)))
             outputs.append(x)
         return outputs
 
