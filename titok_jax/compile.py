@@ -471,6 +471,7 @@ _REMAT, _FSDP16 = "--config.remat=True", "--config.mesh.fsdp=16"
 TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("configs/generator.py:l32", "v5e-16", ()),
     ("configs/generator.py:b64", "v4-32", ()),
+    ("configs/generator.py:l32", "v5p-32", ()),
     ("configs/generator.py:s128", "v5p-32", ()),
     ("configs/generator.py:l32", "v6e-64", ()),
     ("configs/generator.py:l32", "v6e-256", ()),
