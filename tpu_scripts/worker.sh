@@ -86,10 +86,10 @@ status() {
   local state=none
   [[ -f $RUN/ready ]] || return 1
   if [[ -f $RUN/command && ($# -eq 0 || $(<"$RUN/command") == "${1:-}") ]]; then
-    if [[ -f $RUN/exit ]]; then
-      state=$(<"$RUN/exit")
-    elif alive; then
+    if alive; then # asked first: a run that ends now has then written how
       state=running
+    elif [[ -f $RUN/exit ]]; then
+      state=$(<"$RUN/exit")
     else
       state=dead
     fi
