@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test parity lint digits digits-features tpu-check clean
+.PHONY: demo test parity soak lint digits digits-features tpu-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m titok_jax.sample --overwrite
@@ -18,6 +18,11 @@ test: .venv/installed-test
 # rows of the table in docs/parity.md. About 7 minutes on 2 CPU cores, 4.2 GB of memory.
 parity: .venv/installed-test
 	$(BIN)/python -m pytest tests/test_parity_full.py -m "parity or not parity" -s
+
+# A GAN in training, killed twenty times with SIGKILL at random moments, by one process and by two: ends bit for bit as one that
+# is not; and every task on every mesh.
+soak: .venv/installed-test
+	$(BIN)/python -m pytest tests/test_soak.py tests/test_sharding.py -m soak -s
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -430,7 +430,7 @@ def pair_configs(
 ) -> tuple[TiTokConfig, GeneratorConfig]:
     """The configurations of what `load_pair` loads, checked against each other; reads no weights, errors as there."""
     generator = pretrained.load_config(source, GeneratorConfig, revision=revision, token=token)
-    if tokenizer is None and source not in zoo.names("tokenizer") and not (Path(source) / "tokenizer").is_dir():
+    if tokenizer is None and source not in zoo.names("tokenizer") and not (epath.Path(source) / "tokenizer").is_dir():
         raise FileNotFoundError(f"{source} holds no sub-folder tokenizer: name the tokenizer of this generator")
     source = source if tokenizer is None else tokenizer
     pair = load_tokenizer_config(source, revision=tokenizer_revision, token=token), generator

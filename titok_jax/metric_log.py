@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -21,7 +23,8 @@ class MetricLog:
     def __init__(self, workdir: epath.Path, *, first_step: int, num_steps: int, batch_size: int, active: bool = True):
         """
         Args:
-          workdir: local or remote folder.
+          workdir: local or remote folder. A remote one gets copies of the files, once a minute: neither its files nor
+            TensorBoard's can be appended to.
           first_step: where this process starts; what an earlier one logged beyond it is dropped.
           batch_size: global, for images/s.
         """
@@ -29,8 +32,12 @@ class MetricLog:
         self._last_step, self._last_time, self._wait = first_step, time.perf_counter(), 0.0
         if not active:
             return
+        self._records = [record for record in _records(workdir / "metrics.jsonl") if record["step"] <= first_step]
+        self._remote, self._last_copy = None, self._last_time
+        if "://" in str(workdir):
+            self._temporary = tempfile.TemporaryDirectory(prefix="titok_jax-")
+            self._remote, workdir = workdir, epath.Path(self._temporary.name)
         self._path, self._picture = workdir / "metrics.jsonl", workdir / "curves.png"
-        self._records = [record for record in _records(self._path) if record["step"] <= first_step]
         partial = workdir / ".metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in self._records))
         partial.replace(self._path)
@@ -76,6 +83,20 @@ class MetricLog:
                 self._tensorboard.add_scalar(name, value, step)
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if time.perf_counter() - self._last_copy > 60:
+            self._copy()
+
+    def _copy(self) -> None:
+        """Brings the files to a remote workdir."""
+        self._last_copy = time.perf_counter()
+        if self._remote is None:
+            return
+        self._tensorboard.flush()
+        local = Path(self._temporary.name)
+        for path in filter(Path.is_file, local.rglob("*")):
+            place = self._remote / path.relative_to(local)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(path).copy(place, overwrite=True)
 
     def draw_curves(self) -> None:
         """Draws all that was logged, by this process and by those before it, over the steps: curves.png."""
@@ -93,6 +114,7 @@ class MetricLog:
         with partial.open("wb") as file:
             pictures.below(*rows).save(file, "PNG")
         partial.replace(self._picture)
+        self._copy()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Logs a picture, uint8 [H, W, 3]."""
@@ -113,6 +135,7 @@ class MetricLog:
     def close(self) -> None:
         if self._active:
             self._tensorboard.close()
+            self._copy()
 
 
 def _records(path: epath.Path) -> list[dict]:

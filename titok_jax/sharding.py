@@ -6,8 +6,18 @@
     tensor  attention heads and MLP columns are cut along it (Megatron): for layers too large for one device
 
 All axes are "Auto": XLA's partitioner (GSPMD) derives everything between parameters, batch and results. The models contain
-one annotation, `keep_batch` around each block of a transformer, each GroupNorm and each convolution of VGG; it needs
-`jax.set_mesh` around a step. The same program runs on one device, where all three axes are 1.
+one annotation, `keep_batch`, around each block of a transformer, each GroupNorm, each convolution of VGG, and on what the
+heads give; it needs `jax.set_mesh` around a step. The same program runs on one device, where all three axes are 1.
+
+What devices send each other in a training step (tests/test_sharding.py reads it from the compiled programs):
+
+    data    one sum of every gradient over the devices (all-reduce, or reduce-scatter where parameters are cut too), and of
+            the few numbers that are of the whole batch: losses, LeCam's means, the usage of codes, the gradient norm
+    fsdp    the same, and each cut parameter is gathered where it is used, forward and backward, one layer at a time
+            (all-gather). Never the batch, but for token ids, with which a cut embedding is looked up; its rows then change
+            places (all-to-all). Optimizer and averages are updated in place, on their shards
+    tensor  sums of the activations, after the attention's projection and the MLP's second layer (all-reduce); the logits of
+            a cut vocabulary are gathered
 """
 
 import glob

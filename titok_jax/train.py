@@ -113,7 +113,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
     """Runs a training to its end, from its newest checkpoint if there is one. Returns the final state, or None if SIGTERM
     stopped it."""
     # Parts: everything that can be wrong with the configuration shows here, before anything is written.
-    workdir = epath.Path(workdir).expanduser().resolve()
+    workdir = epath.Path(workdir).expanduser()
+    if "://" not in str(workdir):
+        workdir = workdir.resolve()  # which would make a local path of gs://
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file, expected a folder")
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps", "max_nonfinite_steps", "eval_images"):

@@ -1,0 +1,97 @@
+"""No lost step: a GAN in training, killed twenty times, ends as one that is not, bit for bit. `make soak` runs this."""
+
+import json
+import random
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import test_train
+from ml_collections import ConfigDict
+from test_distributed import finish, start
+
+STEPS, CHECKPOINT_EVERY = 240, 5
+
+
+def gan() -> ConfigDict:
+    """The tokenizer of the digits, with two optimizers and LeCam's averages."""
+    config = test_train.digits_config("smoke_tokenizer")
+    config.update({"num_steps": STEPS, "log_every": 1, "checkpoint_every": CHECKPOINT_EVERY})
+    config.update({"preview_every": 0, "eval_every": 0})
+    config.data.batch_size = 16
+    config.loss.update({"discriminator_weight": 0.1, "discriminator_start": 20, "lecam_weight": 0.001})
+    config.discriminator = ConfigDict({"hidden_channels": 32, "num_stages": 2, "logits_size": 8})
+    config.discriminator_optimizer = ConfigDict(config.optimizer.to_dict())
+    return config
+
+
+PROGRAM = """
+import sys
+import test_soak
+from titok_jax import sharding, train
+sharding.HEARTBEAT_SECONDS = 5
+sharding.start_processes()
+import jax
+import numpy as np
+state = train.train(test_soak.gan(), sys.argv[1])
+if jax.process_index() == 0:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    np.savez(sys.argv[1] + "/final.npz", **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})
+"""
+
+
+def last_step(workdir) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_at(draw: random.Random, run: list[subprocess.Popen], workdir, log: list[str]) -> None:
+    """Waits for a moment and kills one or all processes of a run; the others must then end by themselves."""
+    victims = draw.choice([run, run[:1], run[-1:]])
+    before, moment = last_step(workdir), draw.choice(["start", "step", "save"])
+    delay, steps = draw.uniform(0, 6), draw.randint(1, 16)
+    if moment == "start":  # while it imports, compiles or reads its checkpoint
+        time.sleep(delay)
+    else:
+        checkpoints = workdir / "checkpoints"
+        # A resumed run cuts the log back to its checkpoint first.
+        while all(process.poll() is None for process in run) and last_step(workdir) < before + steps:
+            time.sleep(0.002)
+        while moment == "save" and all(process.poll() is None for process in run) and not any(checkpoints.glob("*tmp*")):
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.05))
+    saving = any((workdir / "checkpoints").glob("*tmp*"))
+    for process in victims:
+        process.kill()
+    for process in run:
+        _, error = process.communicate(timeout=600)
+        assert process.returncode != 0, error[-2000:]
+    whom = "all" if len(victims) == len(run) else f"process {run.index(victims[0])}"
+    log.append(f"killed {whom} of {len(run)} at step {last_step(workdir)}{', during a save' if saving else ''}")
+    print(log[-1], flush=True)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 10)])
+def test_kills_at_random_moments_change_nothing(processes, kills, tmp_path):
+    draw, log = random.Random(processes), []
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finish(start(PROGRAM, str(straight), processes=processes))
+    while len(log) < kills:
+        kill_at(draw, start(PROGRAM, str(killed), processes=processes), killed, log)
+    assert not (killed / "pretrained").exists()
+    assert any("during a save" in line for line in log)
+    printed = finish(start(PROGRAM, str(killed), processes=processes))
+    assert "Continuing at step" in printed[0]
+    with np.load(straight / "final.npz") as a, np.load(killed / "final.npz") as b:
+        assert a.files == b.files
+        assert {"lecam", "opt", "ema", "params"} <= {name.split("'")[1] for name in a.files}
+        for name in a.files:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    losses = [
+        [json.loads(line)["total_loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        for workdir in (straight, killed)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
