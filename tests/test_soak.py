@@ -30,7 +30,7 @@ PROGRAM = """
 import sys
 import test_soak
 from titok_jax import sharding, train
-sharding.HEARTBEAT_SECONDS = 5
+sharding.HEARTBEAT_SECONDS, sharding.START_SECONDS = 5, 60
 sharding.start_processes()
 import jax
 import numpy as np
