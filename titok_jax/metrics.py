@@ -15,6 +15,10 @@ import scipy.linalg
 
 from titok_jax.cli import new_file
 
+# The Gaussian window of SSIM along one axis: 11 taps of sigma 1.5.
+SSIM_TAPS = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
+SSIM_TAPS /= SSIM_TAPS.sum()
+
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of each pair of images, -10 log10(mean squared error) for a peak of 1.
@@ -50,14 +54,17 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = _pair(a, b)
     if min(a.shape[1:3]) < 11:
         raise ValueError(f"images of {a.shape[1]}x{a.shape[2]} pixels, expected at least 11x11, the window of SSIM")
-    taps = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
-    taps /= taps.sum()
 
     def window(x):  # [B, H, W, C] -> [B, H - 10, W - 10, C]
         for axis in (1, 2):
-            x = np.lib.stride_tricks.sliding_window_view(x, 11, axis=axis) @ taps
+            x = np.lib.stride_tricks.sliding_window_view(x, 11, axis=axis) @ SSIM_TAPS
         return x
 
+    return windowed_ssim(a, b, window)
+
+
+def windowed_ssim(a, b, window):
+    """The formula of `ssim`, of NumPy or JAX arrays [B, H, W, C] -> [B]; window(x): the weighted mean around each place."""
     mean_a, mean_b = window(a), window(b)
     var_a, var_b = window(a * a) - mean_a**2, window(b * b) - mean_b**2
     covariance = window(a * b) - mean_a * mean_b

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from titok_jax import convert, models, sharding
+from titok_jax.metrics import SSIM_TAPS, windowed_ssim
 from titok_jax.models.layers import target_platform
 from titok_jax.models.quantizer import restart_codes
 from titok_jax.models.titok import TiTokConfig
@@ -298,20 +299,12 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """`metrics.ssim` in a jitted function: [B, H, W, C] in [0, 1], twice -> float32 [B]."""
-    taps = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
 
     def window(x):  # [B, H, W, C] -> [B, H - 10, W - 10, C]
         # As two matrix products, which every backend does fast; a convolution of one channel is slow.
         rows, columns = (
-            jnp.array(sum(tap * np.eye(n - 10, n, k) for k, tap in enumerate(taps / taps.sum())), jnp.float32)
-            for n in x.shape[1:3]
+            jnp.array(sum(tap * np.eye(n - 10, n, k) for k, tap in enumerate(SSIM_TAPS)), jnp.float32) for n in x.shape[1:3]
         )
         return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns, precision="highest")
 
-    mean_a, mean_b = window(a), window(b)
-    var_a, var_b = window(a * a) - mean_a**2, window(b * b) - mean_b**2
-    covariance = window(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    similarity /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return similarity.mean((1, 2, 3))
+    return windowed_ssim(a, b, window)

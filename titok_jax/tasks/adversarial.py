@@ -5,12 +5,15 @@ Both act from update `start` on. Its loss is on the images and on reconstruction
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from titok_jax import losses
-from titok_jax.tasks import Metrics, Network, State, cond, map_parts
+from titok_jax.models.discriminator import DiscriminatorConfig
+from titok_jax.tasks import Metrics, Network, State, cond, make_network, map_parts
 
 _METRICS = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss", "disc_grad_norm", "disc_lr")
 
@@ -83,6 +86,40 @@ class Adversary:
             total += metrics["r1_penalty"]
             metrics["discriminator_loss"] = total
         return total, (metrics, lecam)
+
+
+def make_adversary(
+    config: DiscriminatorConfig | None,
+    optimizer: Mapping[str, Any] | None,
+    num_steps: int,
+    *,
+    compute_dtype: str,
+    start: int,
+    **options: Any,
+) -> Adversary:
+    """A discriminator whose schedule spans what is left of `num_steps` after its start; options as in `Adversary`.
+
+    Raises:
+      ValueError: no configuration of the discriminator or its optimizer.
+    """
+    if config is None or optimizer is None:
+        raise ValueError("loss.discriminator_weight is set, but no discriminator")
+    return Adversary(make_network(config, optimizer, num_steps - start, compute_dtype=compute_dtype), start, **options)
+
+
+def init_state(networks: Mapping[str, Network], key: jax.Array, start: Mapping[str, Any] | None) -> State:
+    """The first state of networks by name: the model, which is averaged, and its "discriminator" if there is one.
+
+    Args:
+      start: {network: parameters} in the place of new ones.
+    """
+    state: State = {"step": jnp.zeros((), jnp.int32), "params": {}, "opt": {}}
+    for (name, network), network_key in zip(networks.items(), jax.random.split(key, len(networks)), strict=True):
+        state["params"][name], state["opt"][name] = network.init(network_key, (start or {}).get(name))
+    state["ema"] = {name: params for name, params in state["params"].items() if name != "discriminator"}
+    if "discriminator" in networks:
+        state["lecam"] = losses.init_lecam()
+    return state
 
 
 def _logits_and_slope(critic, images: jax.Array) -> tuple[jax.Array, jax.Array]:

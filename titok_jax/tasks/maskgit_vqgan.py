@@ -32,8 +32,8 @@ from titok_jax.tasks import (
     map_parts,
     reconstruction_quality,
 )
-from titok_jax.tasks.adversarial import Adversary
-from titok_jax.tasks.perceptual import Perceptual
+from titok_jax.tasks.adversarial import init_state, make_adversary
+from titok_jax.tasks.perceptual import Perceptual, check_perceptual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,38 +83,29 @@ def make_task(
     Raises:
       ValueError: a loss without what it needs.
     """
-    if loss.perceptual != ("none" if perceptual is None else perceptual.name):
-        found = "no network is given" if perceptual is None else f"the network given is {perceptual.name!r}"
-        raise ValueError(f"loss.perceptual is {loss.perceptual!r}, but {found}")
+    check_perceptual(loss.perceptual, perceptual)
     if remat:
         raise ValueError("remat is for transformers: to save memory here, raise gradient_accumulation")
     vqgan = make_network(config, optimizer, num_steps, compute_dtype=compute_dtype)
     networks: dict[str, Network] = {"vqgan": vqgan}
     adversary = None
     if loss.discriminator_weight > 0:
-        if discriminator is None or discriminator_optimizer is None:
-            raise ValueError("loss.discriminator_weight is set, but no discriminator")
-        networks["discriminator"] = make_network(
-            discriminator, discriminator_optimizer, num_steps - loss.discriminator_start, compute_dtype=compute_dtype
-        )
-        adversary = Adversary(
-            networks["discriminator"],
-            loss.discriminator_start,
+        adversary = make_adversary(
+            discriminator,
+            discriminator_optimizer,
+            num_steps,
+            compute_dtype=compute_dtype,
+            start=loss.discriminator_start,
             kind="non_saturating",
             lecam_weight=loss.lecam_weight,
             lecam_decay=loss.lecam_decay,
             gradient_penalty=loss.gradient_penalty,
             parts=gradient_accumulation,
         )
+        networks["discriminator"] = adversary.network
 
     def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
-        state: State = {"step": jnp.zeros((), jnp.int32), "params": {}, "opt": {}, "ema": {}}
-        for (name, network), network_key in zip(networks.items(), jax.random.split(key, len(networks)), strict=True):
-            state["params"][name], state["opt"][name] = network.init(network_key, (start or {}).get(name))
-        state["ema"]["vqgan"] = state["params"]["vqgan"]
-        if adversary:
-            state["lecam"] = losses.init_lecam()
-        return state
+        return init_state(networks, key, start)
 
     def draw(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         del key, batch

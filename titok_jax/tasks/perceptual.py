@@ -51,6 +51,13 @@ def make_perceptual(name: str, params: convert.Params) -> Perceptual:
     return Perceptual(name, lambda p, images, others: nnx.merge(graphdef, p)(images, others), params)
 
 
+def check_perceptual(name: str, perceptual: Perceptual | None) -> None:
+    """Raises ValueError if `perceptual` is not the network that a loss names, or None for "none"."""
+    if name != ("none" if perceptual is None else perceptual.name):
+        found = "no network is given" if perceptual is None else f"the network given is {perceptual.name!r}"
+        raise ValueError(f"loss.perceptual is {name!r}, but {found}")
+
+
 _ADVICE = "set --config.perceptual_weights to the folder that holds it (or --config.loss.perceptual=none)"
 
 

@@ -26,8 +26,8 @@ from titok_jax.tasks import (
     reconstruction_quality,
     restarted,
 )
-from titok_jax.tasks.adversarial import Adversary
-from titok_jax.tasks.perceptual import Perceptual
+from titok_jax.tasks.adversarial import init_state, make_adversary
+from titok_jax.tasks.perceptual import Perceptual, check_perceptual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,38 +86,28 @@ def make_task(
     Raises:
       ValueError: a loss without what it needs.
     """
-    if loss.perceptual != ("none" if perceptual is None else perceptual.name):
-        found = "no network is given" if perceptual is None else f"the network given is {perceptual.name!r}"
-        raise ValueError(f"loss.perceptual is {loss.perceptual!r}, but {found}")
+    check_perceptual(loss.perceptual, perceptual)
     if restart_codes and (config.quantize_mode != "vq" or (trained is not None and "quantize" not in trained)):
         raise ValueError("restart_codes is set, but there is no codebook in training: it is for stage 1 and single-stage vq")
     tokenizer = make_network(config, optimizer, num_steps, trained=trained, compute_dtype=compute_dtype, remat=remat)
     networks: dict[str, Network] = {"tokenizer": tokenizer}
     adversary = None
     if loss.discriminator_weight > 0:
-        if discriminator is None or discriminator_optimizer is None:
-            raise ValueError("loss.discriminator_weight is set, but no discriminator")
-        networks["discriminator"] = make_network(
-            discriminator, discriminator_optimizer, num_steps - loss.discriminator_start, compute_dtype=compute_dtype
-        )
-        adversary = Adversary(
-            networks["discriminator"],
-            loss.discriminator_start,
+        adversary = make_adversary(
+            discriminator,
+            discriminator_optimizer,
+            num_steps,
+            compute_dtype=compute_dtype,
+            start=loss.discriminator_start,
             factor=loss.discriminator_factor,
             lecam_weight=loss.lecam_weight,
             lecam_decay=loss.lecam_decay,
             parts=gradient_accumulation,
         )
+        networks["discriminator"] = adversary.network
 
     def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
-        state: State = {"step": jnp.zeros((), jnp.int32), "params": {}, "opt": {}, "ema": {}}
-        for name, network, network_key in zip(
-            networks, networks.values(), jax.random.split(key, len(networks)), strict=True
-        ):
-            state["params"][name], state["opt"][name] = network.init(network_key, (start or {}).get(name))
-        state["ema"]["tokenizer"] = state["params"]["tokenizer"]
-        if adversary:
-            state["lecam"] = losses.init_lecam()
+        state = init_state(networks, key, start)
         if restart_codes:
             state["code_usage"] = jnp.zeros(config.codebook_size)
         return state
