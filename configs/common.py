@@ -25,6 +25,12 @@ def pick(variants: dict, variant: str):
     return variants[variant]
 
 
+def images() -> dict[str, str]:
+    """A source of images to be filled in by flags: what tools/prepare_imagenet.py writes, or with another `name` what
+    titok_jax/data/sources.py has. The options are those of all kinds; an empty one is not given."""
+    return {"name": "array_record", "paths": "", "path": "", "dataset": "", "data_dir": "", "split": ""}
+
+
 def base(task: str) -> ConfigDict:
     """Everything that is the same in all recipes."""
     config = ConfigDict()
@@ -33,8 +39,8 @@ def base(task: str) -> ConfigDict:
     config.init_from = ""
     config.data = ConfigDict(
         {
-            "source": {"name": "folder", "path": ""},
-            "eval_source": {"name": "folder", "path": ""},  # an empty path: none
+            "source": images(),
+            "eval_source": images(),  # none, until it is said where
             "transform": {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256},
             "eval_transform": {"name": "center_crop_torchvision", "size": 256},
             "batch_size": 256,

@@ -4,7 +4,7 @@
       --config.data.source.paths='TOKENS/*.array_record'
 
 The data are token records; for tokens made from images on the way take l32_images, b64_images or s128_images, and set
---config.tokenizer and --config.data.source.path (slower, but every flip is drawn anew). Variants l32
+--config.tokenizer and --config.data.source.paths (slower, but every flip is drawn anew). Variants l32
 and b64 (ViT), s128 (U-ViT); published gFID 2.77, 2.48, 1.97, about 1 day (32 tokens) to 2 days (128) on 32 A800. l64_512 and
 b128_512 make tokens of images of 512 x 512 pixels: published gFID 2.74, and 2.49 (2.13 in 64 steps). `:smoke` is a small one
 of the embedded digits' tokens, about a minute on a CPU; `:smoke_tokens` is the same on token records.

@@ -1,7 +1,7 @@
 """The MaskGIT-VQGAN, the 2D tokenizer whose codes stage 1 predicts and whose decoder stage 2 fine-tunes, from scratch.
 
   python -m titok_jax.train --config configs/maskgit_vqgan.py:imagenet256 --workdir runs/vqgan \
-      --config.data.source.path=IMAGENET/train --config.perceptual_weights=WEIGHTS
+      --config.data.source.paths='IMAGENET/train-*' --config.perceptual_weights=WEIGHTS
 
 WEIGHTS holds convnext_small-0c510722.pth of torchvision. Stages 1 and 2 take the result by
 --config.vqgan=runs/vqgan/pretrained. Variants and the rFID of the published weights: imagenet256 2.28, imagenet512 1.97; how

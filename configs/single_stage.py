@@ -1,7 +1,7 @@
 """Single-stage tokenizers, discrete and continuous: trained on pixels from the start.
 
   python -m titok_jax.train --config configs/single_stage.py:bl64_vq8k --workdir runs/bl64 \
-      --config.data.source.path=IMAGENET/train --config.perceptual_weights=WEIGHTS
+      --config.data.source.paths='IMAGENET/train-*' --config.perceptual_weights=WEIGHTS
 
 WEIGHTS holds convnext_small-0c510722.pth and vgg16-397923af.pth of torchvision and lpips_vgg.pth of LPIPS. Variants and
 published rFID: bl64_vq8k 2.06, bl128_vq8k 1.49, sl256_vq8k 1.03, ll32_vae 1.61, bl64_vae 1.25, bl128_vae 0.84. `:smoke` (VQ)

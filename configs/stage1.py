@@ -1,6 +1,7 @@
 """Stage 1 of the two-stage tokenizers: predict the codes of the MaskGIT-VQGAN.
 
-  python -m titok_jax.train --config configs/stage1.py:l32 --workdir runs/l32_stage1 --config.data.source.path=IMAGENET/train
+  python -m titok_jax.train --config configs/stage1.py:l32 --workdir runs/l32_stage1 \
+      --config.data.source.paths='IMAGENET/train-*'
 
 Variants l32, b64, s128; published: L-32 took 74 hours on 64 A100, B-64 41 hours on 32, and S-128 ends with a cross entropy
 of about 3.0. l64_512 and b128_512 are for images of 512 x 512 pixels; set --config.vqgan to a MaskGIT-VQGAN for these: one

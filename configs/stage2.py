@@ -1,7 +1,7 @@
 """Stage 2 of the two-stage tokenizers: fine-tune the decoder on pixels, against a discriminator from step 20,000 on.
 
   python -m titok_jax.train --config configs/stage2.py:l32 --workdir runs/l32_stage2 \
-      --config.data.source.path=IMAGENET/train --config.init_from=runs/l32_stage1/pretrained \
+      --config.data.source.paths='IMAGENET/train-*' --config.init_from=runs/l32_stage1/pretrained \
       --config.perceptual_weights=WEIGHTS
 
 WEIGHTS holds convnext_small-0c510722.pth of torchvision. Variants l32, b64, s128; published rFID 2.21, 1.70, 1.71. l64_512

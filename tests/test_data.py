@@ -433,6 +433,12 @@ def test_make_source_errors():
         sources.make_source({"name": "mnist"})
     with pytest.raises(ValueError, match=r"data source digits: .*'path'; it takes split, image_size"):
         sources.make_source({"name": "digits", "path": "x"})
+    # As a recipe whose options were not given, or not for this kind.
+    with pytest.raises(
+        ValueError, match=r"array_record: missing .*'paths'; it takes paths\. The others: .*folder \("
+    ):
+        sources.make_source({"name": "array_record", "paths": "", "path": ""})
+    assert len(sources.make_source({"name": "digits", "split": "test", "paths": "", "path": ""})) == 360
     with pytest.raises(ValueError, match="digits has no split 'val'; it has train, test, all"):
         sources.make_source({"name": "digits", "split": "val"})
 
@@ -517,11 +523,16 @@ def test_webdataset_errors(tmp_path):
     write_tar(tmp_path / "words.tar", [("a.cls", b"cat"), ("a.png", encoded(0))])
     write_tar(tmp_path / "cut.tar", [("a.png", encoded(0)), ("b.png", encoded(1))])
     (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:6000])
+    write_tar(tmp_path / "end.tar", [("a.png", encoded(0)), ("b.png", encoded(1))])
+    with tarfile.open(tmp_path / "end.tar") as tar:
+        end = tar.getmembers()[1].offset  # cut between two images, or damaged there, is an end to tarfile
+    (tmp_path / "end.tar").write_bytes((tmp_path / "end.tar").read_bytes()[:end])
     (tmp_path / "text.tar").write_text("no tar")
     for name, message in [
         ("bare", r"bare\.tar: 1 samples without an image, the first is a; expected KEY\.jpg"),
         ("words", r"words\.tar: expected an uncompressed tar of images and \.cls files: .*cat"),
         ("cut", r"cut\.tar: expected an uncompressed tar"),
+        ("end", r"end\.tar: expected an uncompressed tar .*cut short at byte"),
         ("text", r"text\.tar: expected an uncompressed tar"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -52,8 +52,8 @@ _EPILOG = """examples:
   python -m titok_jax.evaluate --reference imagenet/train --model titok_l32 --save-reference imagenet_train.npz
       statistics of a data set of one's own, for --reference
 
-DATA is a folder of images, digits:SPLIT, tfds:NAME:SPLIT, or webdataset:GLOB. All but the first need the weights of
-InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION.
+DATA is a folder of images, array_record:GLOB, tfds:NAME:SPLIT, webdataset:GLOB, or digits:SPLIT. All but the first need the
+weights of InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION.
 """
 
 NUM_CLASSES, DIGITS_SIZE = 10, 32

@@ -34,9 +34,10 @@ _EPILOG = """examples:
   python -m titok_jax.train --config configs/generator.py:b64 --config.data.source.paths='tokens/*.array_record' ...
       trains on them
 
-DATA is a folder of images (class per sub-folder), digits:SPLIT, tfds:NAME:SPLIT, or webdataset:GLOB. Crops: "center" is
-one center crop, "flip" that and its mirror image, "ten" the published ten crops, "random" the published random crop and
-flip. The published order of "flip" (all images of a batch, then all mirrored) is another one; the records are the same.
+DATA is array_record:GLOB (files of tools/prepare_imagenet.py), a folder of images (class per sub-folder), tfds:NAME:SPLIT,
+webdataset:GLOB or digits:SPLIT. Crops: "center" is one center crop, "flip" that and its mirror image, "ten" the published
+ten crops, "random" the published random crop and flip. The published order of "flip" (all images of a batch, then all
+mirrored) is another one; the records are the same.
 """
 CROPS = ("center", "flip", "ten", "random")
 MANIFEST = "pretokenize.json"
@@ -56,8 +57,8 @@ def parse_source(text: str) -> dict[str, str]:
         if not dataset or not split:
             raise ValueError(f"{text!r}: expected tfds:NAME:SPLIT, e.g. tfds:imagenet2012:train")
         return {"name": "tfds", "dataset": dataset, "split": split}
-    if kind == "webdataset" and rest:
-        return {"name": "webdataset", "paths": rest}
+    if kind in ("webdataset", "array_record") and rest:
+        return {"name": kind, "paths": rest}
     return {"name": "folder", "path": text}
 
 
@@ -179,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("data", metavar="DATA", help="a folder of images, digits:SPLIT, tfds:NAME:SPLIT or webdataset:GLOB")
+    parser.add_argument("data", metavar="DATA", help="a folder of images, or KIND:WHERE; see below")
     parser.add_argument("--model", default="digits", help=f"tokenizer: {', '.join(zoo.names('tokenizer'))}, folder or file")
     parser.add_argument("--revision", help="branch, tag or commit of a tokenizer on the hub (HF_TOKEN: a token for it)")
     parser.add_argument("--out", required=True, type=Path, help="folder of the shards; made, or continued")

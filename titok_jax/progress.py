@@ -20,9 +20,9 @@ from titok_jax.tasks.build import check_batch
 
 
 def held_out_source(config: ConfigDict) -> Any:
-    """The examples that training does not see, `config.data.eval_source`; None if it, or the path in it, is not set."""
+    """The examples that training does not see, `config.data.eval_source`; None if nothing but its kind is set."""
     spec = config.data.get("eval_source")
-    return make_source(spec) if spec and "" not in spec.values() else None
+    return make_source(spec) if spec and any(spec[option] for option in spec if option != "name") else None
 
 
 class Evaluation:

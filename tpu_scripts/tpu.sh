@@ -29,8 +29,9 @@ options:
 examples:
   cp tpu_scripts/config.sh.example tpu_scripts/config.sh    # and fill it in
   tpu_scripts/tpu.sh --dry-run create
-  tpu_scripts/tpu.sh babysit --delete -- python -m titok_jax.train --config configs/stage1.py:l32 \
-      --workdir gs://BUCKET/l32_stage1 --config.data.source.path=gs://BUCKET/imagenet --config.remat=True
+  tpu_scripts/tpu.sh babysit --delete -- bash tpu_scripts/with_bucket.sh BUCKET python -m titok_jax.train \
+      --config configs/stage1.py:l32 --workdir gs://BUCKET/l32_stage1 --config.remat=True \
+      --config.data.source.paths='/tmp/BUCKET/imagenet/train-*'
   tpu_scripts/tpu.sh logs 0
   ACCELERATOR_TYPE=v5litepod-16 ZONE=us-west4-a tpu_scripts/tpu.sh create
 EOF

@@ -8,7 +8,7 @@ import glob
 import inspect
 import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or glob patt
 
 
 def make_source(spec: Mapping[str, Any]):
-    """The source named by `spec`: {"name": "digits", "split": "train"}; the other entries are its constructor's arguments.
+    """The source named by `spec`: {"name": "digits", "split": "train"}; the other entries are its constructor's arguments,
+    except those that are "", which are as if they were not there.
 
     Raises:
       ValueError: unknown name or option, or what the files hold is not what is expected.
       FileNotFoundError: a path or pattern that matches nothing.
     """
-    options = dict(spec)
+    options = {option: value for option, value in spec.items() if value != ""}
     name = options.pop("name", None)
     if name not in _SOURCES:
         raise ValueError(f"unknown data source {name!r}; known: {', '.join(_SOURCES)}")
@@ -38,7 +39,10 @@ def make_source(spec: Mapping[str, Any]):
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise ValueError(f"data source {name}: {error}; it takes {', '.join(signature.parameters)}") from None
+        others = (f"{kind} ({', '.join(inspect.signature(_SOURCES[kind]).parameters)})" for kind in _SOURCES if kind != name)
+        raise ValueError(
+            f"data source {name}: {error}; it takes {', '.join(signature.parameters)}. The others: {', '.join(others)}"
+        ) from None
     return _SOURCES[name](**options)
 
 
@@ -88,8 +92,12 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
+        return _decoded(*self.encoded(index))
+
+    def encoded(self, index: int) -> tuple[bytes, int, str]:
+        """An image's file, its label, and where it is."""
         path = self.paths[index]
-        return {"image": decode_image(Path(path).read_bytes(), path), "label": self._labels[index]}
+        return Path(path).read_bytes(), int(self._labels[index]), path
 
 
 class TfdsSource:
@@ -145,9 +153,13 @@ class TfdsSource:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Example:
+        return _decoded(*self.encoded(index))
+
+    def encoded(self, index: int) -> tuple[bytes, int, str]:
+        """An image's file, its label, and where it is."""
         example = self._examples[index]
-        image = decode_image(example[self._image_key], f"tfds {self._name}, example {index}")
-        return {"image": image, "label": np.int32(-1 if self._label_key is None else example[self._label_key])}
+        label = -1 if self._label_key is None else int(example[self._label_key])
+        return example[self._image_key], label, f"tfds {self._name}, example {index}"
 
 
 class WebDatasetSource:
@@ -164,7 +176,7 @@ class WebDatasetSource:
             samples = {}  # key -> [offset, length, label]
             try:
                 with tarfile.open(path, "r:") as tar:
-                    for member in filter(tarfile.TarInfo.isfile, tar):
+                    for member in tar_files(tar):
                         folder, _, file_name = member.name.rpartition("/")
                         key, _, extension = file_name.partition(".")  # as WebDataset: up to the first dot
                         if not key:
@@ -189,12 +201,25 @@ class WebDatasetSource:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Example:
+        return _decoded(*self.encoded(index))
+
+    def encoded(self, index: int) -> tuple[bytes, int, str]:
+        """An image's file, its label, and where it is."""
         shard, offset, length, label = self._spans[index].tolist()
         path = self._paths[shard]
-        return {
-            "image": decode_image(_read(path, offset, length), f"{path}, image {index} at byte {offset}"),
-            "label": np.int32(label),
-        }
+        return _read(path, offset, length), label, f"{path}, image {index} at byte {offset}"
+
+
+def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar that is open as a seekable file, in order; only their headers are read.
+
+    Raises:
+      tarfile.ReadError: it is damaged or cut short, also where `tarfile` itself would take that for the end of the archive.
+    """
+    yield from filter(tarfile.TarInfo.isfile, tar)
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the end of an archive is zeros
+        raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
 
 
 class ArrayRecordSource:
@@ -281,6 +306,10 @@ def _expand(paths: Paths, what: str) -> list[str]:
 def _is_image(path: str) -> bool:
     name = os.path.basename(path)
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")  # macOS adds ._NAME.jpg
+
+
+def _decoded(data: bytes, label: int, name: str) -> Example:
+    return {"image": decode_image(data, name), "label": np.int32(label)}
 
 
 def _read(path: str, offset: int, length: int) -> bytes:
