@@ -434,9 +434,7 @@ def test_make_source_errors():
     with pytest.raises(ValueError, match=r"data source digits: .*'path'; it takes split, image_size"):
         sources.make_source({"name": "digits", "path": "x"})
     # As a recipe whose options were not given, or not for this kind.
-    with pytest.raises(
-        ValueError, match=r"array_record: missing .*'paths'; it takes paths\. The others: .*folder \("
-    ):
+    with pytest.raises(ValueError, match=r"array_record: missing .*'paths'; it takes paths\. The others: .*folder \("):
         sources.make_source({"name": "array_record", "paths": "", "path": ""})
     assert len(sources.make_source({"name": "digits", "split": "test", "paths": "", "path": ""})) == 360
     with pytest.raises(ValueError, match="digits has no split 'val'; it has train, test, all"):
