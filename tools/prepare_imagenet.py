@@ -1,0 +1,473 @@
+"""Turns ImageNet into the ArrayRecord files that the recipes read: the JPEGs' own bytes, labels 0 to 999 in the order of the
+sorted WordNet ids.
+
+Nothing is unpacked: archives are read in place. A shard appears when it is complete, so the same command, started again
+after any kill, makes the missing ones; no image is lost or doubled. Every image is decoded; those that cannot be are left
+out and listed.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from titok_jax.cli import check_output, command, new_file
+from titok_jax.data.records import image_writer
+from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource, WebDatasetSource, tar_files
+from titok_jax.data.transforms import decode_image
+from titok_jax.shards import Shards
+
+_EPILOG = """examples:
+  python tools/prepare_imagenet.py ILSVRC2012_img_train.tar --split train --out imagenet
+  python tools/prepare_imagenet.py ILSVRC2012_img_val.tar --split val --out imagenet
+      the original archives; the second needs ILSVRC2012_devkit_t12.tar.gz beside it, or where --devkit says
+  python tools/prepare_imagenet.py ILSVRC/Data/CLS-LOC/train --split train --out imagenet
+      a folder of class folders
+  python tools/prepare_imagenet.py ~/tensorflow_datasets/imagenet2012/5.1.0 --split val --out imagenet
+      a TFDS set that was prepared with file_format="array_record"
+  python tools/prepare_imagenet.py 'shards/imagenet-train-*.tar' --split train --out imagenet
+      WebDataset tars: KEY.jpg (.jpeg, .png, .webp) and KEY.cls
+  python -m titok_jax.train --config configs/stage1.py:l32 --config.data.source.paths='imagenet/train-*' ...
+      trains on them
+
+In OUT: SPLIT-00000-of-00128.array_record and so on; SPLIT.json, what was found, with the images of each class; and
+SPLIT.left_out.txt, if images were left out. Image i of the input is in shard i modulo the number of shards.
+
+Exit status: 0 if all is as in ImageNet; 1 if all was written, but images were left out or the numbers are not those of
+ImageNet; 2 after an error, and the same command goes on.
+"""
+NUM_CLASSES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What a part of ImageNet is known to be.
+
+    Attributes:
+      images: how many.
+      per_class: the fewest and the most images of a class.
+      tfds: its name in TFDS.
+      shards: into how many files it is written unless it is said otherwise, about 1 and 0.4 GB each.
+    """
+
+    images: int
+    per_class: tuple[int, int]
+    tfds: str
+    shards: int
+
+
+SPLITS = {"train": Split(1_281_167, (732, 1300), "train", 128), "val": Split(50_000, (50, 50), "validation", 16)}
+
+
+class TarImages:
+    """Files in an uncompressed tar, or in tars inside it, each read at its place.
+
+    Attributes:
+      names: of the files [n].
+      spans: int64 [n, 3]: offset in the outer file, length, label.
+      class_names: WordNet ids by label.
+    """
+
+    def __init__(self, path: Path, names: list[str], spans: np.ndarray, class_names: list[str]):
+        self._path, self.names, self.spans, self.class_names = path, names, spans, class_names
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def encoded(self, index: int) -> tuple[bytes, int, str]:
+        """An image's file, its label, and where it is."""
+        offset, length, label = self.spans[index].tolist()
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length), label, f"{self._path}, {self.names[index]}"
+
+
+@contextlib.contextmanager
+def tar_errors(what: str) -> Iterator[None]:
+    """What a damaged tar raises, as a ValueError that says which."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{what}: {error}; is it complete? Compare its size and checksum, or download it again") from error
+
+
+def train_archive(path: Path) -> TarImages:
+    """The images of ILSVRC2012_img_train.tar, a tar of one tar for each class. Only headers are read here.
+
+    Raises:
+      ValueError: it is damaged, cut short or another tar.
+    """
+    names, spans = [], []
+    with contextlib.ExitStack() as stack:
+        with tar_errors(str(path)):
+            outer = stack.enter_context(tarfile.open(path, "r:"))
+            members = list(tar_files(outer))
+        strange = [member.name for member in members if not re.fullmatch(r"(.*/)?n\d{8}\.tar", member.name)]
+        if strange:
+            raise ValueError(f"{path}: holds {strange[0]}; expected tars named after WordNet ids, n01440764.tar")
+        wnids = [Path(member.name).stem for member in members]
+        class_names = sorted(wnids)
+        if len(set(wnids)) < len(wnids):
+            raise ValueError(f"{path}: holds {next(w for w in wnids if wnids.count(w) > 1)}.tar more than once")
+        for wnid, member in zip(tqdm(wnids, unit="class", desc="looking"), members, strict=True):
+            with tar_errors(f"{path}, {member.name}"), tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                files = list(tar_files(inner))
+            names += [f"{wnid}/{file.name}" for file in files]
+            places = [(member.offset_data + file.offset_data, file.size) for file in files]
+            spans.append(np.array([(*place, class_names.index(wnid)) for place in places], np.int64).reshape(-1, 3))
+    return TarImages(path, names, np.concatenate(spans), class_names)
+
+
+def val_archive(path: Path, devkit: Path) -> TarImages:
+    """The images of ILSVRC2012_img_val.tar, labelled by the development kit.
+
+    Raises:
+      FileNotFoundError: there is no development kit.
+      ValueError: one of them is damaged, cut short or another tar.
+    """
+    class_names, truth = read_devkit(devkit)
+    with tar_errors(str(path)), tarfile.open(path, "r:") as tar:
+        files = list(tar_files(tar))
+    spans = []
+    for file in files:
+        number = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", file.name)
+        if number is None or not 1 <= int(number[1]) <= len(truth):
+            raise ValueError(
+                f"{path}: holds {file.name}; expected ILSVRC2012_val_00000001.JPEG to {len(truth):08}, of which "
+                f"{devkit} has the labels"
+            )
+        spans.append((file.offset_data, file.size, truth[int(number[1]) - 1]))
+    return TarImages(path, [file.name for file in files], np.array(spans, np.int64).reshape(-1, 3), class_names)
+
+
+def read_devkit(path: Path) -> tuple[list[str], np.ndarray]:
+    """(WordNet ids by label, label of each validation image [n]) of ILSVRC2012_devkit_t12.tar.gz.
+
+    The kit numbers its classes 1 to 1000 in another order than that of the WordNet ids, which gives labels elsewhere.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is damaged, or not this kit.
+    """
+    import scipy.io
+
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; the labels of the validation images are in ILSVRC2012_devkit_t12.tar.gz, from where the "
+            "archives are; put it there, or name it by --devkit"
+        )
+    files = {"meta.mat": None, "ILSVRC2012_validation_ground_truth.txt": None}
+    with tar_errors(str(path)), tarfile.open(path, "r:*") as tar:
+        for member in tar:
+            name = Path(member.name).name
+            if member.isfile() and name in files:
+                files[name] = tar.extractfile(member).read()
+    for name, data in files.items():
+        if data is None:
+            raise ValueError(f"{path}: holds no {name}; expected the development kit of ILSVRC2012, tasks 1 and 2")
+    try:
+        synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"])
+        leaves = synsets[synsets["num_children"] == 0]  # others are above these in WordNet
+        wnids = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
+        class_names = sorted(wnids.values())
+        label_of = {number: class_names.index(wnid) for number, wnid in wnids.items()}
+        truth = files["ILSVRC2012_validation_ground_truth.txt"].split()
+        return class_names, np.array([label_of[int(number)] for number in truth], np.int64)
+    except Exception as error:  # SciPy has many for a file that is not what it seems
+        raise ValueError(f"{path}: its meta.mat and ground truth are not those of ILSVRC2012: {error!r}") from error
+
+
+def open_images(inputs: Sequence[str], split: str, devkit: Path | None) -> tuple[str, Any, list[str]]:
+    """(what it is in words, images with `encoded`, files that they are in) of an input, told by what is there.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ValueError: what is there is nothing known, or not this split.
+    """
+    paths = [Path(name).expanduser() for name in inputs]
+    if len(paths) == 1 and paths[0].is_dir():
+        return open_folder(paths[0], split, devkit)
+    found = [Path(file) for path in paths for file in ([path] if path.exists() else sorted(glob.glob(str(path))))]
+    if not found:
+        raise FileNotFoundError(f"{', '.join(inputs)}: no such file or folder")
+    for path in found:
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a file, or a single folder")
+    with tar_errors(f"{found[0]}: expected an uncompressed tar"), tarfile.open(found[0], "r:") as tar:
+        first = next((Path(member.name) for member in tar if member.isfile()), Path())
+    kind = "train" if first.suffix == ".tar" else "val" if re.match(r"ILSVRC2012_val_\d+\.JPEG", first.name) else None
+    if kind is None:
+        return "WebDataset tars", WebDatasetSource(found), found
+    if kind != split or len(found) > 1:
+        raise ValueError(f"{found[0]}: this is ImageNet's {kind} archive; give it alone, with --split {kind}")
+    if kind == "train":
+        return "the archive of the training images", train_archive(found[0]), found
+    devkit = devkit or found[0].parent / "ILSVRC2012_devkit_t12.tar.gz"
+    return "the archive of the validation images", val_archive(found[0], devkit), [found[0], devkit]
+
+
+def open_folder(folder: Path, split: str, devkit: Path | None) -> tuple[str, Any, list[Path]]:
+    """`open_images` of a folder."""
+    archive = folder / f"ILSVRC2012_img_{split}.tar"
+    if archive.is_file():
+        return open_images([str(archive)], split, devkit)
+    infos = [path for depth in ("", "*/", "imagenet2012/*/") for path in folder.glob(f"{depth}dataset_info.json")]
+    if len(infos) > 1:
+        raise ValueError(f"{folder}: holds several TFDS sets, {', '.join(str(i.parent) for i in infos)}; name one of them")
+    if infos:
+        name = SPLITS[split].tfds
+        path = infos[0].parent
+        return f"a TFDS set, {name}", TfdsSource(name, path=str(path)), sorted(path.iterdir())
+    tars = sorted(folder.glob("*.tar"))
+    if tars:
+        named = [path for path in tars if "train" in path.name or "val" in path.name]
+        chosen = [path for path in tars if split in path.name] if named else tars
+        if not chosen:
+            raise ValueError(f"{folder}: holds {tars[0].name} and the like, but no tar that is named {split}")
+        return open_images([str(path) for path in chosen], split, devkit)
+    if (folder / split).is_dir():
+        return open_folder(folder / split, split, devkit)
+    try:
+        source = FolderSource(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Known are also {archive.name}, WebDataset tars and a TFDS set (dataset_info.json) in it"
+        ) from None
+    if not source.class_names:
+        raise ValueError(
+            f"{folder}: the images lie directly in the folder, so their classes are unknown; expected one folder for each "
+            "class. Of the validation images, give the archive"
+        )
+    return "a folder of class folders", source, source.paths
+
+
+def fingerprint(files: Sequence[Any]) -> str:
+    """SHA-256 of names and sizes of files, by which a command sees that its input is another one. Of very many, as in a
+    folder of images, of the names only."""
+    digest = hashlib.sha256()
+    for file in map(Path, files):
+        size = file.stat().st_size if len(files) < 10_000 else 0
+        digest.update(f"{file.parent.name}/{file.name} {size}\n".encode())
+    return digest.hexdigest()
+
+
+def problem(data: bytes, label: int, name: str, verify: bool) -> str | None:
+    """Why an image is left out; None if it is not."""
+    if not 0 <= label < NUM_CLASSES:
+        return f"{name}: its label is {label}, expected 0 to {NUM_CLASSES - 1}"
+    try:
+        if verify:
+            decode_image(data, name)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None if data else f"{name}: empty"
+
+
+def write_shard(source, indices: range, path: Path, verify: bool, stop: threading.Event, bar: tqdm) -> dict[str, np.ndarray]:
+    """Writes one shard.
+
+    Returns:
+      "counts": int64 [NUM_CLASSES], images written of each class; "left_out": str [n], why the others were not.
+    """
+    counts, left_out = np.zeros(NUM_CLASSES, np.int64), []
+    with image_writer(path) as write:
+        for index in indices:
+            if stop.is_set():
+                raise InterruptedError("stopped")
+            data, label, name = source.encoded(index)
+            reason = problem(data, label, name, verify)
+            if reason is None:
+                write(data, label)
+                counts[label] += 1
+            else:
+                left_out.append(reason)
+            bar.update()
+    return {"counts": counts, "left_out": np.array(left_out, np.str_)}
+
+
+def write_shards(source, shards: Shards, paths: list[Path], *, verify: bool, workers: int) -> None:
+    """Writes those that are missing, and what is in each to `shards`, with a progress bar.
+
+    Raises:
+      OSError: a shard cannot be written; the others that were begun are not there either.
+    """
+    indices = [range(number, len(source), len(paths)) for number in range(len(paths))]
+    missing = set(shards.missing()) | {number for number, path in enumerate(paths) if not path.exists()}
+    there = sum(len(indices[number]) for number in range(len(paths)) if number not in missing)
+    stop = threading.Event()
+    with (
+        tqdm(total=len(source), initial=there, unit="image", desc="writing") as bar,
+        # Threads: nearly all of the time is reading, decoding and writing, which other threads do not wait for.
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+        try:
+            futures = {
+                pool.submit(write_shard, source, indices[number], paths[number], verify, stop, bar): number
+                for number in sorted(missing)
+            }
+            for future in concurrent.futures.as_completed(futures):
+                shards.write(futures[future], **future.result())
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def check_shards(shards: Shards, paths: list[Path]) -> tuple[np.ndarray, list[str]]:
+    """(images of each class [NUM_CLASSES], why others were left out) of all shards.
+
+    Raises:
+      ValueError: a file is damaged: it does not hold as many records as were written to it.
+    """
+    counts, left_out = np.zeros(NUM_CLASSES, np.int64), []
+    for path, piece in zip(paths, shards, strict=True):
+        held, written = len(ArrayRecordSource(path)), int(piece["counts"].sum())
+        if held != written:
+            raise ValueError(
+                f"{path} holds {held} images, {written} were written; remove it, and the same command makes it again"
+            )
+        counts += piece["counts"]
+        left_out += piece["left_out"].tolist()
+    return counts, left_out
+
+
+def findings(split: str, counts: np.ndarray, left_out: list[str], class_names: list[str]) -> list[str]:
+    """What is not as in ImageNet, in words."""
+    known, found = SPLITS[split], []
+    if left_out:
+        found.append(f"{len(left_out):,} images were left out, the first is {left_out[0]}")
+    if counts.sum() != known.images:
+        found.append(f"{counts.sum():,} images, ImageNet's {split} has {known.images:,}")
+    present = int(np.count_nonzero(counts))
+    if present != NUM_CLASSES:
+        found.append(f"images of {present:,} classes, ImageNet has {NUM_CLASSES:,}, so labels may mean other classes")
+    few, many = known.per_class
+    odd = [label for label in np.flatnonzero(counts).tolist() if not few <= counts[label] <= many]
+    if odd:
+        name = f" ({class_names[odd[0]]})" if class_names else ""
+        images = str(few) if few == many else f"{few} to {many}"
+        found.append(
+            f"{len(odd)} classes have not {images} images as in ImageNet, the first is {odd[0]}{name} with {counts[odd[0]]}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raises ValueError if another process is inside for the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing what {folder} is of; wait for it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python tools/prepare_imagenet.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", nargs="+", help="an archive, a folder or tars; what it is is told by what is there")
+    parser.add_argument("--split", choices=SPLITS, required=True, help="which part of ImageNet this is")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the result; made, or continued")
+    parser.add_argument("--devkit", type=Path, help="ILSVRC2012_devkit_t12.tar.gz (default: beside the validation archive)")
+    parser.add_argument("--shards", type=int, help="files to write (default: 128 for train, 16 for val)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: one for each core)")
+    parser.add_argument("--no-verify", action="store_true", help="do not decode the images to see whether they can be")
+    parser.add_argument("--overwrite", action="store_true", help="replace a result, or unfinished work of other settings")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    num_shards = SPLITS[args.split].shards if args.shards is None else args.shards
+    for name, value in (("shards", num_shards), ("workers", args.workers)):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}, expected at least 1")
+    for path in (*args.input, str(args.out)):
+        if "://" in path:
+            raise ValueError(f"{path}: expected a local path; copy files from and to a bucket by gcloud storage cp")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, expected a folder")
+    kind, source, files = open_images(args.input, args.split, args.devkit)
+    class_names = list(getattr(source, "class_names", []))
+    print(f"{', '.join(args.input[:3])}: {kind}, {len(source):,} images", flush=True)
+    if num_shards > len(source):
+        raise ValueError(f"--shards is {num_shards}, more than the {len(source)} images")
+    _, label, name = source.encoded(0)
+    if not 0 <= label < NUM_CLASSES:
+        raise ValueError(f"{name}: its label is {label}, expected 0 to {NUM_CLASSES - 1}")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    report, listed = args.out / f"{args.split}.json", args.out / f"{args.split}.left_out.txt"
+    paths = [args.out / f"{args.split}-{n:05d}-of-{num_shards:05d}.array_record" for n in range(num_shards)]
+    work = args.out / f"{args.split}.shards"  # of each finished shard, what is in it
+    complete = report.exists()
+    check_output(report, args.overwrite)
+    old = set(args.out.glob(f"{args.split}-*.array_record"))
+    stale = sorted(old - set(paths) if work.exists() and not complete else old)
+    if stale and not args.overwrite:
+        raise FileExistsError(f"{stale[0]} exists and nothing was overwritten; choose another output or add --overwrite")
+    if complete and work.exists():
+        shutil.rmtree(work)
+    for path in (report, listed, *stale):  # in this order: killed here, it is not taken for complete
+        path.unlink(missing_ok=True)
+    settings = {"kind": kind, "images": len(source), "files": fingerprint(files), "verify": not args.no_verify}
+    shards = Shards(work, settings, num_shards, 1, restart=args.overwrite)
+    with only_one(work):
+        for path in args.out.glob(f".{args.split}-*.tmp"):  # of killed writers
+            path.unlink()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
+            write_shards(source, shards, paths, verify=not args.no_verify, workers=args.workers)
+        counts, left_out = check_shards(shards, paths)
+        found = findings(args.split, counts, left_out, class_names)
+        if left_out:
+            with new_file(listed) as partial:
+                partial.write_text("".join(f"{reason}\n" for reason in left_out), encoding="utf-8")
+        with new_file(report) as partial:
+            summary = {
+                "input": args.input,
+                **settings,
+                "written": int(counts.sum()),
+                "left_out": len(left_out),
+                "findings": found,
+                "class_names": class_names,
+                "images_per_class": counts.tolist(),
+            }
+            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        shards.remove()
+    for text in found:
+        print(f"WARNING: {text}")
+    state = "all is as in ImageNet" if not found else f"see {listed} and {report}" if left_out else f"see {report}"
+    print(f"{args.out}: {counts.sum():,} images in {num_shards} shards of {args.split}; {state}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
