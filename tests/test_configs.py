@@ -5,19 +5,25 @@ That the small ones' losses fall is tested here for the single stage, for the ot
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import json
 import pathlib
 import re
+import shlex
 
 import pytest
 import tiny_models as tiny
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from titok_jax import convert, pretrained, train
+from titok_jax.data.sources import make_source
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 from titok_jax.models.titok import transformer_size
+from titok_jax.pretokenize import parse_source
 from titok_jax.tasks.build import build_task
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def config(file: str, variant: str):
@@ -151,7 +157,7 @@ RECIPES = {
 def documented(file: str) -> dict[str, dict]:
     """{variant: {field: value}} of the table of a recipe in docs/training.md; a row that names variants goes before one that
     does not, and a row without a source is none."""
-    text = (pathlib.Path(__file__).parents[1] / "docs/training.md").read_text()
+    text = (ROOT / "docs/training.md").read_text()
     table = text.split(f"### configs/{file}.py\n")[1].split("\n#")[0]
     rows = re.findall(r"^\| `([\w.]+)`(?: \(([^)]*)\))? \| `([^`]*)` \| \S.* \|$", table, re.MULTILINE)
     assert len(rows) == sum(line.startswith("| `") for line in table.splitlines()), "a row of another form"
@@ -221,3 +227,37 @@ def test_a_start_is_filled_as_far_as_it_fits_and_the_rest_is_listed(tmp_path, ca
     wide = dataclasses.replace(model.encoder, width=64)
     with pytest.raises(ValueError, match=r"(?s)is another model.*encoder: .*width=32.* there, .*width=64"):
         start_of(tmp_path / "model", dataclasses.replace(model, encoder=wide, decoder=wide))
+
+
+def documented_commands(page: str) -> list[list[str]]:
+    """The arguments, after `python`, of each command in the blocks of a page of docs/."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    lines = (shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [line[line.index("python") + 1 :] for line in lines if "python" in line]
+
+
+@pytest.mark.parametrize("page", ["training.md", "tpu.md"])
+def test_the_documented_commands_are_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    trained = 0
+    for first, *argv in documented_commands(page):
+        if first == "tools/prepare_imagenet.py":
+            spec = importlib.util.spec_from_file_location("prepare_imagenet", first)
+            spec.loader.exec_module(tool := importlib.util.module_from_spec(spec))
+            tool._parser().parse_args(argv)
+        elif argv[0] == "titok_jax.train":
+            values = flags.FlagValues()
+            config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+            flags.DEFINE_string("workdir", None, "", flag_values=values)
+            assert len(values(argv)) == 1, argv  # nothing is left that is no flag
+            assert values.workdir, argv
+            source = values.config.data.source
+            if source.name != "digits":  # all is said that it needs, and no file of it is here
+                with pytest.raises(FileNotFoundError):
+                    make_source(source)
+            trained += 1
+        elif argv[0] in ("titok_jax.sample", "titok_jax.evaluate", "titok_jax.pretokenize"):
+            args = importlib.import_module(argv[0])._parser().parse_args(argv[1:])
+            for data in filter(None, (getattr(args, "data", None), getattr(args, "reconstruct", None))):
+                assert parse_source(data)["name"] in ("digits", "array_record")
+    assert trained == {"training.md": 8, "tpu.md": 1}[page]

@@ -18,6 +18,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
+from titok_jax.data.records import image_writer
 from titok_jax.data.sources import make_source
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "prepare_imagenet.py"
@@ -222,7 +223,11 @@ def test_the_command_goes_on_after_sigkill(tool, tmp_path, capsys):
     noted = [int(path.stem) for path in out.glob("train.shards/[0-9]*.npz")]
     there = {path: path.stat().st_mtime_ns for n in noted for path in out.glob(f"train-{n:05}-*.array_record")}
     assert 3 <= len(there) == len(noted) < 60
-    (out / ".train-00059-of-00060.array_record.1.tmp").write_bytes(b"of a killed writer")
+    with image_writer(out / "train-00059-of-00060.array_record"):
+        (partial,) = out.glob(".train-00059*")
+        left = partial.name
+    (out / left).write_bytes(b"of a killed writer")
+    (out / "train-00059-of-00060.array_record").unlink()
     for arguments, message in [(["--shards", "30"], "exists"), (["--no-verify"], "verify: True there, False now")]:
         assert tool.main([*command, *arguments]) == 2
         assert message in capsys.readouterr().err

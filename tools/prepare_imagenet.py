@@ -440,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {"kind": kind, "images": len(source), "files": fingerprint(files), "verify": not args.no_verify}
     shards = Shards(work, settings, num_shards, 1, restart=args.overwrite)
     with only_one(work):
-        for path in args.out.glob(f".{args.split}-*.tmp"):  # of killed writers
+        for path in args.out.glob(f".{args.split}-*"):  # of killed writers
             path.unlink()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
