@@ -1,22 +1,47 @@
-"""Folders on gs://: here in memory, behind the same paths."""
+"""Paths on gs://: here in memory, behind the same paths. What commands read and write there is what they do in a folder."""
+
+import io
+import json
+import tarfile
 
 import fsspec
 import jax
 import numpy as np
 import pytest
+import test_convert_weights
 import test_train
 import tiny_models
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 from test_distributed import log_of
 
 import titok_jax
-from titok_jax import pretrained, train
+from titok_jax import (
+    cli,
+    evaluate,
+    evaluation,
+    features,
+    parity,
+    pretokenize,
+    pretrained,
+    reconstruct,
+    sample,
+    storage,
+    train,
+    zoo,
+)
 from titok_jax.checkpoint import Checkpoints
+from titok_jax.data.records import image_writer, token_writer
+from titok_jax.data.sources import make_source
+from titok_jax.shards import Shards
+from titok_jax.tasks import perceptual
+
+tool = test_convert_weights.tool  # the command, as a fixture
 
 
 class _Bucket(MemoryFileSystem):
-    """What `etils.epath` opens for gs://."""
+    """What `etils.epath` opens for gs://. As of a real bucket, a folder in it is what names begin with."""
 
     protocol = ("gs", "gcs")
     store: dict = {}  # noqa: RUF012 (one for all, as a bucket is)
@@ -26,6 +51,12 @@ class _Bucket(MemoryFileSystem):
     def _strip_protocol(cls, path):
         return super()._strip_protocol(str(path).removeprefix("gs://").removeprefix("gcs://"))
 
+    def mkdir(self, path, create_parents=True, **kwargs):
+        pass
+
+    def makedirs(self, path, exist_ok=False):
+        pass
+
 
 @pytest.fixture
 def bucket(monkeypatch):
@@ -33,7 +64,46 @@ def bucket(monkeypatch):
         fsspec.register_implementation(name, _Bucket, clobber=True)
     monkeypatch.setattr(_Bucket, "store", {})
     monkeypatch.setattr(_Bucket, "pseudo_dirs", [""])
+    storage._copied.cache_clear()
     return epath.Path("gs://bucket")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_models.save(tmp_path_factory.mktemp("model") / "model"))
+
+
+@pytest.fixture
+def photos(bucket, tmp_path):
+    """The same images here and there: (local folder, remote folder)."""
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        data = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), np.uint8)).save(data, "PNG")
+        for root in (tmp_path / "photos", bucket / "photos"):
+            path = root / f"class{i % 2}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data.getvalue())
+    return tmp_path / "photos", bucket / "photos"
+
+
+def objects(folder=""):
+    """The names of all objects in the bucket, or in a folder of it."""
+    names = (name.removeprefix("/bucket/") for name in _Bucket.store)
+    return sorted(name for name in names if name.startswith(folder))
+
+
+def interrupted():
+    return pytest.raises(KeyboardInterrupt)
+
+
+def same(a, b):
+    """Asserts that two sources give the same."""
+    assert len(a) == len(b) > 0
+    for i in range(len(a)):
+        assert a[i].keys() == b[i].keys()
+        for name in a[i]:
+            np.testing.assert_array_equal(a[i][name], b[i][name])
 
 
 def test_a_model_is_saved_and_loaded(bucket):
@@ -71,3 +141,368 @@ def test_a_run_lives_in_a_bucket(bucket, tmp_path, monkeypatch):
     train.train(config, workdir)  # at its end already; the log stays
     assert [line["step"] for line in log_of(run)] == [2, 4, 6]
     assert titok_jax.load_tokenizer(workdir + "/pretrained").config.codebook_size == config.model.codebook_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_images_of_a_folder(photos):
+    local, remote = (make_source({"name": "folder", "path": str(path)}) for path in photos)
+    same(local, remote)
+    assert remote.class_names == ["class0", "class1"]
+    assert remote.paths[0] == "gs://bucket/photos/class0/0.png"
+    with pytest.raises(FileNotFoundError, match="gs://bucket/nothing: no such folder"):
+        make_source({"name": "folder", "path": "gs://bucket/nothing"})
+
+
+def test_of_a_tar_the_images_asked_for_are_read(photos, bucket, tmp_path, monkeypatch):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for file in sorted((photos[0] / f"class{number}").iterdir()):
+                tar.add(file, file.name)
+                member = tarfile.TarInfo(file.stem + ".cls")
+                member.size = 1
+                tar.addfile(member, io.BytesIO(str(number).encode()))
+        epath.Path(tmp_path / f"{number}.tar").copy(bucket / f"tars/{number}.tar")
+    local = make_source({"name": "webdataset", "paths": str(tmp_path / "*.tar")})
+    remote = make_source({"name": "webdataset", "paths": "gs://bucket/t*s/*.tar"})
+    asked = []
+    whole = _Bucket.cat_file
+    monkeypatch.setattr(
+        _Bucket, "cat_file", lambda self, *a, start=None, end=None: asked.append(end - start) or whole(self, *a, start, end)
+    )
+    same(local, remote)
+    assert [int(remote[i]["label"]) for i in range(7)] == [0, 0, 0, 0, 1, 1, 1]
+    assert max(asked) < 10_000 < len((bucket / "tars/0.tar").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"gs://bucket/tars/\*\.zip: no such file, and no file matches"):
+        make_source({"name": "webdataset", "paths": "gs://bucket/tars/*.zip"})
+    with pytest.raises(ValueError, match=r"\*\* is for files of this machine"):
+        make_source({"name": "webdataset", "paths": "gs://bucket/**/*.tar"})
+
+
+@pytest.mark.parametrize("form", ["array_record", "jsonl"])
+def test_tokens_are_written_there_whole_and_read(form, bucket, tmp_path):
+    for path in (tmp_path / f"0.{form}", bucket / f"tokens/0.{form}"):
+        with token_writer(path) as write:
+            for i in range(5):
+                write(np.arange(8) + i, i)
+            assert objects() == []
+    assert objects() == [f"tokens/0.{form}"]
+    same(*(make_source({"name": "tokens", "paths": f"{root}/*.{form}"}) for root in (tmp_path, bucket / "tokens")))
+    with interrupted(), token_writer(bucket / f"tokens/1.{form}") as write:
+        write(np.arange(8), 0)
+        raise KeyboardInterrupt
+    assert objects() == [f"tokens/0.{form}"]
+
+
+def test_what_needs_a_mounted_bucket_says_so(bucket):
+    with image_writer(bucket / "images/0.array_record") as write:
+        write(b"no image", 3)
+    assert objects() == ["images/0.array_record"]
+    for source in (
+        {"name": "array_record", "paths": "gs://bucket/images/*.array_record"},
+        {"name": "tfds", "path": "gs://bucket/imagenet2012/5.1.0", "split": "train"},
+        {"name": "tfds", "dataset": "imagenet2012", "data_dir": "gs://bucket", "split": "train"},
+    ):
+        with pytest.raises(ValueError, match=r"gs://bucket\S*: .* is read from files.*mount it .*with_bucket\.sh"):
+            make_source(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs
+
+
+def test_a_file_appears_whole_or_not_at_all(bucket):
+    path = bucket / "folder/a.txt"
+    with cli.new_file(path) as partial:
+        partial.write_text("one")
+        assert objects() == []
+    assert objects() == ["folder/a.txt"]
+    with interrupted(), cli.new_file(path) as partial:
+        partial.write_text("two")
+        raise KeyboardInterrupt
+    assert objects() == ["folder/a.txt"]
+    assert path.read_text() == "one"
+
+
+def test_an_interrupted_upload_changes_nothing(bucket, monkeypatch):
+    """What a writer has written when it is closed appears; closing is what an interrupt does."""
+    path = bucket / "a.txt"
+    path.write_text("one")
+
+    def copy(self, place, overwrite):
+        with epath.Path(place).open("wb") as file:
+            file.write(b"tw")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "copy", copy)
+    with interrupted(), cli.new_file(path) as partial:
+        partial.write_text("two")
+    assert objects() == ["a.txt"]
+    assert path.read_text() == "one"
+
+
+def test_a_folder_is_whole_when_it_holds_its_last_file(bucket, monkeypatch):
+    folder, order = bucket / "folder", []
+    for name in ("stale.txt", "in/stale.txt", "a.txt", "last.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("old")
+    copy = type(folder).copy
+
+    def recorded(self, place, overwrite):
+        order.append((epath.Path(place).name, (folder / "last.txt").exists()))
+        return copy(self, place, overwrite)
+
+    monkeypatch.setattr(type(folder), "copy", recorded)
+    with cli.new_folder(folder, last="last.txt") as partial:
+        for name in ("a.txt", "last.txt", "z.txt"):
+            (partial / name).write_text("new")
+    assert objects() == ["folder/a.txt", "folder/last.txt", "folder/z.txt"]
+    assert all((folder / name).read_text() == "new" for name in ("a.txt", "last.txt", "z.txt"))
+    assert [name for name, _ in order][2].startswith(".last.partial-")
+    assert not any(there for _, there in order)
+
+
+def test_outputs_there_are_refused_as_here(bucket, monkeypatch):
+    (bucket / "a.png").write_text("mine")
+    (bucket / "folder/mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"gs://bucket/a\.png exists and nothing was overwritten"):
+        cli.check_output("gs://bucket/a.png", False)
+    assert cli.check_output("gs://bucket/a.png", True) == bucket / "a.png"
+    with pytest.raises(ValueError, match="it is a folder, expected a file"):
+        cli.check_output("gs://bucket/folder", True)
+    with pytest.raises(ValueError, match="it is a file, not a folder"):
+        cli.check_output("gs://bucket/a.png", True, folder_of="x")
+    with pytest.raises(FileExistsError, match=r"files of other origin \(mine\.txt\)"):
+        cli.check_output("gs://bucket/folder", True, folder_of="x")
+    assert cli.check_output("gs://bucket/b.png", False) == bucket / "b.png"
+    assert objects() == ["a.png", "folder/mine.txt"]
+
+    def denied(self, *args, **kwargs):
+        raise OSError("Forbidden: no storage.objects.create\nmore")
+
+    monkeypatch.setattr(_Bucket, "_open", denied)
+    with pytest.raises(
+        PermissionError, match=r"cannot write gs://bucket/b\.png: Forbidden: no storage\.objects\.create; does"
+    ):
+        cli.check_output("gs://bucket/b.png", False)
+
+
+def test_without_what_reaches_it_the_error_says_what_to_install(monkeypatch, capsys):
+    def absent(protocol):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", absent)
+    assert sample.main(["--out", "gs://bucket/a.png"]) == 2
+    message = (
+        "gs://bucket/a.png cannot be reached (Please install gcsfs to access Google Storage): pip install 'titok_jax[tpu]'"
+    )
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="ftp://host/x: unknown storage ftp://, expected a path of this machine or gs://"):
+        storage.as_path("ftp://host/x")
+
+
+def test_pieces_of_a_long_job(bucket):
+    def job(**changes):
+        return Shards(bucket / "out.shards", {"seed": 0} | changes, length=5, size=2)
+
+    shards = job()
+    shards.write(0, x=np.arange(2))
+    shards.write(2, x=np.arange(4, 5))
+    again = job()
+    assert again.missing() == [1]
+    with pytest.raises(ValueError, match="unfinished work with other settings"):
+        job(seed=1)
+    again.write(1, x=np.arange(2, 4))
+    assert np.concatenate([piece["x"] for piece in job()]).tolist() == [0, 1, 2, 3, 4]
+    again.remove()
+    assert objects() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def run(command, *arguments):
+    assert command.main([str(argument) for argument in arguments]) == 0
+
+
+def refused(capsys, command, *arguments):
+    assert command.main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def arrays(path):
+    with epath.Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_samples(model, bucket, tmp_path, capsys, monkeypatch):
+    """Also from a model there. Made are pictures of noise, which need no compilation."""
+    tiny_models.save(bucket / "model")
+    made = []
+
+    def noise(tokenizer, generator, labels, seed, *, batch_size, batches, **settings):
+        for batch in batches:
+            if len(made) == 2:
+                made.append("killed")
+                raise KeyboardInterrupt
+            made.append(batch)
+            where = slice(batch * batch_size, min((batch + 1) * batch_size, len(labels)))
+            shape = (where.stop - where.start, 32, 32, 3)
+            yield where, None, np.random.default_rng(batch).integers(0, 256, shape, np.uint8)
+
+    monkeypatch.setattr(sample, "sample", noise)
+
+    def arguments(model, out):
+        return "--model", model, "--num", 5, "--batch-size", 2, "--out", out
+
+    with interrupted():
+        run(sample, *arguments(bucket / "model", "gs://bucket/samples.npz"))
+    assert [name for name in objects() if "samples" in name] == [
+        f"samples.npz.shards/{name}" for name in ("00000.npz", "00001.npz", "settings.json")
+    ]
+    for name in ("samples.npz", "grid.png", "folder/"):
+        run(sample, *arguments(bucket / "model", f"gs://bucket/{name}"))
+        run(sample, *arguments(model, f"{tmp_path}/{name}"))
+        message = f"error: gs://bucket/{name.strip('/')} exists and nothing was overwritten"
+        assert message in refused(capsys, sample, *arguments(bucket / "model", f"gs://bucket/{name}"))
+    assert made[:6] == [0, 1, "killed", 2, 0, 1]
+    assert not [name for name in objects() if ".shards" in name or "partial" in name]
+    local, remote = arrays(tmp_path / "samples.npz"), arrays(bucket / "samples.npz")
+    assert local.keys() == remote.keys() == {"arr_0", "labels"}
+    np.testing.assert_array_equal(local["arr_0"], remote["arr_0"])
+    assert (tmp_path / "grid.png").read_bytes() == (bucket / "grid.png").read_bytes()
+    files = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    assert len(files) == 6
+    assert objects("folder/") == [f"folder/{name}" for name in files]
+    assert all((tmp_path / "folder" / name).read_bytes() == (bucket / "folder" / name).read_bytes() for name in files)
+
+
+def test_reconstructions(model, photos, bucket, tmp_path, capsys):
+    local, remote = photos
+    run(reconstruct, "--model", model, local, "--out", tmp_path / "out")
+    run(reconstruct, "--model", model, remote, "--out", "gs://bucket/out")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(files) == 9
+    assert objects("out/") == [f"out/{name}" for name in files]
+    for name in set(files) - {"tokens.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (bucket / "out" / name).read_bytes()
+    here, there = (json.loads((root / "out/tokens.json").read_text()) for root in (tmp_path, bucket))
+    assert list(there) == [f"gs://bucket/photos/class{i % 2}/{i}.png" for i in (0, 2, 4, 6, 1, 3, 5)]
+    assert list(here.values()) == list(there.values())
+    arguments = ("--model", model, remote / "class0/0.png", "--out", "gs://bucket/out")
+    assert "gs://bucket/out exists and nothing was overwritten" in refused(capsys, reconstruct, *arguments)
+    assert "gs://bucket/no.png: no such file" in refused(capsys, reconstruct, "--model", model, "gs://bucket/no.png")
+    options = ("--model", model, remote / "class0/0.png", "--reconstruction", remote / "class0/2.png")
+    assert "gs://bucket/photos/class0/2.png: 50 x 42 pixels" in refused(capsys, parity, *options)
+
+
+def test_pretokenizing_goes_on(model, photos, bucket, tmp_path, monkeypatch, capsys):
+    local, remote = photos
+    options = ("--model", model, "--shards", 3, "--batch-size", 4)
+    run(pretokenize, local, *options, "--out", tmp_path / "tokens")
+    encoded = []
+    records = pretokenize.records
+
+    def stopped_in_the_second(source, positions, **options):
+        for record in records(source, positions, **options):
+            encoded.append(positions)
+            if len(set(encoded)) == 2:
+                raise KeyboardInterrupt
+            yield record
+
+    with monkeypatch.context() as patch, interrupted():
+        patch.setattr(pretokenize, "records", stopped_in_the_second)
+        run(pretokenize, remote, *options, "--out", "gs://bucket/tokens")
+    first = "tokens/tokens-00000-of-00003.array_record"
+    assert objects("tokens/") == ["tokens/pretokenize.json", first]
+    before = (bucket / first).read_bytes()
+    (bucket / first).write_bytes(before + b"not written again")
+    run(pretokenize, remote, *options, "--out", "gs://bucket/tokens")
+    assert "wrote 2 shards of gs://bucket/tokens; 1 were there" in capsys.readouterr().out
+    assert (bucket / first).read_bytes() == before + b"not written again"
+    (bucket / first).write_bytes(before)
+    same(*(make_source({"name": "tokens", "paths": f"{root}/tokens/*.array_record"}) for root in (tmp_path, bucket)))
+    assert "was begun with other settings" in refused(
+        capsys, pretokenize, remote, *options, "--out", "gs://bucket/tokens", "--seed", 1
+    )
+
+
+def test_evaluations(model, photos, bucket, tmp_path, capsys):
+    options = ("--model", model, "--features", "digits", "--batch-size", 8)
+    for root, images in ((tmp_path, photos[0]), (bucket, photos[1])):
+        run(evaluate, *options, "--reconstruct", images, "--json", root / "reconstruction.json")
+        run(evaluate, *options, "--reference", images, "--save-reference", root / "reference.npz")
+    samples = np.random.default_rng(1).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", samples, labels=np.arange(8))
+    epath.Path(tmp_path / "samples.npz").copy(bucket / "samples.npz")
+    for root in (tmp_path, bucket):
+        arguments = ("--samples", root / "samples.npz", "--reference", root / "reference.npz")
+        run(evaluate, *arguments, "--features", "digits", "--json", root / "samples.json")
+    for name in ("reconstruction", "samples"):
+        here, there = (json.loads((root / f"{name}.json").read_text()) for root in (tmp_path, bucket))
+        assert here["metrics"] == there["metrics"]
+        assert len(here["metrics"]) >= 4
+    here, there = arrays(tmp_path / "reference.npz"), arrays(bucket / "reference.npz")
+    np.testing.assert_array_equal(here["sigma"], there["sigma"])
+    assert objects() == sorted(
+        [*objects("photos/"), "reconstruction.json", "reference.npz", "samples.json", "samples.npz"]
+    )  # and no unfinished work
+    arguments = (*options, "--reconstruct", photos[1], "--json", bucket / "reconstruction.json")
+    assert "gs://bucket/reconstruction.json exists and nothing was overwritten" in refused(capsys, evaluate, *arguments)
+    arguments = (*options, "--reference", bucket / "no.npz", "--json", bucket / "b.json")
+    assert "--reference gs://bucket/no.npz: no such file" in refused(capsys, evaluate, *arguments)
+    (bucket / "bad.npz").write_text("no zip")
+    arguments = ("--samples", bucket / "bad.npz", "--reference", bucket / "reference.npz")
+    assert "gs://bucket/bad.npz is not an .npz file of images" in refused(capsys, evaluate, *arguments)
+    with pytest.raises(ValueError, match=r"gs://bucket/bad\.npz is not a file of reference statistics"):
+        evaluation.read_reference(bucket / "bad.npz", "digits", 32)
+
+
+def test_weights_are_converted(tool, bucket, capsys):
+    tiny_models.save(bucket / "model", tiny_models.TOKENIZER)
+    run(tool, "gs://bucket/model", "gs://bucket/a.safetensors")
+    assert objects("a.") == ["a.json", "a.safetensors"]
+    run(tool, "gs://bucket/a.safetensors", "gs://bucket/again/")
+    assert objects("again/") == ["again/config.json", "again/model.safetensors"]
+    for name in ("config.json", "model.safetensors"):
+        assert (bucket / "model" / name).read_bytes() == (bucket / "again" / name).read_bytes()
+    message = "gs://bucket/{} exists and nothing was overwritten"
+    for name in ("a.safetensors", "again/"):
+        assert message.format(name.strip("/")) in refused(capsys, tool, "gs://bucket/model", f"gs://bucket/{name}")
+
+
+def test_weights_of_other_networks(bucket, tmp_path):
+    """Those that features and losses are made of: read by the same function as every file of weights."""
+    epath.Path(features.DIGITS_WEIGHTS).copy(bucket / "digits.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    a, b = (features.load_digits_features(p)(images) for p in (features.DIGITS_WEIGHTS, bucket / "digits.safetensors"))
+    np.testing.assert_array_equal(a.pool, b.pool)
+    with pytest.raises(features.WeightsError, match=r"bucket/digits\.safetensors is not the InceptionV3 of FID"):
+        features.load_inception("gs://bucket/digits.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"gs://bucket/no\.pth is not a file"):
+        features.load_inception("gs://bucket/no.pth")
+    (bucket / "convnext_small-0c510722.safetensors").write_text("nothing")
+    with pytest.raises(features.WeightsError, match=r"bucket/convnext_small-0c510722\.safetensors"):
+        perceptual.load_perceptual("convnext_s", "gs://bucket")
+
+
+def test_a_copy_is_made_again_when_the_file_has_changed(bucket):
+    (bucket / "a").write_text("one")
+    first = storage.local_copy("gs://bucket/a")
+    assert first.read_text() == "one"
+    first.write_text("the same copy")
+    assert storage.local_copy("gs://bucket/a").read_text() == "the same copy"
+    (bucket / "a").write_text("two and more")
+    assert storage.local_copy("gs://bucket/a").read_text() == "two and more"
+    with pytest.raises(FileNotFoundError, match="gs://bucket/b is not a file"):
+        storage.local_copy("gs://bucket/b")
+
+
+def test_a_model_there_is_known_before_jax_is_imported(bucket):
+    (bucket / "model/config.json").write_text("{}")
+    assert zoo.find("gs://bucket/model") == bucket / "model"
+    with pytest.raises(ValueError, match="unknown model 'gs://bucket/no'"):
+        zoo.find("gs://bucket/no")

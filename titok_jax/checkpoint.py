@@ -70,7 +70,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            complete = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+            complete = sorted(int(path.name) for path in self._folder.glob("*") if path.name.isdigit())
             kept = f"the newest complete one, of step {complete[-1]}, is intact" if complete else "there is none yet"
             raise OSError(
                 f"a checkpoint cannot be written to {self._folder} ({_one_line(error)}); is the disk full? {kept}; "

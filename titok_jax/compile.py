@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from titok_jax.cli import command, new_file
+from titok_jax.storage import as_path
 
 # JAX is imported where it is first used, after the environment is set for the TPU compiler: see `topology_devices`.
 
@@ -519,17 +522,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path | epath.Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def _write_row(path: Path, row: Mapping[str, Any]) -> None:
+def _write_row(path: Path | epath.Path, row: Mapping[str, Any]) -> None:
     rows = [old for old in _read_rows(path) if (old["name"], old["slice"]) != (row["name"], row["slice"])]
     with new_file(path) as partial:
         partial.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
 
 
-def _compile_all(results: Path) -> int:
+def _compile_all(results: Path | epath.Path) -> int:
     """Each program in its own process: the compiler's memory goes back, and if it dies, one row is lost."""
     order = [(row_name(what, changes), slice_name) for what, slice_name, changes in TABLE]
     done = {(row["name"], row["slice"]) for row in _read_rows(results)}
@@ -569,7 +572,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--sampler", metavar="NAME", help="a published generator")
     what.add_argument("--all", action="store_true", help="everything in the table of docs/tpu.md; takes hours")
     parser.add_argument("--slice", help=", ".join(SLICES))
-    parser.add_argument("--results", type=Path, help="JSON file that the row is put into")
+    parser.add_argument("--results", type=as_path, help="JSON file that the row is put into, also gs://")
     return parser
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 import titok_jax
 from titok_jax import evaluation, metrics, pictures, zoo
@@ -34,6 +35,7 @@ from titok_jax.sample import (
     whole_batch,
 )
 from titok_jax.shards import Shards
+from titok_jax.storage import as_path
 
 # JAX is imported where it is first used: `--help` and wrong arguments need not wait for it.
 
@@ -53,7 +55,8 @@ _EPILOG = """examples:
       statistics of a data set of one's own, for --reference
 
 DATA is a folder of images, array_record:GLOB, tfds:NAME:SPLIT, webdataset:GLOB, or digits:SPLIT. All but the first need the
-weights of InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION.
+weights of InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION. Every file and folder
+may be in a bucket, gs://BUCKET/... (of DATA not array_record and tfds).
 """
 
 NUM_CLASSES, DIGITS_SIZE = 10, 32
@@ -69,7 +72,7 @@ _SAMPLING = ("steps", "guidance_scale", "guidance_schedule", "temperature")
 class Work:
     """Where the pieces of an evaluation are kept, and what all of its jobs share."""
 
-    def __init__(self, folder: Path, *, batch_size: int, restart: bool = False, quiet: bool = False):
+    def __init__(self, folder: Path | epath.Path, *, batch_size: int, restart: bool = False, quiet: bool = False):
         import jax
 
         self.folder, self.batch_size, self.quiet = folder, batch_size, quiet
@@ -95,7 +98,7 @@ class Work:
         if self.first:
             for shards in self.jobs:
                 shards.remove()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # the latter from etils
                 self.folder.rmdir()
 
 
@@ -319,7 +322,7 @@ def _check(args: argparse.Namespace) -> str:
         if args.samples or sampling:
             raise ValueError(f"--save-reference goes without {' and '.join(sampling) or '--samples'}: nothing is sampled")
         return "reference"
-    if args.reference and args.reference.endswith(".npz") and not Path(args.reference).is_file():
+    if args.reference and args.reference.endswith(".npz") and not as_path(args.reference).is_file():
         raise FileNotFoundError(
             f"--reference {args.reference}: no such file; docs/evaluation.md says where ADM's is to be had"
         )
@@ -337,9 +340,9 @@ def _check(args: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def _work_folder(json_file: str | None) -> Iterator[Path]:
+def _work_folder(json_file: str | None) -> Iterator[Path | epath.Path]:
     if json_file:
-        yield Path(f"{json_file}.shards")
+        yield as_path(f"{json_file}.shards")
         return
     import jax
 
@@ -459,7 +462,7 @@ def _reconstruction(run: Evaluation) -> dict[str, Any] | None:
 
         lpips = load_lpips(args.lpips)
         names = [file.stem + ending for file in (VGG_FILE, HEADS_FILE) for ending in (".safetensors", ".pth")]
-        files = [Path(args.lpips) / name for name in names]
+        files = [as_path(args.lpips) / name for name in names]
         about["lpips_sha256"] = {file.name: sha256(file) for file in files if file.is_file()}
 
     source, revision = args.tokenizer or args.model, _tokenizer_revision(args, None)
@@ -515,7 +518,7 @@ def _generation(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] | N
 
 def _sweep(run: Evaluation, grid: Sequence[dict[str, Any]]) -> None:
     """Evaluates each setting of a grid. A point that is done is in the JSON and is not done again."""
-    args, path = run.args, Path(run.args.json)
+    args, path = run.args, as_path(run.args.json)
     points = _finished_points(run) if path.exists() else []
     missing = [settings for settings in grid if all(point["sampling"] != settings for point in points)]
     if missing:
@@ -547,7 +550,7 @@ def _finished_points(run: Evaluation) -> list[dict[str, Any]]:
     """
     path = run.args.json
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(as_path(path).read_text(encoding="utf-8"))
         points = found.pop("points")
     except (ValueError, AttributeError, KeyError):
         found, points = {}, None
@@ -615,10 +618,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The JSON of a sweep is continued, if it is one of the same settings.
         check_output(args.json, args.overwrite or mode == "sweep")
     if mode == "sweep":
-        picture = Path(args.json).with_suffix(".png")
-        if picture == Path(args.json):
+        picture = as_path(args.json).with_suffix(".png")
+        if picture == as_path(args.json):
             raise ValueError(f"--json {args.json}: the picture of a sweep would have the same name; choose another ending")
-        check_output(picture, args.overwrite or Path(args.json).exists())
+        check_output(picture, args.overwrite or as_path(args.json).exists())
     if args.save_reference:
         check_output(args.save_reference, args.overwrite)
     samples = evaluation.NpzImages(args.samples) if args.samples else None

@@ -22,6 +22,7 @@ from titok_jax.data.transforms import center_crop_adm, center_crop_torchvision, 
 from titok_jax.reconstruct import reconstruct
 from titok_jax.sample import sample
 from titok_jax.shards import Shards
+from titok_jax.storage import as_path
 
 PUBLISHED_NUM = 50_000  # images that published figures are of
 ADM_SPLIT = 5_000  # images in a chunk of ADM's Inception score
@@ -84,7 +85,7 @@ class NpzImages:
 
     def __init__(self, path: str | os.PathLike):
         try:
-            file = zipfile.ZipFile(path)
+            file = zipfile.ZipFile(as_path(path).open("rb"))
             self.names = file.namelist()
             if "arr_0.npy" not in self.names:
                 raise ValueError(f"it holds {', '.join(self.names) or 'nothing'}, expected arr_0.npy")
@@ -104,7 +105,10 @@ class NpzImages:
             raise ValueError(f"{path}: arr_0 is {dtype} {list(self.shape)}, expected uint8 [n, size, size, 3]")
         self.path, self.size = path, self.shape[1]
         self._start = self._array.tell()
-        labels = np.load(path, allow_pickle=False)["labels"] if "labels.npy" in self.names else np.zeros(0)
+        labels = np.zeros(0)
+        if "labels.npy" in self.names:
+            with as_path(path).open("rb") as raw:
+                labels = np.load(raw, allow_pickle=False)["labels"]
         self.sorted_by_class = len(np.unique(labels)) > 1 and bool((np.diff(labels) >= 0).all())
 
     def __len__(self) -> int:
@@ -280,7 +284,7 @@ def read_reference(path: str | os.PathLike, network: str, image_size: int) -> Re
       ValueError: it is neither, of another feature network, or of images of another size.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with as_path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"])) if "about" in file.files else None
             neighbourhoods = file["neighbourhoods"] if about else None
             spatial = "mu_s" in file.files

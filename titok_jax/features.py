@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from titok_jax import convert, models, sharding, weights, zoo
 from titok_jax.convert import WeightsError
 from titok_jax.models import DigitsNetConfig, InceptionConfig, digits_net
+from titok_jax.storage import as_path, local_copy
 from titok_jax.tasks.perceptual import load_perceptual
 
 INCEPTION = "inception-2015-12-05"
@@ -132,12 +132,13 @@ def load_inception(
       WeightsError: the file is another one, or damaged.
     """
     path = os.environ.get(INCEPTION_VARIABLE) or None if path is None else path
-    if path is None or not Path(path).is_file():
+    if path is None or not as_path(path).is_file():
         raise FileNotFoundError(
             f"FID needs the weights of InceptionV3, but {'none are given' if path is None else f'{path} is not a file'}: "
             f"download {INCEPTION_URL} (96 MB) and name it by --inception or {INCEPTION_VARIABLE}; where PyTorch is not "
             "installed, convert it first: python tools/convert_weights.py FILE.pth FILE.safetensors"
         )
+    path = local_copy(path)
     verify_inception(path)
     config = InceptionConfig()
     graphdef, abstract = models.abstract(config)

@@ -13,6 +13,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from titok_jax import pictures
+from titok_jax.storage import is_remote
 
 _NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor")
 
@@ -34,7 +35,7 @@ class MetricLog:
             return
         self._records = [record for record in _records(workdir / "metrics.jsonl") if record["step"] <= first_step]
         self._remote, self._last_copy = None, self._last_time
-        if "://" in str(workdir):
+        if is_remote(workdir):
             self._temporary = tempfile.TemporaryDirectory(prefix="titok_jax-")
             self._remote, workdir = workdir, epath.Path(self._temporary.name)
         self._path, self._picture = workdir / "metrics.jsonl", workdir / "curves.png"

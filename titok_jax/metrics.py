@@ -4,16 +4,18 @@ What is counted over a data set is a class with `update(batch)`, for the next ba
 process counted.
 """
 
+import contextlib
 import os
 import warnings
 import zipfile
 import zlib
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.linalg
 
 from titok_jax.cli import new_file
+from titok_jax.storage import as_path
 
 # The Gaussian window of SSIM along one axis: 11 taps of sigma 1.5.
 SSIM_TAPS = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
@@ -269,16 +271,19 @@ class FeatureStatistics:
         return stats
 
 
-def _open_npz(path: str | os.PathLike) -> np.lib.npyio.NpzFile:
-    if not Path(path).is_file():
+@contextlib.contextmanager
+def _open_npz(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
+    if not as_path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
-    try:
-        file = np.load(path, allow_pickle=False)
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no .npz file: {error}") from None
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path} is no .npz file, but a single array")
-    return file
+    with as_path(path).open("rb") as raw:
+        try:
+            file = np.load(raw, allow_pickle=False)
+        except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ValueError(f"{path} is no .npz file: {error}") from None
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError(f"{path} is no .npz file, but a single array")
+        with file:
+            yield file
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

@@ -20,6 +20,7 @@ from titok_jax import metrics, zoo
 from titok_jax.cli import command
 from titok_jax.data.transforms import decode_image, to_uint8_truncate
 from titok_jax.reconstruct import ImageFiles, find_images
+from titok_jax.storage import as_path
 
 # JAX is imported where it is first used: `--help` and wrong arguments need not wait for it.
 
@@ -359,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _known_tokens(config, path: Path) -> Sequence[int] | None:
     """The published tokens of an image file, if any are known and it has the size that they are of."""
     tokens, size = published_tokens(config).get(path.stem), config.image_size
-    with Image.open(path) as image:
+    with path.open("rb") as file, Image.open(file) as image:
         if tokens is not None and image.size != (size, size):
             print(f"{path}: {image.size[0]} x {image.size[1]} pixels, but its published tokens are of {size} x {size}")
             return None
@@ -370,7 +371,7 @@ def _read_reconstructions(files: Sequence[str], size: int) -> list[np.ndarray]:
     """uint8 [size, size, 3] each; pictures of another size are refused, as resizing would change every level."""
     pictures = []
     for file in files:
-        picture = decode_image(Path(file).read_bytes(), file)
+        picture = decode_image(as_path(file).read_bytes(), file)
         if picture.shape != (size, size, 3):
             raise ValueError(f"{file}: {picture.shape[1]} x {picture.shape[0]} pixels, expected {size} x {size}")
         pictures.append(picture)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from titok_jax import zoo
@@ -21,6 +22,7 @@ from titok_jax.cli import command, new_file
 from titok_jax.data.records import token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import center_crop_adm, random_resize_crop_flip, ten_crop
+from titok_jax.storage import as_path
 
 # JAX is imported where it is first used: `--help` and wrong arguments need not wait for it.
 
@@ -121,7 +123,7 @@ def records(
 def pretokenize(
     tokenizer,
     source,
-    folder: Path,
+    folder: Path | epath.Path,
     *,
     settings: dict[str, Any],
     process_index: int = 0,
@@ -183,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", metavar="DATA", help="a folder of images, or KIND:WHERE; see below")
     parser.add_argument("--model", default="digits", help=f"tokenizer: {', '.join(zoo.names('tokenizer'))}, folder or file")
     parser.add_argument("--revision", help="branch, tag or commit of a tokenizer on the hub (HF_TOKEN: a token for it)")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the shards; made, or continued")
+    parser.add_argument("--out", required=True, type=as_path, help="folder of the shards, also gs://; made, or continued")
     parser.add_argument("--crops", choices=CROPS, help="pictures of each image (default: flip, of digits center)")
     parser.add_argument("--passes", type=int, default=1, help='passes over the data, for "random" (default: 1)')
     parser.add_argument("--shards", type=int, default=1, help="files to write (default: 1)")

@@ -5,7 +5,6 @@ saved loads here, in any of its forms (`titok_jax.weights`). A folder may hold i
 generator that we train does, so that it can make images by itself.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -13,8 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +26,7 @@ from titok_jax import convert, models, weights, zoo
 from titok_jax.cli import new_folder
 from titok_jax.convert import WeightsError
 from titok_jax.models import DiscriminatorConfig, GeneratorConfig, InceptionConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.storage import as_path, is_remote, local_copy
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -71,8 +69,8 @@ def locate(
     """Finds a model's files, and downloads them if they are on the hub and not in its cache.
 
     Args:
-      source: a name of `titok_jax.zoo`, "hf://owner/name", a folder or a file of weights, a folder on "gs://", which is
-        copied once per process. A `Path` is always a path.
+      source: a name of `titok_jax.zoo`, "hf://owner/name", a folder or a file of weights; in a bucket it is copied, once per
+        process. A `Path` is always a path.
       kind: the configuration class of what is wanted. Of a TiTokConfig, a generator's folder gives the tokenizer in it.
       revision: branch, tag or commit, of what is on the hub.
       token: for the hub; by default the one that `hf auth login` or HF_TOKEN set.
@@ -85,7 +83,7 @@ def locate(
       WeightsError: the configuration in the cache is damaged.
     """
     if is_remote(source):
-        source = _fetch(os.fspath(source))
+        source = _local_model(as_path(source))
     found = zoo.find(source, _KINDS.get(kind)) if isinstance(source, str) else Path(source)
     on_hub = isinstance(found, str) or (isinstance(found, zoo.Model) and found.folder is None)
     if on_hub:
@@ -117,6 +115,22 @@ def locate(
     if not files and not config_only:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS_FILE} or {TRAINER_FILE}")
     return Source(files[0] if files else None, config if config.is_file() else None)
+
+
+def _local_model(source: epath.Path) -> Path:
+    """A model folder or file of weights in a bucket -> a copy of what `locate` may read of it."""
+    if source.is_file():
+        beside = {source.with_name(CONFIG_FILE), source.with_suffix(".json")}
+        for path in beside:
+            if path.is_file():
+                local_copy(path)
+        return local_copy(source)
+    if not (source / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{source} is no model folder: it has no {CONFIG_FILE}")
+    for path in (source / "tokenizer" / WEIGHTS_FILE, source / "tokenizer" / CONFIG_FILE, source / WEIGHTS_FILE):
+        if path.is_file():
+            local_copy(path)
+    return local_copy(source / CONFIG_FILE).parent
 
 
 def _download(repository: str, file: str, *, revision: str | None, token: str | None) -> Path:
@@ -441,26 +455,6 @@ def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, 
 # Saving
 
 
-def is_remote(source: str | os.PathLike) -> bool:
-    """Whether a path is of a storage like "gs://", read and written by `etils.epath`; not of the hub."""
-    return "://" in os.fspath(source) and not os.fspath(source).startswith(zoo.HUB_PREFIX)
-
-
-@functools.cache
-def _fetch(source: str) -> Path:
-    """A remote model folder -> a local copy of it, removed when the process ends."""
-    local = Path(tempfile.mkdtemp(prefix="titok_jax-"))
-    atexit.register(shutil.rmtree, local, ignore_errors=True)
-    if not (epath.Path(source) / CONFIG_FILE).exists():
-        raise FileNotFoundError(f"{source} is no model folder: it has no {CONFIG_FILE}")
-    for path in (CONFIG_FILE, WEIGHTS_FILE, "tokenizer/" + CONFIG_FILE, "tokenizer/" + WEIGHTS_FILE):
-        remote = epath.Path(source) / path
-        if remote.exists():
-            (local / path).parent.mkdir(exist_ok=True)
-            remote.copy(local / path)
-    return local
-
-
 def save(
     folder: str | os.PathLike,
     config: models.Config,
@@ -468,12 +462,12 @@ def save(
     *,
     tokenizer: tuple[TiTokConfig, convert.Params] | None = None,
     overwrite: bool = False,
-) -> Path:
+) -> Path | epath.Path:
     """Writes a model folder; it is complete or absent, also when the process is killed (`cli.new_folder` says the rest).
-    On "gs://" nothing can be renamed at once: there the configuration, without which a folder is no model, comes last.
+    In a bucket nothing can be renamed at once: there the configuration, without which a folder is no model, comes last.
 
     Args:
-      folder: where, also on "gs://"; its parent is made if need be.
+      folder: where, also "gs://"; its parent is made if need be.
       config, params: the model; params as a nested dict of arrays.
       tokenizer: written into the sub-folder `tokenizer`.
       overwrite: replace an existing folder.
@@ -482,20 +476,7 @@ def save(
       FileExistsError: the folder exists and `overwrite` is not set, or it holds more than a model.
       WeightsError: the parameters are not those of the configuration.
     """
-    if is_remote(folder):
-        remote = epath.Path(folder)
-        if remote.exists() and not overwrite:
-            raise FileExistsError(f"{remote} exists; remove it, choose another, or allow overwriting")
-        with tempfile.TemporaryDirectory() as name:
-            local = save(Path(name) / "model", config, params, tokenizer=tokenizer)
-            remote.mkdir(parents=True, exist_ok=True)
-            (remote / CONFIG_FILE).unlink(missing_ok=True)
-            for path in ("tokenizer/" + WEIGHTS_FILE, "tokenizer/" + CONFIG_FILE, WEIGHTS_FILE, CONFIG_FILE):
-                if (local / path).exists():
-                    (remote / path).parent.mkdir(parents=True, exist_ok=True)
-                    epath.Path(local / path).copy(remote / path, overwrite=True)
-        return remote
-    folder = Path(folder).absolute()
+    folder = as_path(folder) if is_remote(folder) else Path(folder).absolute()
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; remove it, choose another, or allow overwriting")
     if folder.is_dir():
@@ -503,7 +484,7 @@ def save(
         if foreign:
             raise FileExistsError(f"{folder} holds other files ({foreign[0]}) and is not replaced; move them away")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as partial:
+    with new_folder(folder, last=CONFIG_FILE) as partial:
         _write(partial, config, params)
         if tokenizer is not None:
             (partial / "tokenizer").mkdir()

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from titok_jax import metrics, pictures, zoo
 from titok_jax.cli import check_output, command, new_folder
 from titok_jax.data.digits import load_digits
-from titok_jax.data.transforms import IMAGE_SUFFIXES, center_crop_torchvision, decode_image
+from titok_jax.data.transforms import IMAGE_SUFFIXES, center_crop_torchvision, decode_image, image_files
+from titok_jax.storage import as_path
 
 # JAX is imported where it is first used: `--help` and wrong arguments need not wait for it.
 
@@ -57,22 +59,21 @@ def reconstruct(
         yield slice(start, start + count), np.asarray(tokens)[:count], np.asarray(decoded)[:count]
 
 
-def find_images(arguments: Sequence[str]) -> list[tuple[str, Path]]:
+def find_images(arguments: Sequence[str]) -> list[tuple[str, Path | epath.Path]]:
     """(name, file) of image files and of all images in folders and below, sorted there; the name is the path as given.
 
     Raises:
       FileNotFoundError: no such file or folder.
       ValueError: a folder without images.
     """
-    files: list[tuple[str, Path]] = []
+    files: list[tuple[str, Path | epath.Path]] = []
     for argument in arguments:
-        path = Path(argument)
+        path = as_path(argument)
         if not path.exists():
             raise FileNotFoundError(f"{argument}: no such file or folder")
         found = [path]
         if path.is_dir():
-            inside = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
-            found = sorted(file for file in inside if file.is_file())
+            found = [path.joinpath(*names) for names in image_files(path)]
             if not found:
                 suffixes = ", ".join(IMAGE_SUFFIXES)
                 raise ValueError(f"{argument}: no images in this folder or below; expected {suffixes} files")
@@ -90,7 +91,7 @@ class ImageFiles:
       ValueError: naming every file that cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int):
+    def __init__(self, paths: Sequence[Path | epath.Path], size: int):
         self._paths, self._size, self._last = list(paths), size, (slice(0, 0), None)
         problems = []
         for path in self._paths:
@@ -101,7 +102,7 @@ class ImageFiles:
         if problems:
             raise ValueError("unreadable images, nothing was written:\n  " + "\n  ".join(problems))
 
-    def _read(self, path: Path) -> np.ndarray:
+    def _read(self, path: Path | epath.Path) -> np.ndarray:
         return center_crop_torchvision(decode_image(path.read_bytes(), str(path)), self._size)
 
     def __len__(self) -> int:
@@ -137,10 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = ", ".join(zoo.names("tokenizer") + zoo.names("vqgan"))
-    parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="image files, or folders of them")
+    parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="image files, or folders of them, also gs://")
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a tokenizer (default: digits)")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (HF_TOKEN: a token for it)")
-    parser.add_argument("--out", default="reconstructions", help="folder to write (default: reconstructions)")
+    parser.add_argument("--out", default="reconstructions", help="folder to write, also gs:// (default: reconstructions)")
     parser.add_argument("--num", type=int, default=8, help="without images: how many held-out digits (default: 8)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
     print(f"{args.model}: {size}x{size} pixels to {what}\ncompiling; the first batch takes longer")
     width, all_psnr, tokens, shown = max(map(len, names)), [], {}, []
-    with new_folder(out) as folder, tqdm(total=len(images), unit="image") as bar:
+    with new_folder(out, last="tokens.json") as folder, tqdm(total=len(images), unit="image") as bar:
         file_names = _picture_names(names)
         for where, codes, decoded in reconstruct(tokenizer, images, batch_size=args.batch_size):
             originals = images[where]

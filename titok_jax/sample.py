@@ -19,6 +19,7 @@ from titok_jax import pictures, zoo
 from titok_jax.cli import check_output, command, new_file, new_folder
 from titok_jax.data.transforms import to_uint8_truncate
 from titok_jax.shards import Shards
+from titok_jax.storage import as_path
 
 # JAX is imported where it is first used: `--help` and wrong arguments need not wait for it.
 
@@ -118,7 +119,7 @@ def by_class(labels: np.ndarray) -> np.ndarray:
 
 def sha256(path: str | os.PathLike) -> str:
     """Of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -301,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         default="samples.png",
-        help="FILE.png: one picture; FILE.npz: arrays; else a folder with one PNG per image (default: samples.png)",
+        help="FILE.png: one picture; FILE.npz: arrays; else a folder, one PNG per image; also gs:// (default: samples.png)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output, and unfinished work of other settings")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="to compute in")
@@ -310,8 +311,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _output_kind(out: str, num: int) -> type:
-    suffix = Path(out).suffix.lower()
-    if out.endswith("/") or Path(out).is_dir() or not suffix:
+    suffix = as_path(out).suffix.lower()
+    if out.endswith("/") or as_path(out).is_dir() or not suffix:
         return _Folder
     if suffix not in (".png", ".npz"):
         raise ValueError(f"--out {out}: unknown ending {suffix}; expected .png, .npz, or a folder ({out}/)")
@@ -376,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with jax.default_matmul_precision(MATMUL_PRECISION[args.dtype]):
         print(shards.make(pieces))
     if shards.first:
-        with (new_folder if kind is _Folder else new_file)(out) as path:
+        with new_folder(out, last="grid.png") if kind is _Folder else new_file(out) as path:
             writer = kind(path, labels)
             for number, piece in enumerate(shards):
                 writer.add(shards.items(number), piece["images"])

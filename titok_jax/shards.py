@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from titok_jax.cli import new_file
+from titok_jax.storage import as_path
 
 _SETTINGS = "settings.json"
 
@@ -23,7 +25,7 @@ class Shards:
     """A folder of the pieces of one job, `00012.npz`, and the settings that they were made with.
 
     Attributes:
-      folder: where they are; with several processes, one that all of them reach.
+      folder: where they are; with several processes, one that all of them reach, such as one in a bucket.
       length: items of the whole job: images.
       size: items in a piece; the last one has what is left.
       count: how many pieces the whole job has.
@@ -51,7 +53,7 @@ class Shards:
           ValueError: the folder was begun with other settings; the message lists them.
           NotADirectoryError, FileExistsError: there is a file of that name, or a folder with something else in it.
         """
-        self.folder, self.length, self.size, self.count = Path(folder), length, size, math.ceil(length / size)
+        self.folder, self.length, self.size, self.count = as_path(folder), length, size, math.ceil(length / size)
         self.first = process_index == 0
         self._index, self._processes = process_index, process_count
         path = self.folder / _SETTINGS
@@ -63,7 +65,8 @@ class Shards:
                 self.remove()
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                foreign = sorted(child.name for child in self.folder.iterdir() if not child.name.startswith("."))
+                there = self.folder.iterdir() if self.folder.exists() else ()  # a bucket has no empty folders
+                foreign = sorted(child.name for child in there if not child.name.startswith("."))
                 if foreign:
                     raise FileExistsError(f"{self.folder} holds files of other origin ({foreign[0]}); choose another output")
                 with new_file(path) as partial:
@@ -160,7 +163,7 @@ class Shards:
         """
         path = self._path(number)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
         except (zipfile.BadZipFile, ValueError, EOFError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from None
@@ -175,8 +178,8 @@ class Shards:
         for pattern in ("[0-9]*.npz", ".*.partial-*", _SETTINGS):  # the settings last: without them nothing continues
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # the latter from etils
             self.folder.rmdir()
 
-    def _path(self, number: int) -> Path:
+    def _path(self, number: int) -> Path | epath.Path:
         return self.folder / f"{number:05d}.npz"

@@ -36,6 +36,7 @@ from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
 from titok_jax.metric_log import MetricLog
 from titok_jax.progress import Evaluation, Previews
+from titok_jax.storage import is_remote
 from titok_jax.tasks import Task, jit_step
 from titok_jax.tasks.build import build_task, check_batch
 
@@ -114,7 +115,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
     stopped it."""
     # Parts: everything that can be wrong with the configuration shows here, before anything is written.
     workdir = epath.Path(workdir).expanduser()
-    if "://" not in str(workdir):
+    if not is_remote(workdir):
         workdir = workdir.resolve()  # which would make a local path of gs://
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file, expected a folder")

@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from titok_jax.convert import WeightsError
+from titok_jax.storage import local_copy
 
 FORMS = ("safetensors", "torch", "flax")
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
@@ -79,13 +80,13 @@ class Weights(NamedTuple):
 
 @contextlib.contextmanager
 def open_weights(path: str | os.PathLike) -> Iterator[Weights]:
-    """The tensors of a file in any of the forms. A Flax tree's names are its paths joined by "/".
+    """The tensors of a file in any of the forms, also in a bucket. A Flax tree's names are its paths joined by "/".
 
     Raises:
       FileNotFoundError: there is no such file.
       WeightsError: the file is damaged, of another form, or contains more than tensors.
     """
-    path = Path(path)
+    path = local_copy(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     with open(path, "rb") as file:

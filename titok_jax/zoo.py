@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from titok_jax.cli import command
+from titok_jax.storage import HUB_PREFIX, as_path
 
 EMBEDDED = Path(__file__).parent / "embedded"
-HUB_PREFIX = "hf://"  # before owner/name of a Hugging Face repository that is not in the table
 _EPILOG = """examples:
   python -m titok_jax.zoo
       all models: parameters, published FID, sampling settings, where the weights are
@@ -296,7 +298,7 @@ def names(kind: str | None = None) -> list[str]:
     return list(dict.fromkeys(model.name for model in MODELS if kind in (None, model.kind)))
 
 
-def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Path | str:
+def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Path | epath.Path | str:
     """What a user means by the name of a model.
 
     Args:
@@ -318,8 +320,8 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
         if repository.count("/") != 1:
             raise ValueError(f"{text!r}: expected {HUB_PREFIX}owner/name")
         return repository
-    if Path(text).exists():
-        return Path(text)
+    if as_path(text).exists():
+        return as_path(text)
     others = [model.kind for model in MODELS if model.name == text]
     if others:
         raise ValueError(f"{text!r} is a {others[0]}, not a {kind}; of this kind there are: {', '.join(names(kind))}")

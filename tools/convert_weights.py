@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from titok_jax import convert, features, models, pretrained, weights, zoo
-from titok_jax.cli import command, new_file, new_folder
+from titok_jax.cli import check_output, command, new_file, new_folder
+from titok_jax.storage import as_path, is_remote
 from titok_jax.tasks import perceptual
 
 _EPILOG = """examples:
@@ -145,14 +146,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "input", help="a folder or file of weights, a known name (python -m titok_jax.zoo) or hf://owner/name"
     )
-    parser.add_argument("output", help="folder or file to write; must not exist")
+    parser.add_argument("output", help="folder or file to write, also gs://; must not exist")
     parser.add_argument("--kind", choices=_KINDS, help="which model of a name or folder (default: told from the tensors)")
     parser.add_argument("--revision", help="branch, tag or commit, of an input on the hub")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the output (default: that of each tensor)")
     parser.add_argument("--dry-run", action="store_true", help="print names, shapes and dtypes; write nothing")
     args = parser.parse_args(argv)
 
-    output = Path(args.output)
+    output = as_path(args.output)
     form = "folder" if args.output.endswith("/") else _ENDINGS.get(output.suffix)
     if form is None:
         raise ValueError(
@@ -183,9 +184,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(table(found, dtypes))
         else:
             for path in filter(None, (output, beside)):
-                if path.exists() or path.is_symlink():
+                if path.exists() or os.path.islink(path):
                     raise FileExistsError(f"{path} exists and nothing was overwritten; choose another output or remove it")
-            if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+            if is_remote(output):
+                check_output(output, False, folder_of="" if form == "folder" else None)
+            elif not os.access(output.absolute().parent, os.W_OK | os.X_OK):
                 raise FileNotFoundError(
                     f"cannot write {output}: {output.absolute().parent} is no folder that can be written in"
                 )
@@ -194,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.dry_run:
                 pass
             elif form == "folder":
-                folder = stack.enter_context(new_folder(output))
+                folder = stack.enter_context(new_folder(output, last=pretrained.CONFIG_FILE))
                 write(folder / pretrained.WEIGHTS_FILE, "safetensors", tensors, config)
                 compare(folder / pretrained.WEIGHTS_FILE, tensors, config)
                 pretrained.write_config(folder / pretrained.CONFIG_FILE, config)

@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from titok_jax.cli import new_file
 from titok_jax.data.transforms import Example, decode_image
+from titok_jax.storage import as_path
 
 _HEADER = struct.Struct("<HiH")
 _TOKENS, _IMAGE = 1, 2
@@ -89,7 +91,7 @@ def token_writer(path: str | os.PathLike) -> Iterator[Callable[[np.ndarray, int]
             write(tokens, label)  # ids [N] and a class index
 
     The file appears under its name, whole, when the block ends without an exception; until then it is a hidden file
-    beside it, so that a killed run leaves nothing that could be taken for a finished one.
+    beside it (for a bucket: of this machine), so that a killed run leaves nothing that could be taken for a finished one.
 
     Raises:
       ValueError: neither suffix; tokens that `encode_tokens` refuses.
@@ -136,12 +138,7 @@ def _array_record_writer(path: str | os.PathLike, compression: str) -> Iterator[
 
 @contextlib.contextmanager
 def _whole_or_nothing(path: str | os.PathLike) -> Iterator[Path]:
-    """A hidden path beside `path` to write to: renamed to `path` at the end, removed if an exception passes."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """`cli.new_file` in a folder that is made if need be."""
+    as_path(path).parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as partial:
+        yield partial

@@ -1,5 +1,7 @@
 """Random-access sources of examples: digits, image folders, TFDS, ArrayRecord, WebDataset tars, token files.
 
+Folders, tars and token files may be in a bucket, gs://BUCKET/...
+
 An example is a dict: "label", int32 [] (-1 where there is none), and either "image", uint8 [H, W, 3] RGB, decoded, or
 "tokens", int32 [N]. Sources are picklable (worker processes get a copy) and safe to read from many threads.
 """
@@ -9,16 +11,17 @@ import inspect
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from etils import epath
 
 from titok_jax.data.digits import load_digits
 from titok_jax.data.records import decode_json_tokens, decode_record
-from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_image
+from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_image, image_files
+from titok_jax.storage import as_path, is_remote, local_copy, needs_mount, read_bytes
 
 Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or glob pattern, or several
 
@@ -70,11 +73,9 @@ class FolderSource:
 
     def __init__(self, path: str | os.PathLike, labels: bool = True):
         root = os.fspath(path)
-        if not os.path.isdir(root):
+        if not as_path(root).is_dir():
             raise FileNotFoundError(f"{root}: no such folder; expected a folder of images, or of one sub-folder per class")
-        # Links are followed: class folders are often links to a copy elsewhere.
-        files = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-        parts = sorted(os.path.relpath(file, root).split(os.sep) for file in files if _is_image(file))
+        parts = image_files(root)
         if not parts:
             raise ValueError(f"{root}: no images in this folder or below; expected {', '.join(IMAGE_SUFFIXES)} files")
         loose = [name for name, *below in parts if not below]
@@ -83,7 +84,7 @@ class FolderSource:
                 f"{root}: images both in sub-folders and directly in the folder ({len(loose)}, e.g. {loose[0]}), so their "
                 "classes are unclear; move these into sub-folders, or give labels=False to use all without labels"
             )
-        self.paths = [os.path.join(root, *names) for names in parts]
+        self.paths = ["/".join([root.rstrip("/"), *names]) for names in parts]
         self.class_names = sorted({names[0] for names in parts}) if labels and not loose else []
         numbers = {name: number for number, name in enumerate(self.class_names)}
         self._labels = np.array([numbers.get(names[0], -1) for names in parts], np.int32)
@@ -97,7 +98,7 @@ class FolderSource:
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """An image's file, its label, and where it is."""
         path = self.paths[index]
-        return Path(path).read_bytes(), int(self._labels[index]), path
+        return read_bytes(path), int(self._labels[index]), path
 
 
 class TfdsSource:
@@ -127,9 +128,12 @@ class TfdsSource:
                 f"tfds: give either dataset (a name) or path (a folder); got dataset={dataset!r}, path={path!r}"
             )
         self._name = f"{dataset or path}, split {split}"
+        place = path or data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        if is_remote(place):
+            raise needs_mount(place, "a TensorFlow Datasets set")
         try:
             if path is not None:
-                if not epath.Path(path, "dataset_info.json").exists():
+                if not Path(path, "dataset_info.json").exists():
                     raise FileNotFoundError("this folder has no dataset_info.json")
                 builder = tfds.builder_from_directory(path)
             else:
@@ -144,8 +148,7 @@ class TfdsSource:
             self._examples = builder.as_data_source(split, decoders=decoders)
         except (FileNotFoundError, AssertionError, NotImplementedError, tfds.core.DatasetNotFoundError) as error:
             raise FileNotFoundError(
-                f"tfds {self._name}: found no set prepared with file_format='array_record' in "
-                f"{path or data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')}: {error}"
+                f"tfds {self._name}: found no set prepared with file_format='array_record' in {place}: {error}"
             ) from error
         self._image_key, self._label_key = image_key, label_key
 
@@ -171,31 +174,10 @@ class WebDatasetSource:
 
     def __init__(self, paths: Paths):
         self._paths = _expand(paths, "WebDataset shards (*.tar)")
-        spans = []  # per shard [n, 4]: shard, offset, length, label
-        for number, path in enumerate(self._paths):
-            samples = {}  # key -> [offset, length, label]
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    for member in tar_files(tar):
-                        folder, _, file_name = member.name.rpartition("/")
-                        key, _, extension = file_name.partition(".")  # as WebDataset: up to the first dot
-                        if not key:
-                            continue  # hidden files, such as the ._KEY.jpg that macOS adds
-                        sample = samples.setdefault((folder, key), [0, 0, -1])
-                        if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                            sample[:2] = member.offset_data, member.size
-                        elif extension == "cls":
-                            sample[2] = int(tar.extractfile(member).read())
-            except (tarfile.TarError, ValueError) as error:
-                raise ValueError(f"{path}: expected an uncompressed tar of images and .cls files: {error}") from error
-            bare = ["/".join(filter(None, name)) for name, (_, length, _) in samples.items() if not length]
-            if bare or not samples:
-                raise ValueError(
-                    f"{path}: {f'{len(bare)} samples without an image, the first is {bare[0]}' if bare else 'empty'}; "
-                    f"expected KEY{', KEY'.join(IMAGE_SUFFIXES)} beside each KEY.cls"
-                )
-            spans.append(np.array([(number, *sample) for sample in samples.values()], np.int64))
-        self._spans = np.concatenate(spans)
+        with ThreadPoolExecutor() as threads:  # from a bucket, each comes whole: a seek over an image reads it
+            samples = list(threads.map(_samples_of_tar, self._paths))
+        numbers = np.repeat(np.arange(len(samples)), [len(shard) for shard in samples])
+        self._spans = np.column_stack([numbers, np.concatenate(samples)])  # [n, 4]: shard, offset, length, label
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -207,7 +189,7 @@ class WebDatasetSource:
         """An image's file, its label, and where it is."""
         shard, offset, length, label = self._spans[index].tolist()
         path = self._paths[shard]
-        return _read(path, offset, length), label, f"{path}, image {index} at byte {offset}"
+        return read_bytes(path, offset, length), label, f"{path}, image {index} at byte {offset}"
 
 
 def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -222,10 +204,40 @@ def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
 
 
+def _samples_of_tar(path: str) -> np.ndarray:
+    """int64 [n, 3]: offset, length, label."""
+    samples: dict[tuple[str, str], list[int]] = {}
+    try:
+        with as_path(path).open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar_files(tar):
+                folder, _, file_name = member.name.rpartition("/")
+                key, _, extension = file_name.partition(".")  # as WebDataset: up to the first dot
+                if not key:
+                    continue  # hidden files, such as the ._KEY.jpg that macOS adds
+                sample = samples.setdefault((folder, key), [0, 0, -1])
+                if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                    sample[:2] = member.offset_data, member.size
+                elif extension == "cls":
+                    sample[2] = int(tar.extractfile(member).read())
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"{path}: expected an uncompressed tar of images and .cls files: {error}") from error
+    bare = ["/".join(filter(None, name)) for name, (_, length, _) in samples.items() if not length]
+    if bare or not samples:
+        raise ValueError(
+            f"{path}: {f'{len(bare)} samples without an image, the first is {bare[0]}' if bare else 'empty'}; "
+            f"expected KEY{', KEY'.join(IMAGE_SUFFIXES)} beside each KEY.cls"
+        )
+    return np.array(list(samples.values()), np.int64)
+
+
 class ArrayRecordSource:
-    """Files of this project's records (records.py), of tokens or of images, one after the other."""
+    """Files of this project's records (records.py), of tokens or of images, one after the other. They are of this machine:
+    the library that reads them reaches no bucket."""
 
     def __init__(self, paths: Paths):
+        for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
+            if is_remote(path):
+                raise needs_mount(path, "ArrayRecord")
         self._paths = _expand(paths, "ArrayRecord files")
         try:
             self._records = grain.sources.ArrayRecordDataSource(self._paths)
@@ -266,11 +278,12 @@ class JsonLinesSource:
     def __getitem__(self, index: int) -> Example:
         file, line_number, offset, length = self._spans[index].tolist()
         path = self._paths[file]
-        return decode_json_tokens(_read(path, offset, length), f"{path}, line {line_number}")
+        return decode_json_tokens(read_bytes(path, offset, length), f"{path}, line {line_number}")
 
 
 def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
-    """Pretokenized images from `*.array_record` or `*.jsonl` files, told apart by their suffix.
+    """Pretokenized images from `*.array_record` or `*.jsonl` files, told apart by their suffix. Those in a bucket are copied
+    to this machine, once: of ImageNet 256 MB.
 
     Raises:
       ValueError: another suffix, or both kinds at once; records of images.
@@ -278,9 +291,9 @@ def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
     files = _expand(paths, "token files (*.array_record or *.jsonl)")
     suffixes = {Path(path).suffix for path in files}
     if suffixes == {".jsonl"}:
-        return JsonLinesSource(files)
+        return JsonLinesSource(list(map(local_copy, files)))
     if any(".array_record" in Path(path).name for path in files) and ".jsonl" not in suffixes:
-        source = ArrayRecordSource(files)
+        source = ArrayRecordSource(list(map(local_copy, files)))
         if "tokens" not in source[0]:
             raise ValueError(f"{files[0]}: holds images, expected tokens; use the source array_record for images")
         return source
@@ -292,9 +305,12 @@ def _expand(paths: Paths, what: str) -> list[str]:
     patterns = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = []
     for pattern in map(os.fspath, patterns):
-        matches = (
-            [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-        )
+        if is_remote(pattern):
+            matches = _expand_remote(pattern)
+        elif os.path.isfile(pattern):
+            matches = [pattern]
+        else:
+            matches = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
         if not matches:
             raise FileNotFoundError(f"{pattern}: no such file, and no file matches it as a pattern; expected {what}")
         files += matches
@@ -303,20 +319,19 @@ def _expand(paths: Paths, what: str) -> list[str]:
     return files
 
 
-def _is_image(path: str) -> bool:
-    name = os.path.basename(path)
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")  # macOS adds ._NAME.jpg
+def _expand_remote(pattern: str) -> list[str]:
+    path = as_path(pattern)
+    if path.is_file():
+        return [pattern]
+    if "**" in pattern:
+        raise ValueError(f"{pattern}: ** is for files of this machine, expected * for each folder")
+    bucket, *names = pattern.partition("://")[2].split("/")
+    root = as_path(f"{pattern.partition('://')[0]}://{bucket}")
+    return sorted(os.fspath(match) for match in root.glob("/".join(names)) if match.is_file())
 
 
 def _decoded(data: bytes, label: int, name: str) -> Example:
     return {"image": decode_image(data, name), "label": np.int32(label)}
-
-
-def _read(path: str, offset: int, length: int) -> bytes:
-    # Opened anew each time: no file handles to share between threads or to leave out of a pickle.
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
 
 
 _SOURCES = {

@@ -9,16 +9,29 @@ import functools
 import inspect
 import io
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from titok_jax.storage import files_below
+
 Example = dict[str, Any]  # "image": uint8 [H, W, 3] or "tokens": int32 [N]; "label": int32 []
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # what is an image in a folder
 _BICUBIC = Image.Resampling.BICUBIC
+
+
+def image_files(folder: str | os.PathLike) -> list[tuple[str, ...]]:
+    """The images in a folder and below, sorted: the names on the way to each, its own last. Links are followed: folders of
+    classes are often links to a copy elsewhere."""
+    return sorted(
+        names
+        for names in files_below(folder)
+        if names[-1].lower().endswith(IMAGE_SUFFIXES) and not names[-1].startswith(".")  # macOS adds ._NAME.jpg
+    )
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from flax import nnx
 
 from titok_jax import convert, models, weights
 from titok_jax.models.perceptual import PerceptualConfig
+from titok_jax.storage import as_path
 
 
 class Perceptual(NamedTuple):
@@ -65,7 +67,8 @@ def load_perceptual(name: str, folder: str | os.PathLike, *, advice: str = _ADVI
     """Reads the network `name` from the files of its authors, as they are or turned into safetensors.
 
     Args:
-      folder: holds convnext_small-0c510722 and, for LPIPS, vgg16-397923af and lpips_vgg, each .pth or .safetensors.
+      folder: holds convnext_small-0c510722 and, for LPIPS, vgg16-397923af and lpips_vgg, each .pth or .safetensors; also in
+        a bucket.
       advice: what to do about an absent file, after its download; the default is that of training.
 
     Raises:
@@ -102,8 +105,8 @@ def _unused(file: _File, key: str) -> bool:
     return file is VGG_FILE and key.startswith("classifier.")
 
 
-def _find(file: _File, name: str, folder: str | os.PathLike, advice: str) -> Path:
-    candidates = [Path(folder) / (file.stem + ending) for ending in (".safetensors", ".pth")] if folder else []
+def _find(file: _File, name: str, folder: str | os.PathLike, advice: str) -> Path | epath.Path:
+    candidates = [as_path(folder) / (file.stem + ending) for ending in (".safetensors", ".pth")] if folder else []
     path = next((c for c in candidates if c.is_file()), None)
     if path is None:
         place = f"{folder} holds neither {candidates[0].name} nor {candidates[1].name}" if folder else "no folder is set"
