@@ -284,21 +284,39 @@ def test_another_input_is_no_continuation(small, tmp_path, capsys, monkeypatch):
     assert sorted(read(tmp_path / "out")) == sorted(images.values())
 
 
+def test_a_shard_that_was_damaged_is_named_and_made_again(small, tmp_path, capsys, monkeypatch):
+    command = [str(train_archive(tmp_path / "ILSVRC2012_img_train.tar")), "--split", "train", "--out", str(tmp_path / "out")]
+    damaged = tmp_path / "out/train-00001-of-00003.array_record"
+    real = small.check_shards
+
+    def during(*args):
+        cut(damaged, 100)
+        return real(*args)
+
+    monkeypatch.setattr(small, "check_shards", during)
+    assert small.main(command) == 2
+    assert f"{damaged} holds 0 images, 7 were written; remove it" in capsys.readouterr().err
+    monkeypatch.setattr(small, "check_shards", real)
+    damaged.unlink()
+    assert small.main(command) == 0
+    assert sorted(read(tmp_path / "out")) == sorted(IMAGES.values())
+
+
 def test_two_at_once(small, tmp_path, capsys, monkeypatch):
     archive = train_archive(tmp_path / "ILSVRC2012_img_train.tar")
     command = [str(archive), "--split", "train", "--out", str(tmp_path / "out")]
-    real, results = small.write_shards, []
+    real, results = small.check_shards, []
 
-    def during(*args, **options):
-        if not results:
-            results.append(None)
-            results.append(small.main(command))
-        return real(*args, **options)
+    def during(*args):
+        for arguments in ([], ["--overwrite"], ["--overwrite", "--shards", "2"]):
+            results.append(small.main([*command, *arguments]))
+            assert "another process is at work" in capsys.readouterr().err
+        return real(*args)
 
-    monkeypatch.setattr(small, "write_shards", during)
+    monkeypatch.setattr(small, "check_shards", during)
     assert small.main(command) == 0
-    assert results == [None, 2]
-    assert "another process" in capsys.readouterr().err
+    assert results == [2, 2, 2]
+    assert sorted(read(tmp_path / "out")) == sorted(IMAGES.values())
 
 
 def test_what_is_not_as_in_imagenet_is_said(small, tmp_path, capsys):

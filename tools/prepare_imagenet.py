@@ -17,7 +17,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import tarfile
 import threading
@@ -132,8 +131,9 @@ def train_archive(path: Path) -> TarImages:
             with tar_errors(f"{path}, {member.name}"), tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                 files = list(tar_files(inner))
             names += [f"{wnid}/{file.name}" for file in files]
-            places = [(member.offset_data + file.offset_data, file.size) for file in files]
-            spans.append(np.array([(*place, class_names.index(wnid)) for place in places], np.int64).reshape(-1, 3))
+            label = class_names.index(wnid)
+            places = [(member.offset_data + file.offset_data, file.size, label) for file in files]
+            spans.append(np.array(places, np.int64).reshape(-1, 3))
     return TarImages(path, names, np.concatenate(spans), class_names)
 
 
@@ -339,7 +339,11 @@ def check_shards(shards: Shards, paths: list[Path]) -> tuple[np.ndarray, list[st
     """
     counts, left_out = np.zeros(NUM_CLASSES, np.int64), []
     for path, piece in zip(paths, shards, strict=True):
-        held, written = len(ArrayRecordSource(path)), int(piece["counts"].sum())
+        written = int(piece["counts"].sum())
+        try:
+            held = len(ArrayRecordSource(path))
+        except ValueError:
+            held = 0
         if held != written:
             raise ValueError(
                 f"{path} holds {held} images, {written} were written; remove it, and the same command makes it again"
@@ -372,13 +376,13 @@ def findings(split: str, counts: np.ndarray, left_out: list[str], class_names: l
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Raises ValueError if another process is inside for the same folder."""
+    """Raises ValueError if another process is inside, for the same folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is writing what {folder} is of; wait for it") from None
+            raise ValueError(f"another process is at work in {folder}; wait for it") from None
         yield
     finally:
         os.close(descriptor)
@@ -416,7 +420,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--out {args.out} is a file, expected a folder")
     kind, source, files = open_images(args.input, args.split, args.devkit)
     class_names = list(getattr(source, "class_names", []))
-    print(f"{', '.join(args.input[:3])}: {kind}, {len(source):,} images", flush=True)
+    classes = f" of {len(class_names):,} classes" if class_names else ""
+    print(
+        f"{', '.join(args.input[:3])}: {kind}, {len(source):,} images{classes}; ImageNet's {args.split} has "
+        f"{SPLITS[args.split].images:,} of {NUM_CLASSES:,}",
+        flush=True,
+    )
     if num_shards > len(source):
         raise ValueError(f"--shards is {num_shards}, more than the {len(source)} images")
     _, label, name = source.encoded(0)
@@ -430,16 +439,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     complete = report.exists()
     check_output(report, args.overwrite)
     old = set(args.out.glob(f"{args.split}-*.array_record"))
-    stale = sorted(old - set(paths) if work.exists() and not complete else old)
+    stale = sorted(old if complete or not work.exists() else old - set(paths))
     if stale and not args.overwrite:
         raise FileExistsError(f"{stale[0]} exists and nothing was overwritten; choose another output or add --overwrite")
-    if complete and work.exists():
-        shutil.rmtree(work)
-    for path in (report, listed, *stale):  # in this order: killed here, it is not taken for complete
-        path.unlink(missing_ok=True)
     settings = {"kind": kind, "images": len(source), "files": fingerprint(files), "verify": not args.no_verify}
-    shards = Shards(work, settings, num_shards, 1, restart=args.overwrite)
+    work.mkdir(exist_ok=True)
     with only_one(work):
+        # In this order: killed here, what is left is not taken for complete, nor for made by these settings.
+        for path in (*(work.iterdir() if complete else ()), report, listed, *stale):
+            path.unlink(missing_ok=True)
+        shards = Shards(work, settings, num_shards, 1, restart=args.overwrite)
         for path in args.out.glob(f".{args.split}-*"):  # of killed writers
             path.unlink()
         with warnings.catch_warnings():
