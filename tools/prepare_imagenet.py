@@ -34,6 +34,7 @@ from titok_jax.data.records import image_writer
 from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource, WebDatasetSource, tar_files
 from titok_jax.data.transforms import decode_image
 from titok_jax.shards import Shards
+from titok_jax.storage import is_remote
 
 _EPILOG = """examples:
   python tools/prepare_imagenet.py ILSVRC2012_img_train.tar --split train --out imagenet
@@ -414,10 +415,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
     for path in (*args.input, str(args.out)):
-        if "://" in path:
+        if is_remote(path):
             raise ValueError(f"{path}: expected a local path; copy files from and to a bucket by gcloud storage cp")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, expected a folder")
+    report, listed = args.out / f"{args.split}.json", args.out / f"{args.split}.left_out.txt"
+    complete = report.exists()
+    if complete:
+        check_output(report, args.overwrite)
     kind, source, files = open_images(args.input, args.split, args.devkit)
     class_names = list(getattr(source, "class_names", []))
     classes = f" of {len(class_names):,} classes" if class_names else ""
@@ -433,11 +438,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{name}: its label is {label}, expected 0 to {NUM_CLASSES - 1}")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    report, listed = args.out / f"{args.split}.json", args.out / f"{args.split}.left_out.txt"
     paths = [args.out / f"{args.split}-{n:05d}-of-{num_shards:05d}.array_record" for n in range(num_shards)]
     work = args.out / f"{args.split}.shards"  # of each finished shard, what is in it
-    complete = report.exists()
-    check_output(report, args.overwrite)
     old = set(args.out.glob(f"{args.split}-*.array_record"))
     stale = sorted(old if complete or not work.exists() else old - set(paths))
     if stale and not args.overwrite:
