@@ -317,8 +317,8 @@ def write_shards(source, shards: Shards, paths: list[Path], *, verify: bool, wor
     stop = threading.Event()
     with (
         tqdm(total=len(source), initial=there, unit="image", desc="writing") as bar,
-        # Threads: a half of the time is Pillow's decoding, during which others run. Processes would have more than that to gain
-        # only if a disk kept up with more than two cores.
+        # Threads: half of the time is Pillow's decoding, during which others run. Processes could do more, but a disk that
+        # keeps up with more than twice the speed of one core is rare.
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
         try:
