@@ -101,6 +101,22 @@ def test_generate(generator):
     assert not np.array_equal(ids, titok_jax.generate(generator, [3, 1, 3], jax.random.key(1)))
 
 
+def test_a_guidance_scale_of_0_is_none_under_every_schedule():
+    """That of "power-cosine" would end in unconditional images, which do not depend on the labels."""
+    generator = titok_jax.load_generator("digits")
+
+    def ids(labels, schedule, scale):
+        options = {"guidance_schedule": schedule, "guidance_scale": scale, "num_steps": 3}
+        return np.asarray(titok_jax.generate(generator, labels, jax.random.key(0), **options))
+
+    labels, others = [3, 1, 4], [5, 9, 2]
+    plain = ids(labels, "constant", 0)
+    for schedule in ("linear", "power-cosine"):
+        np.testing.assert_array_equal(ids(labels, schedule, 0), plain)
+        assert not np.array_equal(ids(others, schedule, 0), plain)
+        assert not np.array_equal(ids(labels, schedule, 3), plain)
+
+
 def test_nothing_is_compiled_again_for_other_labels_seed_scale_or_temperature(generator):
     titok_jax.generate(generator, [3, 1, 3], jax.random.key(0))
     before = generator._sample._cache_size()

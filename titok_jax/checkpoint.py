@@ -96,10 +96,11 @@ class Checkpoints:
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            config, problem = self._read(step, "config", ocp.args.JsonRestore())
+            config, problem = self._read(step, "config", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
             if not problem:
                 check(config)
-                state, problem = self._read(step, "state", ocp.args.StandardRestore(target))
+                args = ocp.args.StandardRestore(target)
+                state, problem = self._read(step, "state", ocp.StandardCheckpointHandler(), args)
             if not problem:
                 self._put_aside(damaged)
                 return step, state
@@ -109,15 +110,16 @@ class Checkpoints:
             raise ValueError(f"none of the checkpoints in {self._folder} can be read:{listed}")
         return None
 
-    def _read(self, step: int, item: str, args: Any) -> tuple[Any, str]:
-        """(the item, "") or (None, what is wrong with its files); all processes agree which.
+    def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any) -> tuple[Any, str]:
+        """(the item, "") or (None, what is wrong with its files); all processes agree which. Read by the item's handler and
+        not by the manager, in which processes that could read it would wait for one that could not.
 
         Raises:
           OSError: the storage fails, on this process or another.
         """
         found, error = None, None
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+            found = handler.restore(self._folder / str(step) / item, args=args)
         except Exception as caught:  # whatever a damaged file makes the libraries below raise
             error = caught
         fine, damaged, fails = range(3)

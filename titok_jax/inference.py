@@ -17,11 +17,6 @@ from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig
 
 
-def _spread(batch: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """A batch cut over the devices of a mesh, which its size must divide into."""
-    return batch if mesh is None else jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
-
-
 class Tokenizer:
     """A TiTok with its weights.
 
@@ -40,7 +35,7 @@ class Tokenizer:
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
 
         def encode(params, images, key):
-            model, images = nnx.merge(graphdef, params), _spread(images, mesh)
+            model, images = nnx.merge(graphdef, params), sharding.keep_batch(images)
             images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
             if config.quantize_mode == "vq":
                 return model.quantized(images).tokens
@@ -48,11 +43,11 @@ class Tokenizer:
             return posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
 
         def decode(params, tokens):
-            model, tokens = nnx.merge(graphdef, params), _spread(tokens, mesh)
+            model, tokens = nnx.merge(graphdef, params), sharding.keep_batch(tokens)
             images = model.decode_tokens(tokens) if config.quantize_mode == "vq" else model.decode(tokens)
             return jnp.clip(images, 0.0, 1.0)
 
-        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+        self._encode, self._decode = sharding.jit_on(mesh, encode), sharding.jit_on(mesh, decode)
 
     def encode(self, images, key: jax.Array | None = None) -> jax.Array:
         """Images to tokens.
@@ -138,22 +133,24 @@ class VQGAN:
       params: nested dict of float32 arrays.
     """
 
-    def __init__(self, config: MaskgitVQGANConfig, params: convert.Params, *, dtype=jnp.float32):
+    def __init__(self, config: MaskgitVQGANConfig, params: convert.Params, *, dtype=jnp.float32, mesh: Mesh | None = None):
         """
         Args:
           dtype: computation dtype, "float32" or "bfloat16".
+          mesh: that of the parameters, over which batches are cut; None: one device.
         """
         self.config, self.params = config, params
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
 
         def encode(params, images):
+            images = sharding.keep_batch(images)
             images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
             return nnx.merge(graphdef, params).get_codes(images)
 
         def decode(params, codes):
-            return nnx.merge(graphdef, params).decode_codes(codes)
+            return nnx.merge(graphdef, params).decode_codes(sharding.keep_batch(codes))
 
-        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+        self._encode, self._decode = sharding.jit_on(mesh, encode), sharding.jit_on(mesh, decode)
 
     def encode(self, images) -> jax.Array:
         """Images to codes, one for each 16 x 16 pixels (published sizes).
@@ -220,7 +217,7 @@ class Generator:
             keys = jax.vmap(partial(jax.random.fold_in, key))(first_index + jnp.arange(labels.shape[0]))
             return decoding.parallel_decode(
                 partial(logits, params),
-                _spread(labels, mesh),
+                sharding.keep_batch(labels),
                 num_tokens=config.num_tokens,
                 codebook_size=config.codebook_size,
                 num_classes=config.num_classes,
@@ -232,8 +229,8 @@ class Generator:
                 noise=decoding.noise_from_keys(keys),
             ).ids
 
-        self._logits = jax.jit(logits)
-        self._sample = jax.jit(sample, static_argnames=("num_steps", "schedule", "annealing"))
+        self._logits = sharding.jit_on(mesh, logits)
+        self._sample = sharding.jit_on(mesh, sample, static_argnames=("num_steps", "schedule", "annealing"))
 
     def logits(self, ids, labels) -> jax.Array:
         """One forward pass.
@@ -286,7 +283,7 @@ def generate(
       first_index: the place of `labels[0]` in a longer list that is generated in several calls: the answers are those of
         one call for the whole list.
       num_steps: decoding steps, at least 1.
-      guidance_scale: 0 for none (with "constant" and "linear").
+      guidance_scale: 0 for none, under every schedule. (Published, "power-cosine" with 0 leads to unconditional images.)
       guidance_schedule: "constant", "linear" or "power-cosine".
       temperature: of the noise in the first step, at least 0; more gives more diverse images.
       softmax_temperature_annealing: divide the logits by a temperature that falls from about 1.3 to 0.5.
@@ -301,6 +298,7 @@ def generate(
     labels = np.asarray(labels)
     generator._check_labels(labels, config.num_classes - 1)
     num_steps = defaults.num_steps if num_steps is None else num_steps
+    guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
     schedule = guidance_schedule or defaults.guidance_schedule
     temperature = defaults.temperature if temperature is None else temperature
     if num_steps < 1:
@@ -309,12 +307,14 @@ def generate(
         raise ValueError(f"temperature is {temperature}, expected at least 0")
     if schedule not in decoding.GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {decoding.GUIDANCE_SCHEDULES}")
+    if schedule == "power-cosine" and guidance_scale == 0:
+        guidance_scale = 1.0  # in this formula, 1 is no guidance
     return generator._sample(
         generator.params,
         labels.astype(np.int32),
         key,
         np.int32(first_index),
-        np.float32(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+        np.float32(guidance_scale),
         np.float32(temperature),
         num_steps=num_steps,
         schedule=schedule,
@@ -379,7 +379,7 @@ def load_vqgan(
 ) -> VQGAN:
     """A MaskGIT-VQGAN: "maskgit_vqgan", a folder, or a file of it: PyTorch's, safetensors or the original JAX checkpoint
     (Flax msgpack); arguments and errors as of `load_tokenizer`."""
-    return VQGAN(*_load(source, MaskgitVQGANConfig, mesh, revision, token), dtype=dtype)
+    return VQGAN(*_load(source, MaskgitVQGANConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
 
 
 def load_image_config(

@@ -45,7 +45,7 @@ class Evaluation:
             values = task.evaluate(state, frozen, batch, key)
             return {name: jnp.sum(jnp.where(batch["valid"], v, 0.0)) for name, v in values.items()}, batch["valid"].sum()
 
-        self._sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
+        self._sums = sharding.jit_on(mesh, sums, out_shardings=sharding.replicated(mesh))
 
     def __bool__(self) -> bool:
         return self._source is not None
@@ -78,7 +78,7 @@ class Previews:
         self._fn = None
         if task.preview is None:
             return
-        self._fn = jax.jit(task.preview, out_shardings=sharding.replicated(mesh))
+        self._fn = sharding.jit_on(mesh, task.preview, out_shardings=sharding.replicated(mesh))
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         rows = np.lcm(rows, self._columns)
         size = int(-(-config.preview_images // rows) * rows)

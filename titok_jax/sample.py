@@ -160,8 +160,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def sampling_settings(args: argparse.Namespace, defaults) -> dict[str, Any]:
-    """The checked arguments of `titok_jax.generate`, complete. A guidance scale of 0 is none under every schedule: that of
-    "power-cosine" would otherwise lead from conditional to unconditional images.
+    """The checked arguments of `titok_jax.generate`, complete.
 
     Args:
       args: from a parser with `add_sampling_arguments`.
@@ -190,11 +189,10 @@ def sampling_settings(args: argparse.Namespace, defaults) -> dict[str, Any]:
     def either(value, default):
         return default if value is None else value
 
-    guidance_scale = either(args.guidance_scale, defaults.guidance_scale)
     return {
         "num_steps": either(args.steps, defaults.num_steps),
-        "guidance_scale": guidance_scale,
-        "guidance_schedule": either(args.guidance_schedule, defaults.guidance_schedule) if guidance_scale else "constant",
+        "guidance_scale": either(args.guidance_scale, defaults.guidance_scale),
+        "guidance_schedule": either(args.guidance_schedule, defaults.guidance_schedule),
         "temperature": either(args.temperature, defaults.temperature),
         "softmax_temperature_annealing": defaults.softmax_temperature_annealing,
     }

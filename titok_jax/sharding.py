@@ -7,7 +7,7 @@
 
 All axes are "Auto": XLA's partitioner (GSPMD) derives everything between parameters, batch and results. The models contain
 one annotation, `keep_batch`, around each block of a transformer, each GroupNorm, each convolution of VGG, and on what the
-heads give; it needs `jax.set_mesh` around a step. The same program runs on one device, where all three axes are 1.
+heads give; it needs `jax.set_mesh` around a step, or `jit_on`. The same program runs on one device, where all axes are 1.
 
 What devices send each other in a training step (tests/test_sharding.py reads it from the compiled programs):
 
@@ -16,10 +16,12 @@ What devices send each other in a training step (tests/test_sharding.py reads it
     fsdp    the same, and each cut parameter is gathered where it is used, forward and backward, one layer at a time
             (all-gather). Never the batch, but for token ids, with which a cut embedding is looked up; its rows then change
             places (all-to-all). Optimizer and averages are updated in place, on their shards
-    tensor  sums of the activations, after the attention's projection and the MLP's second layer (all-reduce); the logits of
-            a cut vocabulary are gathered
+    tensor  sums of the activations, after the attention's projection and the MLP's second layer (all-reduce). A generator's
+            logits stay cut along the vocabulary: of each token the devices sum the exponentials and find the largest and
+            the target's logit (all-reduce; all-gather of one candidate per device for the argmax)
 """
 
+import functools
 import glob
 import math
 import os
@@ -108,16 +110,32 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def keep_batch(x: jax.Array) -> jax.Array:
-    """x [B, ...], cut along its batch as `batch_sharding` does, and whole in its other axes; x where no mesh is set by
-    `jax.set_mesh`.
+def keep_batch(x: jax.Array, last: str | None = None) -> jax.Array:
+    """x [B, ..., D], cut along its batch as `batch_sharding` does, along its last axis by the mesh's axis `last` if one is
+    named, and whole in its other axes; x where no mesh is set by `jax.set_mesh`.
 
     Where a layer's input is cut along the batch and its kernel along fsdp, the partitioner may as well gather the batch and
     cut the features; with this it gathers the kernel.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+    spec = PartitionSpec(("data", "fsdp"), *[None] * (x.ndim - 2), last) if last else PartitionSpec(("data", "fsdp"))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def jit_on(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
+    """`jax.jit(function, **options)`; if a mesh is given, traced and run under `jax.set_mesh(mesh)`, so that `keep_batch`
+    acts. Then its attribute `__wrapped__` is what has been jitted."""
+    jitted = jax.jit(function, **options)
+    if mesh is None:
+        return jitted
+
+    @functools.wraps(jitted)
+    def call(*arguments, **named):
+        with jax.set_mesh(mesh):
+            return jitted(*arguments, **named)
+
+    return call
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:

@@ -164,7 +164,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
         abstract, shardings, lambda found: check_same_run(found, stored_config, config, workdir)
     )
     if restored is None:
-        start, state = 0, jax.jit(task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), task.start)
+        given = jax.device_put(task.start, sharding.state_shardings(mesh, task.start))
+        start, state = 0, jax.jit(task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), given)
+        del given
     else:
         start, state = restored
         if first_process:

@@ -201,7 +201,7 @@ class ViTGenerator(nnx.Module):
         x = self.embeddings(with_class(ids, labels, self.config))
         x = dropout(x, self.config.dropout, keys[0])
         x, _ = run_stack(self.layers, x, key=keys[1], remat=self.remat)
-        return keep_batch(self.lm_head(x[:, 1:])).astype(jnp.float32)
+        return keep_batch(self.lm_head(x[:, 1:]), "tensor").astype(jnp.float32)
 
 
 class UViTGenerator(nnx.Module):
@@ -242,7 +242,7 @@ class UViTGenerator(nnx.Module):
         x, skips = run_stack(self.in_blocks, x, remat=self.remat)
         x = self.mid_block(x)
         x, _ = run_stack(self.out_blocks, x, skips=jnp.flip(skips, 0), remat=self.remat)
-        return keep_batch(self.lm_head(self.norm(x[:, 1:]))).astype(jnp.float32)
+        return keep_batch(self.lm_head(self.norm(x[:, 1:])), "tensor").astype(jnp.float32)
 
 
 def with_class(ids: jax.Array, labels: jax.Array, config: GeneratorConfig) -> jax.Array:
