@@ -317,8 +317,8 @@ def write_shards(source, shards: Shards, paths: list[Path], *, verify: bool, wor
     stop = threading.Event()
     with (
         tqdm(total=len(source), initial=there, unit="image", desc="writing") as bar,
-        # Threads: half of the time is Pillow's decoding, during which others run. Processes could do more, but a disk that
-        # keeps up with more than twice the speed of one core is rare.
+        # Threads: half of the time is Pillow's decoding, during which others run. Processes could be faster on many cores,
+        # by a quarter of an hour of a job that is done once.
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
         try:
