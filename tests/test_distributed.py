@@ -80,11 +80,10 @@ STOPPED = (
 import os, signal
 import jax, pytest
 from etils import epath
-lock = train.lock_workdir(epath.Path(workdir))
-with pytest.raises(ValueError, match="another run"):
-    train.lock_workdir(epath.Path(workdir))
-if lock:
-    lock.close()
+with train.lock_workdir(epath.Path(workdir)):
+    with pytest.raises(ValueError, match="another run"):
+        with train.lock_workdir(epath.Path(workdir)):
+            pass
 real, steps = train.sharding.put_batch, iter(range(100))
 def put_batch(mesh, batch):
     if next(steps) == 2 and jax.process_index() == 1:

@@ -22,6 +22,7 @@ from titok_jax import (
     evaluate,
     evaluation,
     features,
+    lock,
     parity,
     pretokenize,
     pretrained,
@@ -141,6 +142,70 @@ def test_a_run_lives_in_a_bucket(bucket, tmp_path, monkeypatch):
     train.train(config, workdir)  # at its end already; the log stays
     assert [line["step"] for line in log_of(run)] == [2, 4, 6]
     assert titok_jax.load_tokenizer(workdir + "/pretrained").config.codebook_size == config.model.codebook_size
+
+
+def test_a_damaged_checkpoint_is_moved(bucket, tmp_path):
+    """Not by Orbax, but by names: there are no empty folders to move into."""
+    (bucket / "run/checkpoints/6/state/a").write_text("damaged")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints._folder = bucket / "run/checkpoints"
+        checkpoints._put_aside({6: "DATA_LOSS: no manifest"})
+    assert objects() == ["run/damaged/6.txt", "run/damaged/6/state/a"]
+    assert (bucket / "run/damaged/6.txt").read_text() == "DATA_LOSS: no manifest\n"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What happens while a lock is looked at: functions, one for each time it waits."""
+    events = []
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: events.pop(0)() if events else None)
+    monkeypatch.setattr(lock, "BEAT", 1e6)  # of itself, nothing beats
+    return events
+
+
+def test_a_second_run_is_refused_while_the_first_lives(bucket, clock):
+    with train.lock_workdir(bucket / "run") as first:
+        clock += [lambda: None, first.beat]
+        with (
+            pytest.raises(ValueError, match="another run is training in gs://bucket/run"),
+            train.lock_workdir(bucket / "run"),
+        ):
+            pass
+        assert not clock
+        first.beat()
+        first.check()  # not disturbed by the other
+        assert objects() == ["run/.lock"]
+    assert objects() == []
+
+
+def test_the_lock_of_a_killed_run_is_taken_over(bucket, clock, capsys):
+    (bucket / "run/.lock").write_text("host-3, process 17, 0123\n5\n")
+    looked = []
+    clock += [lambda: looked.append((bucket / "run/.lock").read_text())] * 3
+    with train.lock_workdir(bucket / "run") as now:
+        assert len(looked) == 3
+        assert "a run (host-3, process 17, 0123) began here and has not ended in order" in capsys.readouterr().out
+        now.beat()
+        assert not (bucket / "run/.lock").read_text().startswith("host-3")
+    assert objects() == []
+
+
+def test_a_lock_that_is_given_back_meanwhile_is_free(bucket, clock):
+    first = lock.BucketLock(bucket / "run/.lock")
+    assert first.acquire()
+    clock += [first.release]
+    with train.lock_workdir(bucket / "run"):
+        assert objects() == ["run/.lock"]
+
+
+def test_who_lost_the_lock_writes_nothing_more(bucket, clock, tmp_path, monkeypatch):
+    with train.lock_workdir(bucket / "run") as first:
+        (bucket / "run/.lock").write_text("host-3, process 17, 0123\n1\n")
+        first.beat()
+        with pytest.raises(OSError, match=r"another run \(host-3, process 17, 0123\) has taken gs://bucket/run over"):
+            first.check()
+        first.beat()
+    assert (bucket / "run/.lock").read_text() == "host-3, process 17, 0123\n1\n"  # nor takes it from the other
 
 
 # ---------------------------------------------------------------------------------------------------------------------

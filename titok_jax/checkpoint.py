@@ -144,6 +144,7 @@ class Checkpoints:
                 while place.exists():
                     place = place.with_name(place.name + "_again")
                 place.parent.mkdir(parents=True, exist_ok=True)
+                place.with_name(place.name + ".txt").write_text(problem + "\n")  # a bucket moves into no empty folder
                 (self._folder / str(step)).rename(place)
                 print(f"warning: the checkpoint of step {step} cannot be read ({problem}); moved to {place}", flush=True)
         multihost_utils.sync_global_devices("moved")

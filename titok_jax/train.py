@@ -11,14 +11,14 @@ DIR/checkpoints and ends with the same parameters, bit for bit, as if it had not
 curves.png, tensorboard/ and previews/. docs/training.md tells of the recipes and of what to expect.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ from titok_jax.checkpoint import Checkpoints, check_config
 from titok_jax.data.loader import make_loader
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
+from titok_jax.lock import lock_workdir
 from titok_jax.metric_log import MetricLog
 from titok_jax.progress import Evaluation, Previews
 from titok_jax.storage import is_remote
@@ -113,6 +114,11 @@ def describe(config: ConfigDict, task: Task, mesh: Mesh, num_examples: int) -> N
 def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
     """Runs a training to its end, from its newest checkpoint if there is one. Returns the final state, or None if SIGTERM
     stopped it."""
+    with contextlib.ExitStack() as held:
+        return _train(config, workdir, held)
+
+
+def _train(config: ConfigDict, workdir: epath.PathLike, held: contextlib.ExitStack) -> dict[str, Any] | None:
     # Parts: everything that can be wrong with the configuration shows here, before anything is written.
     workdir = epath.Path(workdir).expanduser()
     if not is_remote(workdir):
@@ -158,7 +164,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
     frozen_shardings = sharding.state_shardings(mesh, task.frozen)
     frozen = jax.device_put(task.frozen, frozen_shardings)
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = lock_workdir(workdir)
+    lock = held.enter_context(lock_workdir(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore_newest(
         abstract, shardings, lambda found: check_same_run(found, stored_config, config, workdir)
@@ -213,6 +219,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
             if log_now or save_now:
                 check_finite(state, done, config.max_nonfinite_steps)
             if save_now:
+                if lock:
+                    lock.check()
                 checkpoints.save(done, state, stored_config)
             if stopping and done < num_steps:
                 break
@@ -222,8 +230,6 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
         log.close()
         checkpoints.close()
         stop.close()
-        if lock:
-            lock.close()
     if done < num_steps:
         if first_process:
             print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
@@ -268,26 +274,6 @@ class StopSignal:
     def close(self) -> None:
         if self._former is not None:
             signal.signal(signal.SIGTERM, self._former)
-
-
-def lock_workdir(workdir: epath.Path) -> IO | None:
-    """Holds the workdir for all processes of this run until the file returned to the first is closed, or that process ends
-    however it does. Local folders only: on gs:// two runs on one workdir are not noticed.
-
-    Raises:
-      ValueError: another run holds it; on every process.
-    """
-    file, held = None, True
-    if jax.process_index() == 0 and "://" not in str(workdir):
-        file = open(str(workdir / ".lock"), "w")  # noqa: SIM115 (held as long as the run)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            held = False
-    if not multihost_utils.broadcast_one_to_all(held):
-        raise ValueError(f"another run is training in {workdir}; wait for it, or choose another workdir")
-    return file
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/FILE.py:VARIANT", lock_config=True)
