@@ -65,12 +65,23 @@ ALL_COMMANDS = (
     CONFIG
     + """
 train.train(config, workdir + "/run")
-from titok_jax import evaluate, pretokenize, sample
+import jax
+import numpy as np
+from titok_jax import evaluate, inference, pretokenize, sample
+shared = []
+for owner, name in ((inference.Tokenizer, "encode"), (inference.Tokenizer, "decode"), (inference, "generate")):
+    def recorded(*arguments, real=getattr(owner, name), **options):
+        result = real(*arguments, **options)
+        rows = {part.device: part.data.shape[0] for part in result.addressable_shards}
+        shared.append(rows == dict.fromkeys(jax.local_devices(), len(result) / jax.local_device_count()))
+        return result
+    setattr(owner, name, recorded)
 tokens = ["digits:test", "--out", workdir + "/tokens", "--crops", "center", "--shards", "3", "--format", "jsonl"]
 samples = ["--num", "30", "--steps", "2", "--batch-size", "8", "--out", workdir + "/samples.npz"]
 figures = ["--reconstruct", "digits:test", "--features", "digits", "--json", workdir + "/figures.json"]
 for command, arguments in ((pretokenize, tokens), (sample, samples), (evaluate, figures)):
     assert command.main(arguments) == 0
+assert shared and all(shared), "a batch is not cut evenly over all devices of this process"
 """
 )
 # The second of two processes gets SIGTERM after its second step here, as on a host that is preempted.
@@ -98,9 +109,9 @@ assert train.train(config, workdir) is None
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Workdirs of every command on one process with two devices, and on two processes with one device each."""
+    """Workdirs of every command on one process with four devices, and on two processes with two devices each."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    printed = finish(start(ALL_COMMANDS, str(one), devices=2), start(ALL_COMMANDS, str(two), processes=2))
+    printed = finish(start(ALL_COMMANDS, str(one), devices=4), start(ALL_COMMANDS, str(two), processes=2, devices=2))
     for text in ("Global batch", "step 16/16", "Done: ", "wrote " + str(two / "samples.npz")):
         assert text.replace(str(two), str(one)) in printed[0]
         assert text in printed[1]
@@ -123,7 +134,7 @@ def assert_same_training(found, expected):
         np.testing.assert_allclose(test_train.weights(found)[name], array, atol=1e-5, err_msg=name)
 
 
-def test_two_processes_train_as_one_with_two_devices(runs):
+def test_two_processes_train_as_one_with_as_many_devices(runs):
     one, two = runs
     assert_same_training(two / "run", one / "run")
 
@@ -148,7 +159,7 @@ def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
 
 
 def test_a_run_changes_its_mesh_and_its_number_of_processes(runs, tmp_path):
-    """Begun by one process with two devices, continued by two and cut along fsdp, until one gets SIGTERM, ended by one."""
+    """Begun by one process with four devices, continued by two and cut along fsdp, until one gets SIGTERM, ended by one."""
     one, _ = runs
     shutil.copytree(one / "run", tmp_path, dirs_exist_ok=True)
     for later in (6, 9, 12, 15, 16):
@@ -160,6 +171,51 @@ def test_a_run_changes_its_mesh_and_its_number_of_processes(runs, tmp_path):
     config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoints=9)
     train.train(config, tmp_path)
     assert_same_training(tmp_path, one / "run")
+
+
+# A part of the newest checkpoint that one of two processes alone reads is damaged, as by a disk of one host.
+ONE_CANNOT_READ = """
+import pathlib, sys
+from titok_jax import sharding
+sharding.start_processes()
+sharding.SMALLEST_SHARDED = 64
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from titok_jax.checkpoint import Checkpoints
+folder, which = epath.Path(sys.argv[1]) / "checkpoints", int(sys.argv[2])
+def begin():
+    return {"kernel": jnp.arange(256.0 * 128).reshape(256, 128)}
+mesh, abstract = sharding.make_mesh(1, 2, 1), jax.eval_shape(begin)
+shardings = sharding.state_shardings(mesh, abstract)
+state = jax.jit(begin, out_shardings=shardings)()
+with Checkpoints(folder) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, jax.tree.map(lambda x: x + step, state), {})
+if jax.process_index() == 0:
+    damaged = [path for path in pathlib.Path(folder / "2/state" / f"ocdbt.process_{which}/d").iterdir()]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+multihost_utils.sync_global_devices("damaged")
+with Checkpoints(folder) as checkpoints:
+    step, found = checkpoints.restore_newest(abstract, shardings, lambda config: None)
+(part,) = found["kernel"].addressable_shards
+np.testing.assert_array_equal(part.data, np.arange(256.0 * 128).reshape(256, 128)[part.index] + 1)
+print("restored", step, part.data.shape, flush=True)
+"""
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(which, tmp_path):
+    """And a process reads its own shards alone: what is damaged does not trouble the other."""
+    printed = finish(start(ONE_CANNOT_READ, str(tmp_path), str(which), processes=2))
+    assert all("restored 1 (256, 64)" in text for text in printed)
+    assert "warning: the checkpoint of step 2 cannot be read" in printed[0]
+    assert ("another process cannot read it" in printed[0]) == (which == 1)
+    assert (tmp_path / "damaged" / "2").is_dir()
 
 
 ONE_DIES = """

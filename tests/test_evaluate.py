@@ -172,7 +172,7 @@ def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
 
 
 def test_lpips(model, networks, loaded_once, tmp_path, monkeypatch):
-    def load(folder):
+    def load(folder, mesh):
         assert folder == str(tmp_path)
         return lambda a, b: 3 * np.mean((a - b) ** 2, (1, 2, 3))
 

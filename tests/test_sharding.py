@@ -77,6 +77,14 @@ def test_batch_size_is_checked():
         sharding.check_batch_size(mesh, 12, 5)
 
 
+def test_a_function_on_a_mesh_is_traced_with_the_mesh_set():
+    def on_a_mesh(x):
+        return x + (not jax.sharding.get_abstract_mesh().empty)
+
+    assert sharding.jit_on(sharding.make_mesh(), on_a_mesh)(0) == 1
+    assert sharding.jit_on(None, on_a_mesh)(0) == 0
+
+
 def test_a_batch_is_put_whole_on_one_device():
     batch = {"label": np.arange(4, dtype=np.int32)}
     placed = sharding.put_batch(sharding.make_mesh(), batch)

@@ -460,14 +460,14 @@ def _reconstruction(run: Evaluation) -> dict[str, Any] | None:
         from titok_jax.features import load_lpips
         from titok_jax.tasks.perceptual import HEADS_FILE, VGG_FILE
 
-        lpips = load_lpips(args.lpips)
+        lpips = load_lpips(args.lpips, mesh=local_mesh())
         names = [file.stem + ending for file in (VGG_FILE, HEADS_FILE) for ending in (".safetensors", ".pth")]
         files = [as_path(args.lpips) / name for name in names]
         about["lpips_sha256"] = {file.name: sha256(file) for file in files if file.is_file()}
 
     source, revision = args.tokenizer or args.model, _tokenizer_revision(args, None)
     if isinstance(inference.load_image_config(source, revision=revision), models.MaskgitVQGANConfig):
-        tokenizer = inference.load_vqgan(source, dtype=args.dtype, revision=revision)
+        tokenizer = inference.load_vqgan(source, dtype=args.dtype, mesh=local_mesh(), revision=revision)
         is_vae = False
     else:
         tokenizer = inference.load_tokenizer(source, dtype=args.dtype, mesh=local_mesh(), revision=revision)

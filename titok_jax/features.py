@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -194,11 +193,12 @@ def load_digits_features(
     return FeatureNetwork(DIGITS, apply, params, **sizes, image_size=digits_net.IMAGE_SIZE, batch_size=batch_size, mesh=mesh)
 
 
-def load_lpips(folder: str | os.PathLike) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def load_lpips(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """LPIPS of VGG16 (Zhang et al. 2018, arXiv 1801.03924), at the images' own resolution.
 
     Args:
       folder: holds vgg16-397923af and lpips_vgg, each .pth or .safetensors.
+      mesh: over which batches are cut, whose size must be a multiple of its devices; None: one device.
 
     Returns:
       (images, reconstructions), both [B, H, W, 3] float in [0, 1] -> distances float64 [B]. Compiled for each shape.
@@ -207,11 +207,11 @@ def load_lpips(folder: str | os.PathLike) -> Callable[[np.ndarray, np.ndarray], 
       FileNotFoundError, WeightsError: as `titok_jax.tasks.perceptual.load_perceptual`.
     """
     perceptual = load_perceptual("lpips", folder, advice="set --lpips to the folder that holds it")
-    params = jax.tree.map(jnp.asarray, perceptual.params)
+    params = jax.device_put(perceptual.params, mesh and sharding.replicated(mesh))
 
-    @jax.jit
     def distance(params, images, reconstructions):
         with jax.default_matmul_precision("highest"):
-            return perceptual.distance(params, images, reconstructions)
+            return perceptual.distance(params, *map(sharding.keep_batch, (images, reconstructions)))
 
+    distance = sharding.jit_on(mesh, distance)
     return lambda images, reconstructions: np.asarray(distance(params, images, reconstructions), np.float64)

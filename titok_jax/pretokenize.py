@@ -238,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from titok_jax import sharding
     from titok_jax.inference import load_tokenizer, load_tokenizer_config
+    from titok_jax.sample import local_mesh, whole_batch
 
     sharding.start_processes()
     config = load_tokenizer_config(args.model, revision=args.revision)
@@ -254,13 +255,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "format": args.format,
     }
     written, there = pretokenize(
-        load_tokenizer(args.model, revision=args.revision),
+        load_tokenizer(args.model, revision=args.revision, mesh=local_mesh()),
         source,
         args.out,
         settings=settings,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        batch_size=args.batch_size,
+        batch_size=whole_batch(args.batch_size, args.batch_size),
     )
     print(f"wrote {written} shards of {args.out}; {there} were there")
 
