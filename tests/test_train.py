@@ -18,6 +18,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 from ml_collections import ConfigDict
+from test_sharding import FAST
 
 import titok_jax
 from titok_jax import metrics, pretrained, train
@@ -466,7 +467,7 @@ def test_the_loop_gives_the_same_on_any_mesh(tmp_path):
     task: test_sharding.py.)"""
     logs, sent = [], []
     for name, shape in (("one", [1, 1, 1]), ("eight", [2, 2, 2])):
-        env = {**NO_CACHE, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": str(np.prod(shape))}
+        env = {**NO_CACHE, **FAST, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": str(np.prod(shape))}
         arguments = [sys.executable, "-c", MESH_PROGRAM, json.dumps(shape), str(tmp_path / name)]
         subprocess.run(arguments, cwd=ROOT, env=env, check=True, capture_output=True)
         logs.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
