@@ -199,7 +199,7 @@ def test_a_small_step_compiles_for_a_tpu_slice(tmp_path):
 
 def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypatch, capsys):
     results, calls = tmp_path / "rows.json", []
-    row = {"mesh": {"data": 16}, "batch_size": 8, "problems": []}
+    row = {"mesh": {"data": 16}, "batch_size": 8, "effort": -0.5, "problems": []}
     figures = ("argument_bytes", "temporary_bytes", "total_bytes", "flops", "estimated_seconds", "compile_seconds")
     row |= dict.fromkeys(figures, 2**30) | {"collective_bytes": {"all-reduce": 5e6}, "collective_count": {"all-reduce": 3}}
     results.write_text(json.dumps([row | {"name": "stage1:l32", "slice": "v5e-16"}]))
@@ -213,18 +213,18 @@ def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypat
 
     programs = (
         ("configs/stage1.py:l32", "v5e-16", ()),
-        ("configs/stage1.py:l32", "v6e-64", ("--config.remat=True",)),
+        ("configs/stage1.py:l32", "v6e-64", ("--config.remat=True", "--effort=-0.5")),
         ("titok_l32", "v4-32", ()),
     )
     monkeypatch.setattr(compiling, "TABLE", programs)
     monkeypatch.setattr(compiling.subprocess, "run", run)
     assert compiling.main(["--all", "--results", str(results)]) == 1
     assert calls == [
-        ["--config", programs[1][0], "--slice", "v6e-64", "--results", str(results), "--config.remat=True"],
+        ["--config", programs[1][0], "--slice", "v6e-64", "--results", str(results), "--config.remat=True", "--effort=-0.5"],
         ["--sampler", "titok_l32", "--slice", "v4-32", "--results", str(results)],
     ]
     printed = capsys.readouterr().out
-    assert "| `stage1:l32` | v5e-16 | data 16 | 8 | 1.0 (1.0 + 1.0) | 0.00 | all-reduce 5 (3) |" in printed
+    assert "| `stage1:l32` | v5e-16 | data 16 | 8 | 1.0 (1.0 + 1.0) | 0.00 | all-reduce 5 (3) | -0.5 |" in printed
     assert "stage1:l32 remat=True on v6e-64: too large\nsample titok_l32 on v4-32: not compiled\n" in printed
     assert len(json.loads(results.read_text())) == 2
 
@@ -235,6 +235,7 @@ def test_wrong_arguments_end_with_one_line(capsys, monkeypatch):
         (("--config", "x.py", "--slice", "v5e-15"), "--slice is 'v5e-15', expected one of v4-8"),
         (("--config", "x.py"), "--slice is not set"),
         (("--sampler", "titok_l32", "--config.mesh.fsdp=2"), "unknown argument --config.mesh.fsdp=2"),
+        (("--sampler", "titok_l32", "--slice", "v5e-16", "--effort", "2"), "--effort is 2.0, expected -1 to 1"),
         (("--all",), "--all needs --results"),
         (("--config", "configs/none.py", "--slice", "v5e-16"), "--config configs/none.py: there is no such file"),
         (
