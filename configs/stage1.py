@@ -8,8 +8,8 @@ of about 3.0. l64_512 and b128_512 are for images of 512 x 512 pixels; set --con
 trained here (configs/maskgit_vqgan.py:imagenet512) or the original JAX checkpoint. `:smoke` is a small one on the embedded
 digits, about a minute on a CPU, whose VQGAN has random weights: its cross entropy falls from 6.9 all the same.
 
-Values: the published configs/training/stage1/titok_l32.yaml, TiTok/stage1/titok_b64.yaml and stage1/titok_s128.yaml (batch
-32 on each of 8 GPUs). fp16 there is bfloat16 here. For 512 pixels neither files nor weights were published: the numbers of
+Values: the published configs/training/TiTok/stage1/titok_l32.yaml, titok_b64.yaml and titok_s128.yaml (batch 32 on each
+of 8 GPUs). fp16 there is bfloat16 here. For 512 pixels neither files nor weights were published: the numbers of
 tokens are the paper's (arXiv 2406.07550, section 4). That a patch is 16 pixels there too, so that the grid is that of the
 MaskGIT-VQGAN's 32 x 32 codes, is our reading; the rest is the same.
 """

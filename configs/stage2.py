@@ -8,7 +8,7 @@ WEIGHTS holds convnext_small-0c510722.pth of torchvision. Variants l32, b64, s12
 and b128_512 (published 1.77, 1.52) are for 512 x 512 pixels; set --config.vqgan as in configs/stage1.py. `:smoke` is a small
 one on the embedded digits, about a minute on a CPU, without perceptual loss and from random weights.
 
-Values: the published configs/training/TiTok/stage2/titok_l32.yaml, titok_b64.yaml and stage2/titok_s128.yaml (batch 32 on
+Values: the published configs/training/TiTok/stage2/titok_l32.yaml, titok_b64.yaml and titok_s128.yaml (batch 32 on
 each of 8 GPUs). fp16 there is bfloat16 here. For 512 pixels see configs/stage1.py; that the discriminator gives twice as
 many logits each way there is our choice.
 """

@@ -11,6 +11,7 @@ import pathlib
 import re
 import shlex
 
+import jax
 import pytest
 import tiny_models as tiny
 from absl import flags
@@ -138,6 +139,16 @@ def test_stage2_says_what_it_needs():
         build_task(found)
 
 
+@pytest.mark.parametrize("file", ["stage1", "stage2"])
+def test_a_random_vqgan_is_for_small_recipes(file):
+    found = config(file, "l32")
+    found.vqgan = found.init_from = "random"
+    if file == "stage2":
+        found.loss.perceptual = "none"
+    with pytest.raises(ValueError, match=r"config\.vqgan: 'random' is for the smoke recipes"):
+        build_task(found)
+
+
 # What a run may set as it likes; everything else of a recipe is in the tables of docs/training.md.
 NOT_RECIPE = {
     "task", "init_from", "vqgan", "tokenizer", "perceptual_weights", "data.source", "data.eval_source",
@@ -227,6 +238,30 @@ def test_a_start_is_filled_as_far_as_it_fits_and_the_rest_is_listed(tmp_path, ca
     wide = dataclasses.replace(model.encoder, width=64)
     with pytest.raises(ValueError, match=r"(?s)is another model.*encoder: .*width=32.* there, .*width=64"):
         start_of(tmp_path / "model", dataclasses.replace(model, encoder=wide, decoder=wide))
+
+
+@pytest.mark.parametrize("file", ["stage1", "stage2", "generator", "maskgit_vqgan"])
+def test_every_training_begins_with_the_weights_that_are_given(file, tmp_path, capsys):
+    found = config(file, "smoke")
+    if "discriminator_weight" in found.loss:
+        found.loss.discriminator_weight = 0.0
+    ((name, network),) = build_task(found).networks.items()
+    given = tiny.params(network.config)
+    pretrained.save(tmp_path / "model", network.config, given)
+    found.init_from = str(tmp_path / "model")
+    task = build_task(found)
+    assert "100.0% of" in capsys.readouterr().out
+    state = jax.jit(task.begin)(jax.random.key(0), task.start)
+    for part in ("params", "ema"):
+        started = convert.flatten(state[part][name])
+        assert started.keys() == convert.flatten(given).keys()
+        for path, array in convert.flatten(given).items():
+            assert (started[path] == array).all(), path
+    # Of another width, less than half of it fits.
+    if file == "maskgit_vqgan":
+        found.model.hidden_channels = 64
+        with pytest.raises(ValueError, match=r"(?s)is another model.*hidden_channels: 32 there, 64 here"):
+            build_task(found)
 
 
 def documented_commands(page: str) -> list[list[str]]:

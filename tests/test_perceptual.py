@@ -123,6 +123,13 @@ def test_lpips_distance_and_its_gradient(golden):
     assert np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(want)
 
 
+def test_weighted_distance(golden):
+    graphdef, params = seeded("lpips-convnext_s-1.0-0.1")
+    value = jax.jit(lambda params, *images: nnx.merge(graphdef, params)(*images))(params, *pair())
+    # A tenth of it are LPIPS' terms of both signs, which cancel to a tenth of their size.
+    gd.compare(golden, "perceptual/lpips-convnext_s-1.0-0.1/value", value[:, None, None, None], 1e-4)
+
+
 def test_depthwise_forms_agree():
     rng = np.random.default_rng(0)
     x, kernel, w = (rng.standard_normal(s).astype(np.float32) for s in ((2, 9, 6, 4), (7, 7, 1, 4), (2, 9, 6, 4)))

@@ -431,19 +431,23 @@ def broken_inputs(folder):
         ([folder / "empty"], "train", "Known are also ILSVRC2012_img_train.tar, WebDataset tars and a TFDS set"),
         ([folder / "flat"], "train", "the images lie directly in the folder"),
         ([folder / "nowhere"], "train", "nowhere: no such file or folder"),
-        (["gs://bucket/train.tar"], "train", "expected a local path"),
+        (["gs://bucket/train.tar"], "train", "gs://bucket/train.tar: expected a local path"),
+        ([train, "--out", "gs://bucket/imagenet"], "train", "gs://bucket/imagenet: expected a local path"),
+        ([val, "--devkit", "gs://bucket/kit.tar.gz"], "val", "gs://bucket/kit.tar.gz: expected a local path"),
         ([train, "--shards", "0"], "train", "--shards is 0"),
         ([train, "--shards", "21"], "train", "more than the 20 images"),
     ]
 
 
-def test_bad_input_is_refused_before_anything_is_written(small, tmp_path, capsys):
+def test_bad_input_is_refused_before_anything_is_written(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for arguments, split, message in broken_inputs(tmp_path):
-        assert small.main([*map(str, arguments), "--split", split, "--out", str(tmp_path / "out")]) == 2, message
+        assert small.main(["--split", split, "--out", str(tmp_path / "out"), *map(str, arguments)]) == 2, message
         error = capsys.readouterr().err
         assert error.rpartition("error: ")[2].count("\n") == 1, error
         assert message in error
         assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "gs:").exists()
 
 
 def test_help_has_examples(tool, capsys):

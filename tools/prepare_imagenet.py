@@ -399,8 +399,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("input", nargs="+", help="an archive, a folder or tars; what it is is told by what is there")
     parser.add_argument("--split", choices=SPLITS, required=True, help="which part of ImageNet this is")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the result; made, or continued")
-    parser.add_argument("--devkit", type=Path, help="ILSVRC2012_devkit_t12.tar.gz (default: beside the validation archive)")
+    parser.add_argument("--out", required=True, help="folder of the result; made, or continued")
+    parser.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz (default: beside the validation archive)")
     parser.add_argument("--shards", type=int, help="files to write (default: 128 for train, 16 for val)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: one for each core)")
     parser.add_argument("--no-verify", action="store_true", help="do not decode the images to see whether they can be")
@@ -415,9 +415,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in (("shards", num_shards), ("workers", args.workers)):
         if value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
-    for path in (*args.input, str(args.out)):
+    for path in filter(None, (*args.input, args.out, args.devkit)):
         if is_remote(path):
             raise ValueError(f"{path}: expected a local path; copy files from and to a bucket by gcloud storage cp")
+    args.out, args.devkit = Path(args.out), args.devkit and Path(args.devkit)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, expected a folder")
     report, listed = args.out / f"{args.split}.json", args.out / f"{args.split}.left_out.txt"

@@ -138,12 +138,14 @@ def _load(source: str, kind: type, abstract: bool = False) -> tuple[models.Confi
 
 
 def _vqgan(config: ConfigDict, abstract: bool = False) -> tuple[MaskgitVQGANConfig, convert.Params]:
-    """The MaskGIT-VQGAN `config.vqgan`: a name, folder or file; or "random", of the sizes `config.vqgan_model`, always the
-    same one: to see that a recipe runs."""
+    """The MaskGIT-VQGAN `config.vqgan`: a name, folder or file; or "random", of the sizes `config.vqgan_model`, which the
+    smoke recipes have, always the same one: to see that a recipe runs."""
     if not config.vqgan:
         raise ValueError("no MaskGIT-VQGAN is set: set --config.vqgan to a name, a folder or a file of it")
     if config.vqgan != "random":
         return _load(config.vqgan, MaskgitVQGANConfig, abstract)
+    if "vqgan_model" not in config:
+        raise ValueError("config.vqgan: 'random' is for the smoke recipes, expected a name, a folder or a file")
     model = _dataclass(MaskgitVQGANConfig, config.vqgan_model.to_dict(), "vqgan_model")
     if abstract:
         return model, models.abstract(model)[1]
