@@ -181,27 +181,29 @@ def test_download_and_what_the_hub_denies(hub, folders, tmp_path):
         tmp_path,
         {"source": "titok_l32"},
         {"source": public, "revision": COMMIT},
-        {"source": public, "revision": "v0"},
+        {"source": f"{public}@v0"},
         {"source": public, "revision": "v9"},
         {"source": private, "kind": "generator", "token": "bad"},
         {"source": private, "kind": "generator"},
         {"source": "hf://someone/nothing"},
         {"source": "hf://someone/empty"},
+        {"source": f"{public}@v0", "revision": "main"},
         {"source": private, "kind": "generator", "token": "good"},  # last, as what is in the cache needs no token
     )
-    assert [kind for kind, _ in results] == ["loaded"] * 3 + ["DownloadError"] * 5 + ["loaded"]
+    assert [kind for kind, _ in results] == ["loaded"] * 3 + ["DownloadError"] * 5 + ["ValueError", "loaded"]
     tokenizer = digest_of(folders["tokenizer"])
     generator = digest_of(folders["generator"], inference.load_generator)
     loaded = [digest for kind, digest in results if kind == "loaded"]
     assert loaded == [tokenizer, tokenizer, digest_of(folders["vae"]), generator]
     for (_, message), pattern in zip(
-        results[3:8],
+        results[3:9],
         (
             rf"cannot download {public}/config.json: there is no revision 'v9' of it; give a branch",
             rf"cannot download {private}/config.json: the hub denies it \(status 401\).*HF_TOKEN",
             rf"cannot download {private}/config.json: the hub denies it \(status 401\).*HF_TOKEN",
             r"cannot download hf://someone/nothing/config.json: the hub denies it \(status 401\): the repository does not",
             r"cannot download hf://someone/empty/config.json: the repository does not hold this file",
+            rf"revision 'main' given, but {public}@v0 names another",
         ),
         strict=True,
     ):

@@ -1,6 +1,7 @@
 """Pretokenizing: every image once, in order, whatever was killed; the published crops and forms."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import tiny_models
 from PIL import Image
 
-from titok_jax import pretokenize
+from titok_jax import pretokenize, pretrained
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import center_crop_adm, ten_crop
 
@@ -128,6 +129,18 @@ def test_the_command_goes_on_after_sigkill(tmp_path):
         subprocess.run([*command, "--out", str(tmp_path / name)], check=True, capture_output=True)
     assert read(tmp_path / "killed") == read(tmp_path / "straight")
     assert len(read(tmp_path / "killed")) == 1437  # digits are not mirrored
+
+
+def test_other_weights_are_no_continuation(tmp_path, capsys):
+    folder = tiny_models.save(tmp_path / "model", tiny_models.TOKENIZER)
+    command = ["digits:test", "--model", str(folder), "--shards", "2", "--out", str(tmp_path / "out")]
+    assert pretokenize.main(command) == 0
+    (tmp_path / "out/tokens-00001-of-00002.array_record").unlink()
+    capsys.readouterr()
+    pretrained.save(folder, tiny_models.TOKENIZER, tiny_models.params(tiny_models.TOKENIZER, 1), overwrite=True)
+    assert pretokenize.main(command) == 2
+    assert re.search(r"begun with other settings \(weights: '\w{64}' there, '\w{64}' now\)", capsys.readouterr().err)
+    assert not (tmp_path / "out/tokens-00001-of-00002.array_record").exists()
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,7 @@ TOLERANCE = 1e-5
 # logged values and 2e-5 in stored parameters.
 GAN_TOLERANCE, GAN_PARAMETER_TOLERANCE = 1e-3, 1e-4
 # Of stored arrays with pixels on the way: the published gradients are up to 4e-5, its reconstructions 1.2e-5, from float64.
-# In stage 2's last step, after MEAN_LOGITS' cause below, 5e-4 is seen; in float64 the first holds there too.
-PIXEL_TOLERANCE, LAST_PIXEL_TOLERANCE = 1e-4, 1e-3
+PIXEL_TOLERANCE = 1e-4
 # The mean of logits of both signs cancels; 5e-3 is seen in stage 2's last step. Float32 does not determine it better: begun
 # from weights that are changed at random by one unit in the last place, eight runs were off by 4e-4 to 6e-3. Where the
 # discriminator first learns, 8 of the values before its LeakyReLUs are so near 0 (1e-5) that the rounding of the
@@ -47,6 +46,8 @@ PIXEL_TOLERANCE, LAST_PIXEL_TOLERANCE = 1e-4, 1e-3
 # With the decoder alone computed in float64 it is 6e-5, as with all of it, which is a test at GAN_TOLERANCE below.
 MEAN_LOGITS = {"gan_loss", "weighted_gan_loss", "logits_real", "logits_fake", "lecam_loss"}
 MEAN_LOGITS_TOLERANCE = 1e-2
+# For the same reason that gradient, and the last step's reconstructions: 9e-4 and 7e-4 are seen; in float64 3e-4 and 3e-5.
+SIGNS_TOLERANCE = 2e-3
 # The bias of the keys cancels in a softmax: its gradient is rounding noise, which Adam turns into full steps. So does a bias
 # before a GroupNorm with one channel per group, which the small pixel decoder has.
 ILL_CONDITIONED = (".attention.self.key.bias", ".attn.in_proj_bias", ".up.1.upsample_conv.bias")
@@ -331,9 +332,8 @@ def test_training_on_pixels_equals_the_published_run(name, perceptual):
         draws = {"noise": golden["noise"][step][:, :, 0].transpose(0, 2, 1)} if "noise" in golden else {}
         images, former = gd.images(2, 64, 10 + step), state
         tokens, pictures = forward(state["params"]["tokenizer"], images, draws)
-        check_pictures(
-            gd.nchw(pictures), golden, step, LAST_PIXEL_TOLERANCE if name == "stage2" and step == 5 else PIXEL_TOLERANCE
-        )
+        tolerance = SIGNS_TOLERANCE if name == "stage2" and step == 5 else PIXEL_TOLERANCE
+        check_pictures(gd.nchw(pictures), golden, step, tolerance)
         if "indices" in golden:
             np.testing.assert_array_equal(tokens, golden["indices"][step][:, 0])
         state, metrics = update(state, frozen, {"image": images}, draws)
@@ -343,7 +343,7 @@ def test_training_on_pixels_equals_the_published_run(name, perceptual):
         if step == start:
             entries, norm = f"grad_step{step}/disc_discriminator.", metrics["disc_grad_norm"]
             checked = networks["discriminator"], former, state, "discriminator", golden, entries, norm
-            check_gradients(*checked, 1e-3 if name == "stage2" else PIXEL_TOLERANCE)  # see MEAN_LOGITS
+            check_gradients(*checked, SIGNS_TOLERANCE if name == "stage2" else PIXEL_TOLERANCE)
         assert set(logged.values()) - set(metrics) == not_ours & set(logged.values())
         for key, metric in logged.items():
             if metric in metrics:
@@ -389,7 +389,7 @@ def seeded(*args):
     return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == "float32" else x, seeded_state(*args))
 test_tasks.seeded_state = seeded
 test_tasks.MEAN_LOGITS_TOLERANCE = test_tasks.GAN_TOLERANCE
-test_tasks.LAST_PIXEL_TOLERANCE = test_tasks.PIXEL_TOLERANCE
+test_tasks.SIGNS_TOLERANCE = 5e-4
 test_tasks.test_training_on_pixels_equals_the_published_run("stage2", "convnext_s")
 """
 

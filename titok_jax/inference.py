@@ -333,7 +333,8 @@ def load_tokenizer(
     token: str | None = None,
 ) -> Tokenizer:
     """A tokenizer: by name ("digits", "titok_l32", ...: `python -m titok_jax.zoo`), of a Hugging Face repository
-    ("hf://owner/name"), from a folder (of a generator's folder, the tokenizer in it) or a file of weights.
+    ("hf://owner/name", also with "@revision"), from a folder (of a generator's folder, the tokenizer in it) or a file of
+    weights.
 
     Args:
       dtype: computation dtype, "float32" or "bfloat16".

@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from titok_jax import sharding
     from titok_jax.inference import load_tokenizer, load_tokenizer_config
-    from titok_jax.sample import local_mesh, whole_batch
+    from titok_jax.sample import local_mesh, weights_sha256, whole_batch
 
     sharding.start_processes()
     config = load_tokenizer_config(args.model, revision=args.revision)
@@ -248,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": args.data,
         "num_images": len(source),
         "model": args.model if args.revision is None else f"{args.model}@{args.revision}",
+        "weights": weights_sha256(None, args.model, tokenizer_revision=args.revision)["tokenizer"],
         "crops": crops,
         "passes": args.passes,
         "seed": args.seed,

@@ -69,15 +69,15 @@ def locate(
     """Finds a model's files, and downloads them if they are on the hub and not in its cache.
 
     Args:
-      source: a name of `titok_jax.zoo`, "hf://owner/name", a folder or a file of weights; in a bucket it is copied, once per
-        process. A `Path` is always a path.
+      source: a name of `titok_jax.zoo`, "hf://owner/name" or "hf://owner/name@revision", a folder or a file of weights; in a
+        bucket it is copied, once per process. A `Path` is always a path.
       kind: the configuration class of what is wanted. Of a TiTokConfig, a generator's folder gives the tokenizer in it.
       revision: branch, tag or commit, of what is on the hub.
       token: for the hub; by default the one that `hf auth login` or HF_TOKEN set.
       config_only: download no weights.
 
     Raises:
-      ValueError: an unknown name, or a revision of something that is not on the hub.
+      ValueError: an unknown name, a revision of something that is not on the hub, or two revisions.
       FileNotFoundError: a folder that holds no model.
       DownloadError: the hub does not give the files, and they are not in its cache.
       WeightsError: the configuration in the cache is damaged.
@@ -89,6 +89,10 @@ def locate(
     if on_hub:
         known = isinstance(found, zoo.Model)
         repository, file = (found.repository, found.file) if known else (found, WEIGHTS_FILE)
+        repository, _, named = repository.partition("@")
+        if named and revision not in (None, named):
+            raise ValueError(f"revision {revision!r} given, but {source} names another")
+        revision = named or revision
         download = functools.partial(_download, repository, revision=revision, token=token)
         config = download(CONFIG_FILE) if file == WEIGHTS_FILE else None
         if config is not None:

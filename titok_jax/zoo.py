@@ -302,11 +302,12 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
     """What a user means by the name of a model.
 
     Args:
-      name_or_path: a known name, a folder, a file, or "hf://owner/name" for a Hugging Face repository.
+      name_or_path: a known name, a folder, a file, or "hf://owner/name" for a Hugging Face repository, "@revision" after it
+        or not.
       kind: one of KINDS; None if any will do.
 
     Returns:
-      The entry of a known name; the path of a folder or file; "owner/name" of a repository as a string.
+      The entry of a known name; the path of a folder or file; of a repository "owner/name", or "owner/name@revision".
 
     Raises:
       ValueError: it is none of these; the message lists the known names.
