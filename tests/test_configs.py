@@ -240,24 +240,33 @@ def test_a_start_is_filled_as_far_as_it_fits_and_the_rest_is_listed(tmp_path, ca
         start_of(tmp_path / "model", dataclasses.replace(model, encoder=wide, decoder=wide))
 
 
-@pytest.mark.parametrize("file", ["stage1", "stage2", "generator", "maskgit_vqgan"])
-def test_every_training_begins_with_the_weights_that_are_given(file, tmp_path, capsys):
+def small_network(file: str):
+    """(recipe, name, network) of the small recipe without a discriminator."""
     found = config(file, "smoke")
     if "discriminator_weight" in found.loss:
         found.loss.discriminator_weight = 0.0
     ((name, network),) = build_task(found).networks.items()
-    given = tiny.params(network.config)
-    pretrained.save(tmp_path / "model", network.config, given)
+    return found, name, network
+
+
+@pytest.mark.parametrize("file", ["stage1", "stage2", "generator", "maskgit_vqgan"])
+def test_every_training_begins_with_the_weights_that_are_given(file, tmp_path, capsys):
+    found, name, network = small_network(file)
+    # Of the two-stage models stage 2 was published, from which stage 1 may begin too.
+    model = small_network("stage2")[2].config if file == "stage1" else network.config
+    given = tiny.params(model)
+    pretrained.save(tmp_path / "model", model, given)
     found.init_from = str(tmp_path / "model")
     task = build_task(found)
-    assert "100.0% of" in capsys.readouterr().out
-    state = jax.jit(task.begin)(jax.random.key(0), task.start)
+    out = capsys.readouterr().out
+    assert "100.0% of" in out
+    assert ("not used of it: pixel_decoder" in out) == (file == "stage1")
+    state, given = jax.jit(task.begin)(jax.random.key(0), task.start), convert.flatten(given)
     for part in ("params", "ema"):
         started = convert.flatten(state[part][name])
-        assert started.keys() == convert.flatten(given).keys()
-        for path, array in convert.flatten(given).items():
-            assert (started[path] == array).all(), path
-    # Of another width, less than half of it fits.
+        assert started.keys() == convert.flatten(network.abstract).keys()
+        for path, array in started.items():
+            assert (array == given[path]).all(), path
     if file == "maskgit_vqgan":
         found.model.hidden_channels = 64
         with pytest.raises(ValueError, match=r"(?s)is another model.*hidden_channels: 32 there, 64 here"):

@@ -1,4 +1,4 @@
-"""Codes that are not used: moved as the published code moves them, and brought back into use by it."""
+"""The bottlenecks' own rules: codes that are not used, moved as the published code moves them; the VAE's divergence."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from titok_jax.models.quantizer import VectorQuantizer, restart_codes
+from titok_jax.models.quantizer import DiagonalGaussian, VectorQuantizer, restart_codes
 
 
 def latents(golden) -> jax.Array:
@@ -55,3 +55,22 @@ def test_restarts_bring_dead_codes_into_use(use_l2_norm):
         z = batch()
         codebook, usage = step(codebook, usage, z, tokens(codebook, z))
     assert len(np.unique(tokens(codebook, batch()))) >= 16
+
+
+def test_divergence_and_sample_with_their_gradient():
+    """Of two log variances beyond the clamp too, where there is no gradient."""
+    golden = gd.load("training/losses.npz")
+
+    def ours(x):
+        return jnp.asarray(x[:, :, 0].transpose(0, 2, 1))  # [B, C, 1, N] -> [B, N, C]
+
+    def loss(moments):
+        posterior = DiagonalGaussian.from_moments(moments)
+        return posterior.kl().sum() / len(moments), posterior
+
+    moments = ours(golden["kl/parameters"])
+    (_, posterior), gradient = jax.value_and_grad(loss, has_aux=True)(moments)
+    assert ((np.abs(moments[..., 4:] + 5) > 25) & (gradient[..., 4:] == 0)).sum() == 2
+    np.testing.assert_allclose(posterior.kl(), golden["kl/kl"], rtol=1e-6)
+    np.testing.assert_allclose(gradient, ours(golden["kl/grad_of_sum_over_batch"]), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(posterior.sample(ours(golden["kl/noise"])), ours(golden["kl/sample"]), rtol=1e-6)

@@ -306,6 +306,19 @@ def test_bfloat16_needs_no_loss_scaling():
     assert found["float32"] != found["bfloat16"]
 
 
+@pytest.mark.parametrize("ramp", [True, False])
+def test_the_flags_for_the_average_reach_it(ramp):
+    config = small("tokenizer", ema_ramp=ramp, ema_decay=0.5)
+    config.optimizer.warmup_steps = 0
+    task = build_task(config)
+    state, update = jax.jit(task.init)(jax.random.key(0)), jax.jit(task.update)
+    average = state["params"]["tokenizer"]["latent_tokens"]
+    for batch, decay in zip(batches(config, 3), (0.0, 2 / 11, 3 / 12) if ramp else (0.5,) * 3, strict=True):
+        state, _ = update(state, None, batch, {})
+        average = decay * average + (1 - decay) * state["params"]["tokenizer"]["latent_tokens"]
+        np.testing.assert_allclose(state["ema"]["tokenizer"]["latent_tokens"], average, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_the_flag_for_rematerialisation_reaches_the_layers(kind):
     """That it leaves values and gradients as they are is tested where it acts, with the layers."""
