@@ -327,7 +327,8 @@ def _expand_remote(pattern: str) -> list[str]:
         raise ValueError(f"{pattern}: ** is for files of this machine, expected * for each folder")
     bucket, *names = pattern.partition("://")[2].split("/")
     root = as_path(f"{pattern.partition('://')[0]}://{bucket}")
-    return sorted(os.fspath(match) for match in root.glob("/".join(names)) if match.is_file())
+    matches = root.glob("/".join(names))  # also of hidden files, as an upload that was killed may leave
+    return sorted(os.fspath(match) for match in matches if not match.name.startswith(".") and match.is_file())
 
 
 def _decoded(data: bytes, label: int, name: str) -> Example:
