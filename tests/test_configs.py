@@ -1,6 +1,7 @@
 """The recipes: their models are the published ones, the published values are in them, and the small ones can be built.
 
-That the small ones' losses fall is tested here for the single stage, for the others in test_chain.py.
+That the small ones' losses fall is tested here for the single stage and the generator of images, for the others in
+test_chain.py.
 """
 
 import ast
@@ -196,16 +197,24 @@ def test_recipes_are_what_the_documentation_says_field_by_field(file):
         assert leaves(config(file, variant)) == expected, variant
 
 
-@pytest.mark.parametrize("variant", ["smoke", "smoke_vae"])
-def test_the_loss_of_a_small_single_stage_falls(variant, tmp_path):
-    found = config("single_stage", variant)
-    found.update({"num_steps": 10, "log_every": 1, "preview_every": 0, "eval_every": 0})
+@pytest.mark.parametrize(
+    ("file", "variant", "loss", "steps"),
+    [
+        ("single_stage", "smoke", "reconstruction_loss", 10),
+        ("single_stage", "smoke_vae", "reconstruction_loss", 10),
+        ("generator", "smoke", "loss", 60),
+    ],
+)
+def test_the_loss_of_a_small_recipe_falls(file, variant, loss, steps, tmp_path):
+    found = config(file, variant)
+    found.update({"num_steps": steps, "log_every": 1, "preview_every": 0, "eval_every": 0})
     found.data.batch_size = 16
     found.optimizer.warmup_steps = 1
-    found.loss.discriminator_start = 5
+    if "discriminator" in found:
+        found.loss.discriminator_start = 5
     train.train(found, tmp_path)
-    log = [json.loads(line)["reconstruction_loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert sum(log[7:]) < sum(log[:3]), log
+    log = [json.loads(line)[loss] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(log[-(steps // 3) :]) < sum(log[: steps // 3]), log
 
 
 def start_of(folder, model: TiTokConfig):
