@@ -170,10 +170,13 @@ def test_one_epoch_in_order():
         assert [batch["label"].tolist() for batch in stream] == expected
 
 
-def test_two_workers_give_the_same_batches():
-    source, jitter = sources.make_source({"name": "digits"}), transforms.make_train_transform({"name": "jitter"})
-    options = {"global_batch_size": 32, "train_transform": jitter, "start_step": 3}
-    assert_same(take(source, 4, num_workers=2, **options), take(source, 4, **options))
+def test_two_processes_with_two_workers_each_give_the_batches_of_one_without():
+    """Which example, and how it is drawn, at every step: from one epoch into the next, and resumed."""
+    options = {"global_batch_size": 16, "start_step": 1}
+    whole = take(Positions(37), 5, **options)
+    parts = [take(Positions(37), 5, num_workers=2, process_index=p, process_count=2, **options) for p in range(2)]
+    joined = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)]
+    assert_same(joined, whole)
 
 
 WITH_WORKERS = """

@@ -64,10 +64,22 @@ config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoin
 ALL_COMMANDS = (
     CONFIG
     + """
-train.train(config, workdir + "/run")
+config.mesh.update({"data": 1, "fsdp": 4})
+import json, pathlib
 import jax
+from titok_jax.data import sources
+read, own = [], sources.DigitsSource.__getitem__
+def getitem(self, index):
+    read.append(int(index))
+    return own(self, index)
+sources.DigitsSource.__getitem__ = getitem
+def what_was_read(command):
+    pathlib.Path(f"{workdir}/{command}.{jax.process_index()}.json").write_text(json.dumps(read))
+    read.clear()
+train.train(config, workdir + "/run")
+what_was_read("train")
 import numpy as np
-from titok_jax import evaluate, inference, pretokenize, sample
+from titok_jax import evaluate, inference, pretokenize, reconstruct, sample
 shared = []
 for owner, name in ((inference.Tokenizer, "encode"), (inference.Tokenizer, "decode"), (inference, "generate")):
     def recorded(*arguments, real=getattr(owner, name), **options):
@@ -81,6 +93,9 @@ samples = ["--num", "30", "--steps", "2", "--batch-size", "8", "--out", workdir 
 figures = ["--reconstruct", "digits:test", "--features", "digits", "--json", workdir + "/figures.json"]
 for command, arguments in ((pretokenize, tokens), (sample, samples), (evaluate, figures)):
     assert command.main(arguments) == 0
+    what_was_read(command.__name__)
+if jax.process_index() == 0:  # by itself
+    assert reconstruct.main(["--num", "5", "--out", workdir + "/reconstructions"]) == 0
 assert shared and all(shared), "a batch is not cut evenly over all devices of this process"
 """
 )
@@ -101,7 +116,7 @@ def put_batch(mesh, batch):
         os.kill(os.getpid(), signal.SIGTERM)
     return real(mesh, batch)
 train.sharding.put_batch = put_batch
-config.mesh.update({"data": 1, "fsdp": 2})
+config.mesh.update({"data": 1, "tensor": 2})
 assert train.train(config, workdir) is None
 """
 )
@@ -139,6 +154,17 @@ def test_two_processes_train_as_one_with_as_many_devices(runs):
     assert_same_training(two / "run", one / "run")
 
 
+def test_two_processes_read_each_its_own_part_of_the_data(runs):
+    """No example is read by both: of the training's one epoch, of the images that tokens are made of or are measured."""
+    _, two = runs
+    for command, all_of_it in (("train", None), ("titok_jax.pretokenize", 360), ("titok_jax.evaluate", 360)):
+        first, second = (set(json.loads((two / f"{command}.{process}.json").read_text())) for process in range(2))
+        assert first, command
+        assert second, command
+        assert not first & second, command
+        assert len(first | second) == all_of_it or all_of_it is None
+
+
 def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
     one, two = runs
     names = [f"tokens-{shard:05d}-of-00003.jsonl" for shard in range(3)]
@@ -151,6 +177,8 @@ def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
         assert len(difference) == 30
         assert difference.max() <= 1
         assert difference.mean() < 1e-3
+    tokens = [json.loads((workdir / "reconstructions/tokens.json").read_text()) for workdir in runs]
+    assert tokens[0] == tokens[1]
     figures = [json.loads((workdir / "figures.json").read_text())["metrics"] for workdir in runs]
     assert figures[0].keys() == figures[1].keys() > {"psnr", "ssim"}
     for name, value in figures[0].items():
@@ -159,7 +187,8 @@ def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
 
 
 def test_a_run_changes_its_mesh_and_its_number_of_processes(runs, tmp_path):
-    """Begun by one process with four devices, continued by two and cut along fsdp, until one gets SIGTERM, ended by one."""
+    """Begun by one process with four devices, cut along fsdp, continued by two that compute the same rows of a batch, cut
+    along tensor, until one gets SIGTERM, ended by one with one device."""
     one, _ = runs
     shutil.copytree(one / "run", tmp_path, dirs_exist_ok=True)
     for later in (6, 9, 12, 15, 16):

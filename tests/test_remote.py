@@ -198,10 +198,17 @@ def test_a_lock_that_is_given_back_meanwhile_is_free(bucket, clock):
         assert objects() == ["run/.lock"]
 
 
+def test_of_two_runs_that_begin_in_the_same_moment_one_goes_on(bucket, clock):
+    """Both have found nothing, and both write."""
+    first, second = (lock.BucketLock(bucket / "run/.lock") for _ in range(2))
+    clock += [second._write]
+    assert not first.acquire()
+    assert (bucket / "run/.lock").read_text().startswith(second._name)  # who goes on
+
+
 def test_who_lost_the_lock_writes_nothing_more(bucket, clock, tmp_path, monkeypatch):
     with train.lock_workdir(bucket / "run") as first:
         (bucket / "run/.lock").write_text("host-3, process 17, 0123\n1\n")
-        first.beat()
         with pytest.raises(OSError, match=r"another run \(host-3, process 17, 0123\) has taken gs://bucket/run over"):
             first.check()
         first.beat()

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -83,6 +84,33 @@ def test_a_function_on_a_mesh_is_traced_with_the_mesh_set():
 
     assert sharding.jit_on(sharding.make_mesh(), on_a_mesh)(0) == 1
     assert sharding.jit_on(None, on_a_mesh)(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "parts"),
+    [  # the process of each device, in the order of the mesh; each process's part
+        ((4, 1, 1), [0, 0, 1, 1], [(0, 2), (1, 2)]),
+        ((2, 2, 1), [1, 1, 0, 0], [(1, 2), (0, 2)]),
+        ((2, 1, 2), [0, 0, 1, 1], [(0, 2), (1, 2)]),
+        ((1, 1, 4), [0, 0, 1, 1], [(0, 1), (0, 1)]),
+        ((1, 2, 4), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((2, 1, 2), [0, 1, 0, 1], [(0, 1), (0, 1)]),
+        ((4, 1, 1), [0, 1, 0, 1], [(0, 2), (1, 2)]),
+    ],
+)
+def test_processes_joined_along_tensor_read_the_same_part(monkeypatch, shape, processes, parts):
+    devices = np.array([types.SimpleNamespace(process_index=process) for process in processes]).reshape(shape)
+    mesh = types.SimpleNamespace(devices=devices, shape=dict(zip(sharding.AXES, shape, strict=True)))
+    for process, part in enumerate(parts):
+        monkeypatch.setattr(sharding.jax, "process_index", lambda process=process: process)
+        assert tuple(sharding.batch_part(mesh).values()) == part
+
+
+def test_processes_that_share_some_of_their_rows_are_refused():
+    devices = np.array([types.SimpleNamespace(process_index=process) for process in (0, 0, 1, 1, 2, 2)]).reshape(2, 1, 3)
+    mesh = types.SimpleNamespace(devices=devices, shape={"data": 2, "fsdp": 1, "tensor": 3})
+    with pytest.raises(ValueError, match="3 processes would share their rows of a batch in part"):
+        sharding.batch_part(mesh)
 
 
 def test_a_batch_is_put_whole_on_one_device():

@@ -1,5 +1,6 @@
 """The training loop: it resumes exactly, refuses what does not fit, and gives the same on any mesh."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from test_sharding import FAST
 
 import titok_jax
-from titok_jax import metrics, pretrained, train
+from titok_jax import lock, metrics, pretrained, train
 from titok_jax.data.loader import make_loader
 from titok_jax.data.records import token_writer
 from titok_jax.data.sources import make_source
@@ -119,20 +120,19 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(kind, tmp_path, monkeyp
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
 
 
-def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
-    """A real process of the command, killed without warning; the run that is never killed is another process too."""
-    overrides = [
-        "--config.num_steps=40",
-        "--config.checkpoint_every=4",
-        "--config.log_every=2",
-        "--config.preview_every=0",
-        "--config.eval_every=0",
-        "--config.data.batch_size=16",
+def train_command(workdir, *overrides: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "titok_jax.train", "--config", "configs/digits.py:smoke_tokenizer"),
+        *("--workdir", str(workdir), "--config.log_every=2", "--config.preview_every=0", "--config.eval_every=0"),
+        *("--config.data.batch_size=16", *overrides),
     ]
 
+
+def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
+    """A real process of the command, killed without warning; the run that is never killed is another process too."""
+
     def command(workdir):
-        arguments = ["--config", "configs/digits.py:smoke_tokenizer", "--workdir", str(workdir), *overrides]
-        return [sys.executable, "-m", "titok_jax.train", *arguments]
+        return train_command(workdir, "--config.num_steps=40", "--config.checkpoint_every=4")
 
     def start(workdir):
         return subprocess.Popen(command(workdir), cwd=ROOT, env=NO_CACHE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -216,6 +216,18 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "stopped" / "pretrained").exists()
     assert_same_state(straight, train.train(config, tmp_path / "stopped"))
     assert "Continuing at step 2" in capsys.readouterr().out
+
+
+def test_the_command_saves_at_sigterm_and_exits_with_0(tmp_path):
+    """It would never end, and never save, by itself."""
+    command = train_command(tmp_path, "--config.num_steps=1000000000", "--config.checkpoint_every=1000000000")
+    run = subprocess.Popen(command, cwd=ROOT, env=NO_CACHE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    printed = iter(run.stdout.readline, "")
+    assert any(line.startswith("step ") for line in printed)
+    run.terminate()
+    (end,) = (line for line in printed if line.startswith("Stopped by SIGTERM after step "))
+    assert run.wait() == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [end.split()[5].rstrip(",")]
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
@@ -365,6 +377,15 @@ def test_a_second_run_on_one_workdir_is_refused(tmp_path):
     with train.lock_workdir(epath.Path(tmp_path)), pytest.raises(ValueError, match="another run"):
         train.train(small("tokenizer"), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_where_a_file_system_has_no_locks_a_run_warns_and_goes_on(tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with train.lock_workdir(epath.Path(tmp_path)):
+        assert f"warning: {tmp_path} cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

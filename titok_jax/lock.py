@@ -39,8 +39,10 @@ def lock_workdir(workdir: epath.Path) -> Iterator["BucketLock | None"]:
             file = stack.enter_context(open(str(workdir / ".lock"), "w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 held = False
+            except OSError as error:  # a file system without locks, of which some clusters have one
+                print(f"warning: {workdir} cannot be locked ({error}): nothing stops a second run there", flush=True)
         if lock is not None and held:
             stack.callback(lock.release)
         if not multihost_utils.broadcast_one_to_all(held):
@@ -52,9 +54,9 @@ class BucketLock:
     """An object that its holder writes anew every `BEAT` seconds, and removes in the end.
 
     Who finds one looks at it for three beats: if it changes, its holder lives; if it stays as it is, its holder was killed
-    and it is taken over. So nobody has to remove it after a kill, and no clocks are compared. A holder that finds another's
-    name in it, because it was cut off from the bucket for longer than that or both began in the same moment, has lost it:
-    `check` says so before it writes a checkpoint.
+    and it is taken over. So nobody has to remove it after a kill, and no clocks are compared. Of two that begin in the same
+    moment the one that wrote last holds it. A holder that finds another's name in it, because it was cut off from the bucket
+    for longer than those beats, has lost it: `check` says so before it writes a checkpoint.
     """
 
     def __init__(self, path: epath.Path):
@@ -80,11 +82,16 @@ class BucketLock:
             if now != found:
                 return False
         self._write()
+        time.sleep(BEAT / 10)  # another that also found it free writes within this time
+        if not self._read().startswith(self._name):
+            return False
         self._thread.start()
         return True
 
     def check(self) -> None:
         """Raises OSError if another run has taken the workdir."""
+        with contextlib.suppress(Exception):  # as in `_keep`; without an answer, what the last beat found counts
+            self._look()
         if self._other:
             raise OSError(
                 f"another run ({self._other}) has taken {self._path.parent} over, while this one was cut off from it or "
@@ -93,10 +100,8 @@ class BucketLock:
 
     def beat(self) -> None:
         """Gives a sign of life, unless the lock is lost."""
-        holder = self._read().partition("\n")[0]
-        if holder not in ("", self._name):
-            self._other = holder
-        else:
+        self._look()
+        if not self._other:
             self._write()
 
     def release(self) -> None:
@@ -110,6 +115,11 @@ class BucketLock:
         while not self._other and not self._ended.wait(BEAT):
             with contextlib.suppress(Exception):  # a storage that fails for a while; each has its own errors
                 self.beat()
+
+    def _look(self) -> None:
+        holder = self._read().partition("\n")[0]
+        if holder not in ("", self._name):
+            self._other = holder
 
     def _read(self) -> str:
         try:

@@ -52,7 +52,11 @@ class Evaluation:
 
     def _loader(self) -> Loader:
         return make_eval_loader(
-            self._source, global_batch_size=self._batch_size, transform=self._crop, num_threads=self._num_threads
+            self._source,
+            global_batch_size=self._batch_size,
+            transform=self._crop,
+            num_threads=self._num_threads,
+            **sharding.batch_part(self._mesh),
         )
 
     def measure(self, state: Any, frozen: Any) -> dict[str, float]:
@@ -84,7 +88,8 @@ class Previews:
         size = int(-(-config.preview_images // rows) * rows)
         crop = make_eval_transform(config.data.eval_transform) if config.data.get("eval_transform") else None
         source = held_out_source(config) or make_source(config.data.source)
-        with make_eval_loader(source, global_batch_size=size, transform=crop, num_threads=0) as loader:
+        part = sharding.batch_part(mesh)
+        with make_eval_loader(source, global_batch_size=size, transform=crop, num_threads=0, **part) as loader:
             self._batch = sharding.put_batch(mesh, next(loader))
 
     def draw(self, state: Any, frozen: Any, step: int, log: MetricLog) -> None:

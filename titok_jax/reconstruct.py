@@ -40,7 +40,8 @@ def reconstruct(
     Args:
       tokenizer: as `titok_jax.load_tokenizer` or `load_vqgan` gives it.
       images: [n, H, W, 3] uint8, or float in [0, 1]; or what gives such arrays for its slices.
-      batch_size: images at a time; the last batch is filled up, so that one program serves all.
+      batch_size: images at a time; the last batch is filled up, so that one program serves all. Of a tokenizer on a mesh, a
+        multiple of the devices that share a batch.
 
     Yields:
       Where in the images, tokens int32 [b, N] (a VAE: float32 [b, N, C], a VQGAN: int32 [b, h, w]), reconstructions float32
@@ -49,7 +50,6 @@ def reconstruct(
     Raises:
       ValueError: images of another size than the tokenizer's, or one without pixels (stage 1).
     """
-    batch_size = min(batch_size, len(images))
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         filled = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)), mode="edge")
@@ -162,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from titok_jax import inference
     from titok_jax.models import MaskgitVQGANConfig
+    from titok_jax.sample import local_mesh, whole_batch
 
     config = inference.load_image_config(args.model, revision=args.revision)
     is_vqgan = isinstance(config, MaskgitVQGANConfig)
@@ -179,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = np.repeat(digits[..., None], 3, axis=-1)
 
     load = inference.load_vqgan if is_vqgan else inference.load_tokenizer
-    tokenizer = load(args.model, revision=args.revision)
+    tokenizer = load(args.model, revision=args.revision, mesh=local_mesh())
+    batch_size = whole_batch(args.batch_size, len(images))
     if is_vqgan:
         what = f"{(size // config.downsampling) ** 2} tokens of {config.codebook_size} codes"
     elif config.quantize_mode == "vae":
@@ -190,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     width, all_psnr, tokens, shown = max(map(len, names)), [], {}, []
     with new_folder(out, last="tokens.json") as folder, tqdm(total=len(images), unit="image") as bar:
         file_names = _picture_names(names)
-        for where, codes, decoded in reconstruct(tokenizer, images, batch_size=args.batch_size):
+        for where, codes, decoded in reconstruct(tokenizer, images, batch_size=batch_size):
             originals = images[where]
             values = metrics.psnr(originals / 255.0, decoded)
             rows = zip(range(where.start, where.stop), codes, originals, decoded, values, strict=True)

@@ -147,8 +147,29 @@ def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
                          + f"; make it a multiple of {devices * parts}")  # fmt: skip
 
 
+def batch_part(mesh: Mesh) -> dict[str, int]:
+    """Which of how many parts of every batch this process reads, as the arguments of a loader. The parts lie on the mesh in
+    their order. Processes that the axis tensor joins compute the same rows, and so read the same part.
+
+    Raises:
+      ValueError: some processes share a part of their rows only.
+    """
+    rows: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(own)) for own in rows.values()})
+    if sum(map(len, parts)) != len(set().union(*rows.values())) or len(set(map(len, parts))) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: {len(rows)} processes would share their rows of a batch in part; make tensor a "
+            "divisor or a multiple of the number of devices of a process"
+        )
+    own = tuple(sorted(rows[jax.process_index()]))
+    return {"process_index": parts.index(own), "process_count": len(parts)}
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays on the mesh."""
+    """This process's rows of a batch, those of its `batch_part`, -> global arrays on the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 

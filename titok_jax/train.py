@@ -134,7 +134,7 @@ def _train(config: ConfigDict, workdir: epath.PathLike, held: contextlib.ExitSta
     task = build_task(config)
     source = make_source(config.data.source)
     augment = make_train_transform(config.data.transform) if config.data.get("transform") else None
-    first_process = jax.process_index() == 0
+    first_process, part = jax.process_index() == 0, sharding.batch_part(mesh)
     stored_config = json.loads(config.to_json()) | {"frozen_weights": fingerprint(task.frozen)}
 
     def batches(start_step: int):
@@ -146,10 +146,11 @@ def _train(config: ConfigDict, workdir: epath.PathLike, held: contextlib.ExitSta
             train_transform=augment,
             num_workers=config.data.num_workers,
             num_threads=config.data.num_threads,
+            **part,
         )
 
     with make_loader(
-        source, seed=config.seed, global_batch_size=batch_size, train_transform=augment, num_threads=0
+        source, seed=config.seed, global_batch_size=batch_size, train_transform=augment, num_threads=0, **part
     ) as loader:
         check_batch(next(loader), config, task)
     evaluation = Evaluation(config, task, mesh) if config.eval_every else None

@@ -88,7 +88,8 @@ def make_loader(
       repeat: for ever, batches running on from one epoch into the next; otherwise one epoch without its last partial batch.
       num_workers: processes that prepare batches; 0 for none. The program then needs an `if __name__ == "__main__"` guard.
       num_threads: threads that prepare batches, in each worker or in this process.
-      process_index, process_count: of this run's JAX processes if not given.
+      process_index, process_count: which of how many parts of a batch are given, see `sharding.batch_part`; by default one
+        for each of this run's JAX processes.
 
     Raises:
       ValueError: the batch does not divide among processes, or the source is smaller than one global batch.
