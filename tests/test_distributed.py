@@ -65,7 +65,7 @@ ALL_COMMANDS = (
     CONFIG
     + """
 config.mesh.update({"data": 1, "fsdp": 4})
-import json, pathlib
+import json, pathlib, time
 import jax
 from titok_jax.data import sources
 read, own = [], sources.DigitsSource.__getitem__
@@ -91,9 +91,15 @@ for owner, name in ((inference.Tokenizer, "encode"), (inference.Tokenizer, "deco
 tokens = ["digits:test", "--out", workdir + "/tokens", "--crops", "center", "--shards", "3", "--format", "jsonl"]
 samples = ["--num", "30", "--steps", "2", "--batch-size", "8", "--out", workdir + "/samples.npz"]
 figures = ["--reconstruct", "digits:test", "--features", "digits", "--json", workdir + "/figures.json"]
+records = pretokenize.records
+def late(*arguments, **options):
+    time.sleep(3 * jax.process_index())
+    return records(*arguments, **options)
+pretokenize.records = late
 for command, arguments in ((pretokenize, tokens), (sample, samples), (evaluate, figures)):
     assert command.main(arguments) == 0
     what_was_read(command.__name__)
+    assert len(list(pathlib.Path(workdir, "tokens").iterdir())) == 4  # the first of two has waited for the second
 if jax.process_index() == 0:  # by itself
     assert reconstruct.main(["--num", "5", "--out", workdir + "/reconstructions"]) == 0
 assert shared and all(shared), "a batch is not cut evenly over all devices of this process"

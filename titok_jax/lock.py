@@ -31,7 +31,6 @@ def lock_workdir(workdir: epath.Path) -> Iterator["BucketLock | None"]:
     """
     with contextlib.ExitStack() as stack:
         lock, held = None, True
-        multihost_utils.sync_global_devices("lock")  # the first exchange of CPUs waits for half a minute only
         if jax.process_index() == 0 and is_remote(workdir):
             lock = BucketLock(workdir / ".lock")
             held = lock.acquire()

@@ -235,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--shards is {args.shards}, more than the {args.passes * len(source)} images")
 
     import jax
+    from jax.experimental import multihost_utils
 
     from titok_jax import sharding
     from titok_jax.inference import load_tokenizer, load_tokenizer_config
@@ -265,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=whole_batch(args.batch_size, args.batch_size),
     )
     print(f"wrote {written} shards of {args.out}; {there} were there")
+    multihost_utils.sync_global_devices("tokenized")  # one that ends early would end the others
 
 
 if __name__ == "__main__":
