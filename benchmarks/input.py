@@ -1,9 +1,10 @@
-"""How many images a second one CPU core prepares for training, by source: `python benchmarks/input.py`.
+"""How many examples a second one CPU core prepares for training, by source and augmentation: `python benchmarks/input.py`.
 
 Synthetic JPEGs of 256 to 500 pixels are read from every kind of source, decoded, and augmented as the published recipes
-do (shorter side to 256, random crop, flip). Sources take turns, round after round; the table has the median over the rounds,
-per second of CPU time, so that other work on the machine matters little. Everything is on the local disk and in its cache:
-what a network adds is not measured.
+do for tokenizers (shorter side to 256, random crop, flip) and for generators (center crop, flip); the digits as their own
+recipes do. Token records, of 32 tokens, need neither. Sources take turns, round after round; the table has the median over
+the rounds, per second of CPU time, so that other work on the machine matters little. Everything is on the local disk and in
+its cache: what a network adds is not measured.
 
 A host that trains at R images/s needs R / (images/s per core) cores for it.
 """
@@ -23,11 +24,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from titok_jax.cli import command
-from titok_jax.data.records import image_writer
+from titok_jax.data.records import image_writer, token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
 
-CROP = {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256}
+AUGMENTATIONS = {
+    "random crop, flip": {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256},
+    "center crop, flip": {"name": "center_crop_flip", "size": 256},
+    "jitter": {"name": "jitter"},
+}
 
 
 def jpeg(rng: np.random.Generator) -> bytes:
@@ -60,12 +65,19 @@ def make_sources(folder: Path, images: Sequence[bytes]) -> dict[str, object]:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     _write_tfds(folder, images)
+    rng = np.random.default_rng(0)
+    for kind in ("array_record", "jsonl"):
+        with token_writer(folder / f"tokens.{kind}") as write:
+            for index in range(len(images)):
+                write(rng.integers(0, 4096, 32), index % 10)
     specs = {
         "folder of JPEGs": {"name": "folder", "path": str(folder / "folder")},
         "ArrayRecord": {"name": "array_record", "paths": str(folder / "images.array_record")},
         "WebDataset tar": {"name": "webdataset", "paths": str(folder / "images.tar")},
         "TFDS (ArrayRecord)": {"name": "tfds", "path": str(folder / "synthetic/1.0.0"), "split": "train"},
-        "digits (in memory)": {"name": "digits", "split": "train"},
+        "digits, in memory": {"name": "digits", "split": "train"},
+        "tokens (ArrayRecord)": {"name": "tokens", "paths": str(folder / "tokens.array_record")},
+        "tokens (JSON lines)": {"name": "tokens", "paths": str(folder / "tokens.jsonl")},
     }
     return {title: make_source(spec) for title, spec in specs.items()}
 
@@ -112,29 +124,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = [jpeg(rng) for _ in tqdm(range(args.images), desc="making images", unit="image")]
     with tempfile.TemporaryDirectory() as name:
         sources = make_sources(Path(name), images)
-        crop, jitter = make_train_transform(CROP), make_train_transform({"name": "jitter"})
-        augments = {title: jitter if title.startswith("digits") else crop for title in sources}
-        steps = {
-            (title, kind): prepare
-            for title, source in sources.items()
-            for kind, prepare in (
-                ("read", lambda i, source=source: source[i]),
-                (
-                    "augmented",
-                    lambda i, source=source, augment=augments[title]: augment(source[i], np.random.default_rng(i)),
-                ),
-            )
-        }
+        steps = {}
+        for title, source in sources.items():
+            steps[title, "read"] = lambda i, source=source: source[i]
+            for name, spec in AUGMENTATIONS.items():
+                if not title.startswith("tokens") and title.startswith("digits") == (name == "jitter"):
+                    augment = make_train_transform(spec)
+                    steps[title, name] = lambda i, source=source, augment=augment: augment(
+                        source[i], np.random.default_rng(i)
+                    )
         rates: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
         for _ in tqdm(range(args.rounds), desc="measuring", unit="round"):
             for step, prepare in steps.items():
                 rates[step].append(args.images / seconds(prepare, args.images))
     kilobytes = sum(map(len, images)) / len(images) / 1000
-    print(f"{args.images} JPEGs of 256 to 500 pixels, {kilobytes:.0f} KB on average; median of {args.rounds} rounds\n")
-    print("| source | read and decoded, images/s per core | and augmented, images/s per core |\n|---|---|---|")
+    print(f"{args.images} JPEGs of 256 to 500 pixels, {kilobytes:.0f} KB on average")
+    print(f"examples/s per core, median of {args.rounds} rounds\n")
+    print(f"| source | read and decoded | {' | '.join(AUGMENTATIONS)} |\n|---|{'--:|' * (1 + len(AUGMENTATIONS))}")
     for title in sources:
-        read, augmented = (statistics.median(rates[title, kind]) for kind in ("read", "augmented"))
-        print(f"| {title} | {read:,.0f} | {augmented:,.0f} |")
+        found = [rates.get((title, kind)) for kind in ("read", *AUGMENTATIONS)]
+        print(f"| {title} | " + " | ".join(f"{statistics.median(rate):,.0f}" if rate else "" for rate in found) + " |")
 
 
 if __name__ == "__main__":

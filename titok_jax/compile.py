@@ -490,6 +490,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("configs/stage1.py:b64", "v4-32", ()),
     ("configs/stage1.py:s128", "v5e-16", ()),
     ("configs/maskgit_vqgan.py:imagenet256", "v5p-32", (_LOW,)),
+    ("configs/stage2.py:l32", "v5e-16", (_REMAT, _LOW)),
     *((f"configs/stage2.py:{variant}", "v5p-32", (_LOW,)) for variant in ("l32", "b64", "s128")),
     *(
         (f"configs/single_stage.py:{variant}", "v5p-32", (_LOW,))
