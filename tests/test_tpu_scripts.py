@@ -206,6 +206,16 @@ def test_dry_run_prints_commands_and_calls_nothing(cloud):
     assert calls(cloud)[-1][2][-1] == r"--command=bash titok_jax/tpu_scripts/worker.sh start echo\ two\\\ words"
 
 
+@pytest.mark.parametrize("provisioning", ["on-demand", "spot", "queued", "queued-spot"])
+def test_every_way_to_ask_for_a_slice(cloud, monkeypatch, provisioning):
+    monkeypatch.setenv("PROVISIONING", provisioning)
+    monkeypatch.setenv("VALID_UNTIL", "6h")
+    (words,) = (line.split() for line in tpu(cloud, "--dry-run", "create").stdout.splitlines())
+    assert words[3:6] == ["queued-resources" if "queued" in provisioning else "tpu-vm", "create", "t"]
+    assert ("--spot" in words) == ("spot" in provisioning)
+    assert ("--valid-until-duration=6h" in words) == ("queued" in provisioning)
+
+
 def test_wrong_arguments_end_with_one_line(cloud):
     for arguments, message in [
         (("launch", "python"), "launch needs a command after --"),
