@@ -237,7 +237,8 @@ def start_processes() -> None:
             "this machine has TPU chips, but JAX found the CPU only; is libtpu installed (pip install 'jax[tpu]'), and does "
             "no other process hold the chips? To compute on the CPU, set JAX_PLATFORMS=cpu"
         )
-    multihost_utils.sync_global_devices("started")  # the first exchange of CPUs waits for half a minute only
+    if arguments is not None:
+        multihost_utils.sync_global_devices("started")  # the first exchange of CPUs waits for half a minute only
 
 
 def _has_tpu() -> bool:
