@@ -1,6 +1,5 @@
 """The feature network of the digits: what it sees, and that its features do not depend on batches or devices."""
 
-import importlib.util
 import os
 import pathlib
 import socket
@@ -20,6 +19,7 @@ from titok_jax.models import DigitsNetConfig
 from titok_jax.models.perceptual import VGG_LEVELS, PerceptualConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "train_digits_features.py"
 
 
 def rgb(grey):
@@ -121,10 +121,7 @@ def test_images_that_it_does_not_take(network):
         network(images[:, :16])
 
 
-def test_training_repeats_itself_and_learns(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("train_digits_features", ROOT / "tools" / "train_digits_features.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+def test_training_repeats_itself_and_learns(tool, tmp_path, capsys):
     output = tmp_path / "digits.safetensors"
     assert tool.main([str(output), "--steps", "25"]) == 0
     accuracy = float(capsys.readouterr().out.split('"test": ')[1].split("}")[0])

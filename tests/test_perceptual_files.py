@@ -65,12 +65,9 @@ def save(files, folder, ending):
 
 
 @needs_torch
-def test_pickles_are_read_and_converted_to_what_reads_the_same(files, seeded, tmp_path, capsys):
+def test_pickles_are_read_and_converted_to_what_reads_the_same(tool, files, seeded, tmp_path, capsys):
     save(files, tmp_path, ".pth")
     check(tmp_path, seeded)
-    spec = importlib.util.spec_from_file_location("convert_weights", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     (tmp_path / "converted").mkdir()
     for stem in files:
         assert tool.main([str(tmp_path / f"{stem}.pth"), str(tmp_path / "converted" / f"{stem}.safetensors")]) == 0

@@ -1,6 +1,5 @@
 """tools/prepare_imagenet.py: every form that ImageNet is kept in, its labels and its own bytes; kills; what is not right."""
 
-import importlib.util
 import io
 import json
 import os
@@ -24,14 +23,6 @@ from titok_jax.data.sources import make_source
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "prepare_imagenet.py"
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
 ILSVRC_IDS = [4, 2, 5, 1, 3]  # of these: another order, as in the real kit
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("prepare_imagenet", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
