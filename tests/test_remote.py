@@ -8,7 +8,6 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-import test_convert_weights
 import test_train
 import tiny_models
 from etils import epath
@@ -38,7 +37,7 @@ from titok_jax.data.sources import make_source
 from titok_jax.shards import Shards
 from titok_jax.tasks import perceptual
 
-tool = test_convert_weights.tool  # the command, as a fixture
+TOOL = test_train.ROOT / "tools" / "convert_weights.py"
 
 
 class _Bucket(MemoryFileSystem):
