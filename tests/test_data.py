@@ -18,6 +18,7 @@ from PIL import Image
 
 from titok_jax.data import loader, records, sources, transforms
 from titok_jax.data.digits import load_digits
+from titok_jax.pretokenize import parse_source
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/training/transforms.json").read_text())
 
@@ -517,6 +518,39 @@ def test_webdataset(tmp_path):
     assert_images(sources.make_source({"name": "webdataset", "paths": str(tmp_path / "shard-*.tar")}), [7, 8, 9, 2, -1])
     both = [str(tmp_path / "shard-000.tar"), str(tmp_path / "shard-001.tar")]
     assert_images(sources.make_source({"name": "webdataset", "paths": both}), [7, 8, 9, 2, -1])
+    braces = parse_source(f"webdataset:{tmp_path}/shard-{{000..001}}.tar")
+    assert_images(sources.make_source(braces), [7, 8, 9, 2, -1])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("t-{0000..0002}.tar", ["t-0000.tar", "t-0001.tar", "t-0002.tar"]),
+        ("t-{8..10}.tar", ["t-8.tar", "t-9.tar", "t-10.tar"]),
+        ("t-{0..10}.tar", [f"t-{number}.tar" for number in range(11)]),
+        ("t-{08..10}.tar", ["t-08.tar", "t-09.tar", "t-10.tar"]),
+        ("t-{2..1}.tar", ["t-2.tar", "t-1.tar"]),
+        ("{val,train}.tar", ["val.tar", "train.tar"]),  # in the order written
+        ("{a,b{1,2}}.tar", ["a.tar", "b1.tar", "b2.tar"]),
+        ("t{,-{0..1}}.tar", ["t.tar", "t-0.tar", "t-1.tar"]),
+        ("{a,b}/{08..09}.tar", ["a/08.tar", "a/09.tar", "b/08.tar", "b/09.tar"]),
+        ("{b,a}-*.tar", ["b-1.tar", "b-2.tar", "a-0.tar"]),
+        ("odd{x}.tar", ["odd{x}.tar"]),
+        ("odd{1,2}.tar", ["odd{1,2}.tar"]),  # the name of a file
+    ],
+)
+def test_braces_mean_the_files_that_they_mean_to_a_shell(pattern, names, tmp_path):
+    for name in [*names, "t-0003.tar", "t-001.tar"]:  # those must not get in
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = sources.find_files(str(tmp_path / pattern), "tars")
+    assert [str(Path(path).relative_to(tmp_path)) for path in found] == names
+    if "odd" not in pattern and "*" not in pattern:
+        shell = subprocess.run(["bash", "-c", f"printf '%s\n' {pattern}"], capture_output=True, text=True, check=True)
+        assert sorted(shell.stdout.split()) == sorted(names)
+        (tmp_path / names[-1]).unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{names[-1]}: no such file, .*; expected tars"):
+            sources.find_files(str(tmp_path / pattern), "tars")
 
 
 def test_webdataset_errors(tmp_path):

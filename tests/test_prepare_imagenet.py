@@ -156,6 +156,7 @@ FORMS_OF_INPUT = {
     "class folders": ("train", lambda folder: class_folders(folder / "any")),
     "folder of splits": ("val", lambda folder: class_folders(folder / "val").parent),
     "tars": ("train", lambda folder: webdataset(folder / "tars") / "*-train-*.tar"),
+    "tars by braces": ("train", lambda folder: webdataset(folder / "tars") / "imagenet1k-train-00{00,08,16}.tar"),
     "folder of tars": ("train", lambda folder: webdataset(folder / "tars")),
     "tfds": ("train", tfds_set),
 }
@@ -421,7 +422,7 @@ def broken_inputs(folder):
         ([folder / "bare.tar", "--shards", "1"], "train", "its label is -1, expected 0 to 4"),
         ([folder / "empty"], "train", "Known are also ILSVRC2012_img_train.tar, WebDataset tars and a TFDS set"),
         ([folder / "flat"], "train", "the images lie directly in the folder"),
-        ([folder / "nowhere"], "train", "nowhere: no such file or folder"),
+        ([folder / "nowhere"], "train", "nowhere: no such file, and no file matches it as a pattern; expected a folder"),
         (["gs://bucket/train.tar"], "train", "gs://bucket/train.tar: expected a local path"),
         ([train, "--out", "gs://bucket/imagenet"], "train", "gs://bucket/imagenet: expected a local path"),
         ([val, "--devkit", "gs://bucket/kit.tar.gz"], "val", "gs://bucket/kit.tar.gz: expected a local path"),

@@ -237,7 +237,7 @@ def test_of_a_tar_the_images_asked_for_are_read(photos, bucket, tmp_path, monkey
                 tar.addfile(member, io.BytesIO(str(number).encode()))
         epath.Path(tmp_path / f"{number}.tar").copy(bucket / f"tars/{number}.tar")
     local = make_source({"name": "webdataset", "paths": str(tmp_path / "*.tar")})
-    remote = make_source({"name": "webdataset", "paths": "gs://bucket/t*s/*.tar"})
+    remote = make_source({"name": "webdataset", "paths": "gs://bucket/t*s/{0..1}.tar"})
     asked = []
     whole = _Bucket.cat_file
     monkeypatch.setattr(
@@ -248,6 +248,8 @@ def test_of_a_tar_the_images_asked_for_are_read(photos, bucket, tmp_path, monkey
     assert max(asked) < 10_000 < len((bucket / "tars/0.tar").read_bytes())
     with pytest.raises(FileNotFoundError, match=r"gs://bucket/tars/\*\.zip: no such file, and no file matches"):
         make_source({"name": "webdataset", "paths": "gs://bucket/tars/*.zip"})
+    with pytest.raises(FileNotFoundError, match=r"gs://bucket/tars/2\.tar: no such file"):
+        make_source({"name": "webdataset", "paths": "gs://bucket/tars/{0..2}.tar"})
     with pytest.raises(ValueError, match=r"\*\* is for files of this machine"):
         make_source({"name": "webdataset", "paths": "gs://bucket/**/*.tar"})
 

@@ -39,10 +39,12 @@ _EPILOG = """examples:
   python -m titok_jax.train --config configs/generator.py:b64 --config.data.source.paths='tokens/*.array_record' ...
       trains on them
 
-DATA is array_record:GLOB (files of tools/prepare_imagenet.py), a folder of images (class per sub-folder), tfds:NAME:SPLIT,
-webdataset:GLOB or digits:SPLIT. Crops: "center" is one center crop, "flip" that and its mirror image, "ten" the published
-ten crops, "random" the published random crop and flip. The published order of "flip" (all images of a batch, then all
-mirrored) is another one; the records are the same.
+DATA is array_record:FILES (of tools/prepare_imagenet.py), a folder of images (class per sub-folder), tfds:NAME:SPLIT,
+webdataset:FILES (a glob, or with braces as in 'imagenet-train-{0000..0252}.tar') or digits:SPLIT.
+
+Crops: "center" is one center crop, "flip" that and its mirror image, "ten" the published ten crops, "random" the published
+random crop and flip. The published order of "flip" (all images of a batch, then all mirrored) is another one; the records
+are the same.
 """
 CROPS = ("center", "flip", "ten", "random")
 MANIFEST = "pretokenize.json"

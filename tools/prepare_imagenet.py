@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import glob
 import hashlib
 import io
 import json
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from titok_jax.cli import check_output, command, new_file
 from titok_jax.data.records import image_writer
-from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource, WebDatasetSource, tar_files
+from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource, WebDatasetSource, find_files, tar_files
 from titok_jax.data.transforms import decode_image
 from titok_jax.shards import Shards
 from titok_jax.storage import is_remote
@@ -45,7 +44,7 @@ _EPILOG = """examples:
   python tools/prepare_imagenet.py ~/tensorflow_datasets/imagenet2012/5.1.0 --split val --out imagenet
       a TFDS set that was prepared with file_format="array_record"
   python tools/prepare_imagenet.py 'shards/imagenet-train-*.tar' --split train --out imagenet
-      WebDataset tars: KEY.jpg (.jpeg, .png, .webp) and KEY.cls
+      WebDataset tars: KEY.jpg (.jpeg, .png, .webp) and KEY.cls; also 'imagenet-train-{0000..0252}.tar'
   python -m titok_jax.train --config configs/stage1.py:l32 --config.data.source.paths='imagenet/train-*' ...
       trains on them
 
@@ -207,12 +206,10 @@ def open_images(inputs: Sequence[str], split: str, devkit: Path | None) -> tuple
     paths = [Path(name).expanduser() for name in inputs]
     if len(paths) == 1 and paths[0].is_dir():
         return open_folder(paths[0], split, devkit)
-    found = [Path(file) for path in paths for file in ([path] if path.exists() else sorted(glob.glob(str(path))))]
-    if not found:
-        raise FileNotFoundError(f"{', '.join(inputs)}: no such file or folder")
-    for path in found:
-        if not path.is_file():
+    for path in paths:
+        if path.is_dir():
             raise ValueError(f"{path}: expected a file, or a single folder")
+    found = list(map(Path, find_files(paths, "a folder, an archive or tars")))
     with tar_errors(f"{found[0]}: expected an uncompressed tar"), tarfile.open(found[0], "r:") as tar:
         first = next((Path(member.name) for member in tar if member.isfile()), Path())
     kind = "train" if first.suffix == ".tar" else "val" if re.match(r"ILSVRC2012_val_\d+\.JPEG", first.name) else None

@@ -9,6 +9,7 @@ An example is a dict: "label", int32 [] (-1 where there is none), and either "im
 import glob
 import inspect
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from titok_jax.data.records import decode_json_tokens, decode_record
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_image, image_files
 from titok_jax.storage import as_path, is_remote, local_copy, needs_mount, read_bytes
 
-Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or glob pattern, or several
+Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or pattern (`find_files`), or several
 
 
 def make_source(spec: Mapping[str, Any]):
@@ -173,7 +174,7 @@ class WebDatasetSource:
     """
 
     def __init__(self, paths: Paths):
-        self._paths = _expand(paths, "WebDataset shards (*.tar)")
+        self._paths = find_files(paths, "WebDataset shards (*.tar)")
         with ThreadPoolExecutor() as threads:  # from a bucket, each comes whole: a seek over an image reads it
             samples = list(threads.map(_samples_of_tar, self._paths))
         numbers = np.repeat(np.arange(len(samples)), [len(shard) for shard in samples])
@@ -238,7 +239,7 @@ class ArrayRecordSource:
         for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
             if is_remote(path):
                 raise needs_mount(path, "ArrayRecord")
-        self._paths = _expand(paths, "ArrayRecord files")
+        self._paths = find_files(paths, "ArrayRecord files")
         try:
             self._records = grain.sources.ArrayRecordDataSource(self._paths)
         except RuntimeError as error:
@@ -259,7 +260,7 @@ class JsonLinesSource:
     """
 
     def __init__(self, paths: Paths):
-        self._paths = _expand(paths, "JSON lines of tokens")
+        self._paths = find_files(paths, "JSON lines of tokens")
         spans = []  # file, line number, offset, length
         for number, path in enumerate(self._paths):
             offset = 0
@@ -288,7 +289,7 @@ def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
     Raises:
       ValueError: another suffix, or both kinds at once; records of images.
     """
-    files = _expand(paths, "token files (*.array_record or *.jsonl)")
+    files = find_files(paths, "token files (*.array_record or *.jsonl)")
     suffixes = {Path(path).suffix for path in files}
     if suffixes == {".jsonl"}:
         return JsonLinesSource(list(map(local_copy, files)))
@@ -300,26 +301,55 @@ def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
     raise ValueError(f"{paths}: found {', '.join(sorted(suffixes))}; token files are all *.array_record or all *.jsonl")
 
 
-def _expand(paths: Paths, what: str) -> list[str]:
-    """The files that paths and glob patterns name, in the order given, those of one pattern sorted."""
+def find_files(paths: Paths, what: str) -> list[str]:
+    """The files that paths and patterns name, in the order given, those of one glob pattern sorted.
+
+    Patterns are globs (*, ?, [0-9]; of this machine also **) and the shell's braces, which WebDataset takes too:
+    train-{0000..0252}.tar, {train,val}-*.tar. What braces stand for has to be there, each of it.
+
+    Raises:
+      FileNotFoundError: a path, pattern or part of one in braces that no file has; `what` says what was expected.
+      ValueError: no paths.
+    """
     patterns = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    files = []
-    for pattern in map(os.fspath, patterns):
-        if is_remote(pattern):
-            matches = _expand_remote(pattern)
-        elif os.path.isfile(pattern):
-            matches = [pattern]
-        else:
-            matches = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-        if not matches:
-            raise FileNotFoundError(f"{pattern}: no such file, and no file matches it as a pattern; expected {what}")
-        files += matches
-    if not files:
+    parts = [part for pattern in map(os.fspath, patterns) for part in _expand_braces(pattern)]
+    if not parts:
         raise ValueError(f"no paths given; expected {what}")
-    return files
+    with ThreadPoolExecutor() as threads:  # each of a bucket is a question to it
+        found = list(threads.map(_matches, parts))
+    for part, matches in zip(parts, found, strict=True):
+        if not matches:
+            raise FileNotFoundError(f"{part}: no such file, and no file matches it as a pattern; expected {what}")
+    return [file for matches in found for file in matches]
 
 
-def _expand_remote(pattern: str) -> list[str]:
+def _expand_braces(pattern: str) -> list[str]:
+    """a{08..10}.tar -> a08.tar, a09.tar, a10.tar; {a,b}.tar -> a.tar, b.tar; every other brace is part of a name."""
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if braces is None or (not is_remote(pattern) and os.path.isfile(pattern)):
+        return [pattern]
+    first, last, names = braces.groups()
+    if names is None:
+        step = 1 if int(first) <= int(last) else -1
+        width = max(len(first), len(last)) if re.match("0[0-9]", first) or re.match("0[0-9]", last) else 0
+        choices = [f"{number:0{width}}" for number in range(int(first), int(last) + step, step)]
+    else:
+        choices = names.split(",")
+    parts = [
+        part for choice in choices for part in _expand_braces(pattern[: braces.start()] + choice + pattern[braces.end() :])
+    ]
+    return list(dict.fromkeys(parts))  # of braces in braces, some come more than once
+
+
+def _matches(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        return _remote_matches(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
+    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+
+
+def _remote_matches(pattern: str) -> list[str]:
     path = as_path(pattern)
     if path.is_file():
         return [pattern]
