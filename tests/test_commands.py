@@ -13,10 +13,12 @@ import pytest
 import tiny_models as tiny
 from PIL import Image
 
-from titok_jax import cli, evaluate, inference, metrics, parity, pretrained, reconstruct, sample, zoo
+from titok_jax import cli, evaluate, inference, metrics, parity, pretrained, reconstruct, sample, train, zoo
+from titok_jax import compile as compiling
 from titok_jax.data.transforms import center_crop_torchvision, to_uint8_truncate
 from titok_jax.models import MaskgitVQGANConfig
 
+ROOT = Path(__file__).parents[1]
 COMMANDS = {"sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
 
 
@@ -235,6 +237,66 @@ def test_links_stay_links(tmp_path):
     assert (tmp_path / "folder").is_symlink()
     assert (tmp_path / "file").is_symlink()
     assert files(tmp_path / "disk") == {"folder/new": b"new", "file": b"new"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [[train, "--workdir", "run"], [compiling, "--slice", "v5e-16"]], ids=["train", "compile"]
+)
+def test_what_is_wrong_with_a_configuration_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "notes.txt").write_text("Not Python.")
+    command, *others = arguments
+    l32 = "configs/stage1.py:l32"
+    for config, changes, message in [
+        (
+            "configs/none.py:l32",
+            [],
+            "--config configs/none.py:l32: configs/none.py does not exist; expected FILE.py:VARIANT",
+        ),
+        ("configs:l32", [], "--config configs:l32: configs is a folder; expected"),
+        ("notes.txt", [], "--config notes.txt: notes.txt is not Python; expected"),
+        (
+            "configs/stage1.py:huge",
+            [],
+            "--config configs/stage1.py:huge: variant 'huge', expected one of ['l32', 'b64', 's128',",
+        ),
+        ("configs/digits.py:huge", [], "--config configs/digits.py:huge: variant 'huge', expected one of ['tokenizer', "),
+        (l32, ["--config.some.field=1"], f"--config.some.field=1: {l32} has no field some.field."),
+        (l32, ["--config.num_steps.much=1"], f"--config.num_steps.much=1: {l32} has no field num_steps.much."),
+        (
+            l32,
+            ["--config.data.batchsize=64"],
+            f'--config.data.batchsize=64: {l32} has no field data.batchsize. Did you mean "batch_size"?',
+        ),
+        (
+            l32,
+            ["--config.data.batch_size=abc"],
+            "--config.data.batch_size=abc: invalid literal for int() with base 10: 'abc'",
+        ),
+        (l32, ["--config.data.batch_size", "1.5"], "--config.data.batch_size=1.5: invalid literal for int() with base 10"),
+        (l32, ["--config.remat=maybe"], "--config.remat=maybe: "),
+        (l32, ["--config.mesh=5"], "--config.mesh=5: Failed to parse '5' as a ConfigDict"),
+        (l32, ["--config.num_steps"], "Missing value for flag --config.num_steps"),
+        (l32, ["--steps=5"], "Unknown command line flag 'steps'"),
+        (l32, ["5"], "unknown argument 5"),
+    ]:
+        assert command.main(["--config", config, *others, *changes]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}"), error
+        assert error.count("\n") == 1, error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs", "notes.txt"]
+
+
+def test_a_configuration_is_read_with_its_changes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+    changes = ["--config.num_steps", "7", "--config.data.source.paths='x y'", "--config.remat", "--noconfig.ema_ramp"]
+    config = cli.read_config("configs/stage1.py:b64", [*changes, "--config.mesh.data=-1", "--config.num_steps=8"])
+    assert (config.num_steps, config.data.source.paths, config.remat, config.ema_ramp) == (8, "'x y'", True, False)
+    assert config.model.num_latent_tokens == 64
+    assert config.is_locked
 
 
 def test_bugs_keep_their_traceback():

@@ -15,10 +15,10 @@ import shlex
 import jax
 import pytest
 import tiny_models as tiny
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from titok_jax import convert, pretrained, train
+from titok_jax.cli import read_config
 from titok_jax.data.sources import make_source
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 from titok_jax.models.titok import transformer_size
@@ -299,12 +299,8 @@ def test_the_documented_commands_are_understood(page, monkeypatch):
             spec.loader.exec_module(tool := importlib.util.module_from_spec(spec))
             tool._parser().parse_args(argv)
         elif argv[0] == "titok_jax.train":
-            values = flags.FlagValues()
-            config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
-            flags.DEFINE_string("workdir", None, "", flag_values=values)
-            assert len(values(argv)) == 1, argv  # nothing is left that is no flag
-            assert values.workdir, argv
-            source = values.config.data.source
+            args, changes = train._parser().parse_known_args(argv[1:])
+            source = read_config(args.config, changes).data.source
             if source.name != "digits":  # all is said that it needs, and no file of it is here
                 with pytest.raises(FileNotFoundError):
                     make_source(source)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import glob
+import importlib.util
 import os
 import re
 import shutil
@@ -20,8 +21,9 @@ from titok_jax.storage import as_path, files_below, is_remote
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
-    """Makes a command of `main(argv)`: what was asked for and cannot be (ValueError, OSError) ends as the line
-    `error: ...` on stderr and status 2, as argparse's own errors do; every other exception is a bug and keeps its traceback.
+    """Makes a command of `main(argv)`: what was asked for and cannot be (ValueError, OSError) and a training that diverged
+    (FloatingPointError) end as the line `error: ...` on stderr and status 2, as argparse's own errors do; every other
+    exception is a bug and keeps its traceback.
 
     Returns:
       main(argv=None) -> exit status, for `sys.exit(main())`: what `main` returns, 0 if nothing.
@@ -31,11 +33,49 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
     def run(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv) or 0
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
 
     return run
+
+
+def read_config(file: str, changes: Sequence[str]):
+    """The ConfigDict, locked, of `--config FILE.py:VARIANT` with what the arguments `--config.FIELD=VALUE` change in it.
+
+    Raises:
+      ValueError: there is no such file or variant, or no such field; the value is of another type; another argument.
+    """
+    from absl import flags  # these two are slow to import, and only two commands need them
+    from ml_collections.config_flags import config_flags, config_path
+
+    path, *variant = file.split(":", 1)
+    spec = importlib.util.spec_from_file_location("config", path) if os.path.isfile(path) else None
+    if spec is None:
+        found = "is not Python" if os.path.isfile(path) else "is a folder" if os.path.isdir(path) else "does not exist"
+        raise ValueError(f"--config {file}: {path} {found}; expected FILE.py:VARIANT, such as configs/stage1.py:l32")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        config = module.get_config(*variant)
+    except ValueError as error:
+        raise ValueError(f"--config {file}: {error}") from error
+    for change in changes:
+        field = re.match(r"--?(?:no)?config\.([^=]*)", change)
+        try:
+            field and config_path.get_value(field[1], config)
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            hint = re.search(r' Did you mean ".*?"', str(error.args[0]).replace("\n", " "))
+            raise ValueError(f"{change}: {file} has no field {field[1]}.{hint[0] + '?' if hint else ''}") from None
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=list(changes))
+        _, *others = values(["", *changes])
+    except flags.Error as error:
+        raise ValueError(str(error).removeprefix("flag ")) from error
+    if others:
+        raise ValueError(f"unknown argument {others[0]}")
+    return config
 
 
 def check_output(path: str | os.PathLike, overwrite: bool, *, folder_of: str | None = None) -> Path | epath.Path:

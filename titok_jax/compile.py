@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from titok_jax.cli import command, new_file
+from titok_jax.cli import command, new_file, read_config
 from titok_jax.storage import as_path
 
 # JAX is imported where it is first used, after the environment is set for the TPU compiler: see `topology_devices`.
@@ -591,9 +591,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args, changes = _parser().parse_known_args(argv)
-    wrong = [change for change in changes if not (args.config and change.startswith("--config."))]
-    if wrong:
-        raise ValueError(f"unknown argument {wrong[0]}")
+    if changes and not args.config:
+        raise ValueError(f"unknown argument {changes[0]}")
     if args.all:
         if not args.results:
             raise ValueError("--all needs --results FILE, which keeps what is done")
@@ -603,7 +602,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     slice_chip(args.slice)
     if not -1 <= args.effort <= 1:
         raise ValueError(f"--effort is {args.effort}, expected -1 to 1")
-    config = _read_config(args.config, changes) if args.config else None
+    config = read_config(args.config, changes) if args.config else None
     devices = topology_devices(args.slice)
     import jax
 
@@ -618,28 +617,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table([row]))
     print("\n".join(f"problem: {problem}" for problem in row["problems"]) or "no problems")
     return bool(row["problems"])
-
-
-def _read_config(file: str, changes: Sequence[str]):
-    """The configuration as `titok_jax.train` reads it.
-
-    Raises:
-      ValueError: no such file, variant or field, or a value of another type.
-    """
-    from absl import flags
-    from ml_collections import config_flags
-
-    if not Path(file.split(":")[0]).is_file():
-        raise ValueError(f"--config {file}: there is no such file")
-    values, argv = flags.FlagValues(), ["compile", f"--config={file}", *changes]
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
-    try:
-        values(argv)
-    except (AttributeError, KeyError, TypeError, flags.Error) as error:
-        # Of an error in the file the message holds the whole traceback.
-        last = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{' '.join(argv[1:])}: no such variant or field, or a value of another type: {last}") from None
-    return values["config"].value
 
 
 if __name__ == "__main__":

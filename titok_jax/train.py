@@ -11,26 +11,29 @@ DIR/checkpoints and ends with the same parameters, bit for bit, as if it had not
 curves.png, tensorboard/ and previews/. docs/training.md tells of the recipes and of what to expect.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from titok_jax import sharding
 from titok_jax.checkpoint import Checkpoints, check_config
+from titok_jax.cli import command, read_config
 from titok_jax.data.loader import make_loader
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
@@ -277,33 +280,29 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._former)
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/FILE.py:VARIANT", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: made, or continued")
+def _parser() -> argparse.ArgumentParser:
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m titok_jax.train",
+        description=summary.partition(":")[0],
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py:VARIANT", help="a recipe; --config.FIELD=VALUE changes a value of it"
+    )
+    parser.add_argument("--workdir", required=True, help="folder of the run, also gs://; made, or continued")
+    return parser
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file at the level of information
-    try:
-        sharding.start_processes()
-        train(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing; an override of a field that the configuration does not have ends with one line, not a traceback."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except OSError as error:
-        raise SystemExit(f"error: cannot read the file of --config: {error}") from None
-    except (AttributeError, KeyError, TypeError) as error:
-        overrides = " ".join(argument for argument in argv if argument.startswith("--config."))
-        raise SystemExit(f"error: {overrides}: the configuration has no field {error}, or one of another type") from None
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args, changes = _parser().parse_known_args(argv)
+    config = read_config(args.config, changes)
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at the level of information
+    sharding.start_processes()
+    train(config, args.workdir)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(main())

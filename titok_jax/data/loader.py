@@ -30,7 +30,7 @@ class Loader(Iterator[Batch]):
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads) if num_threads else 0)
         dataset = batches.to_iter_dataset(options)
         if num_workers:
-            # Grain's workers read absl flags, which exist unparsed in every program not started by absl.app.run.
+            # Grain's workers read absl flags, which no command here parses.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
