@@ -10,7 +10,8 @@ b128_512 make tokens of images of 512 x 512 pixels: published gFID 2.74, and 2.4
 of the embedded digits' tokens, about a minute on a CPU; `:smoke_tokens` is the same on token records.
 
 Values: the published configs/training/generator/maskgit.yaml (B-64; batch 64 on each of 32 GPUs). There is none for the two
-others: sizes are those of their published weights, the rest is the same. Sampling settings: those of the published results.
+others: sizes are those of their published weights, the rest is the same. Sampling settings: those of the published results,
+configs/infer/TiTok/titok_*.yaml.
 """
 
 from ml_collections import ConfigDict

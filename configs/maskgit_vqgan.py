@@ -8,9 +8,10 @@ WEIGHTS holds convnext_small-0c510722.pth of torchvision. Stages 1 and 2 take th
 long the training takes was not published. `:smoke` is a small one on the embedded digits, about a minute on a CPU, without
 perceptual loss.
 
-Values: google-research/maskgit, maskgit/configs/vqgan_config.py (Adam without weight decay, clipping or warm-up; batch size
-global; float32) and base_config.py (average 0.999). That repository does not say how images are cropped for training: here
-as in TiTok's stages. Also our choice: the discriminator, its size, and the perceptual network (tasks/maskgit_vqgan.py).
+Values: google-research/maskgit, maskgit/configs/vqgan_config.py and base_config.py (Adam without weight decay or clipping;
+batch size global; float32; average 0.999). That repository does not say how images are cropped for training: here as in
+TiTok's stages. Also our choice: no warm-up (it names one of 2,000 steps beside its constant schedule, without the code), the
+discriminator, its size, and the perceptual network (tasks/maskgit_vqgan.py).
 """
 
 from ml_collections import ConfigDict
