@@ -1,5 +1,6 @@
 """The commands: what they write, what they refuse and that they refuse it before any work."""
 
+import fcntl
 import json
 import os
 import re
@@ -221,6 +222,18 @@ def test_names_as_long_as_can_be(tmp_path):
         with new(path) as partial:
             (partial if new is cli.new_file else partial / "a").write_text("whole")
     assert [len(path.name.encode()) for path in sorted(tmp_path.iterdir())] == [254, 254]
+
+
+def test_a_folder_is_replaced_where_a_file_system_has_no_locks(tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError("no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for text in ("old", "new"):
+        with cli.new_folder(tmp_path / "folder") as partial:
+            (partial / "file").write_text(text)
+    assert files(tmp_path) == {"folder/file": b"new"}
+    assert capsys.readouterr().out == ""
 
 
 def test_links_stay_links(tmp_path):

@@ -1,5 +1,7 @@
 """tools/prepare_imagenet.py: every form that ImageNet is kept in, its labels and its own bytes; kills; what is not right."""
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -309,6 +311,18 @@ def test_two_at_once(small, tmp_path, capsys, monkeypatch):
     assert small.main(command) == 0
     assert results == [2, 2, 2]
     assert sorted(read(tmp_path / "out")) == sorted(IMAGES.values())
+
+
+def test_where_a_file_system_has_no_locks_it_warns_and_goes_on(small, tmp_path, capsys, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    archive = train_archive(tmp_path / "ILSVRC2012_img_train.tar")
+    assert small.main([str(archive), "--split", "train", "--out", str(tmp_path / "out")]) == 0
+    work = tmp_path / "out/train.shards"
+    assert f"warning: {work} cannot be locked ([Errno 37] No locks available): nothing stops" in capsys.readouterr().out
+    assert not work.exists()
 
 
 def test_what_is_not_as_in_imagenet_is_said(small, tmp_path, capsys):

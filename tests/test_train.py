@@ -1,6 +1,7 @@
 """The training loop: it resumes exactly, refuses what does not fit, and gives the same on any mesh."""
 
 import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from test_sharding import FAST
 
 import titok_jax
-from titok_jax import lock, metrics, pretrained, train
+from titok_jax import metrics, pretrained, train
 from titok_jax.data.loader import make_loader
 from titok_jax.data.records import token_writer
 from titok_jax.data.sources import make_source
@@ -383,7 +384,7 @@ def test_where_a_file_system_has_no_locks_a_run_warns_and_goes_on(tmp_path, monk
     def flock(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with train.lock_workdir(epath.Path(tmp_path)):
         assert f"warning: {tmp_path} cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import glob
 import importlib.util
@@ -208,7 +209,7 @@ def new_folder(path: str | os.PathLike, *, last: str | None = None) -> Iterator[
     path = Path(os.path.realpath(path))
     name = f".{_short(path.name)}"
     with contextlib.ExitStack() as stack:
-        with _lock(path.parent) as locked:
+        with file_lock(path.parent) as locked:
             existed = path.exists()
             if locked:
                 _clean(path, name)
@@ -216,13 +217,13 @@ def new_folder(path: str | os.PathLike, *, last: str | None = None) -> Iterator[
                 raise FileExistsError(f"{path} is back, which a killed process had moved aside; try again to replace it")
             partial = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=path.parent))
             stack.callback(shutil.rmtree, partial, ignore_errors=True)  # if it holds the old one too
-            stack.enter_context(_lock(partial))  # says that it is in use
+            stack.enter_context(file_lock(partial))  # says that it is in use
         yield partial
         partial.chmod(0o755)
         if not path.exists():
             os.replace(partial, path)
         elif not _exchange(partial, path):
-            with _lock(path.parent):
+            with file_lock(path.parent):
                 old = Path(tempfile.mkdtemp(prefix=f"{name}.old-", dir=path.parent))
                 os.replace(path, old)
                 os.replace(partial, path)
@@ -256,27 +257,31 @@ def _clean(path: Path, name: str) -> None:
             os.replace(old, path)
     for partial in path.parent.glob(f"{glob.escape(name)}.partial-*"):
         if partial.is_dir():
-            with _lock(partial, wait=False) as unused:
+            with file_lock(partial, wait=False) as unused:
                 if unused:
                     shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock on a folder, which ends with the process at the latest. Gives whether it does: some file systems have no
-    locks, and without `wait` another process may have it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield False
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def file_lock(path: str | os.PathLike, *, wait: bool = True, go_on: bool = False) -> Iterator[bool]:
+    """Holds a lock on a folder, or on a file that is made for it, which ends with the process at the latest.
+
+    Gives whether it does. Without `wait` another process may have it. Where a file system has no locks, as that of some
+    clusters, it does not, or with `go_on` it says so and goes on as if it did.
+    """
+    folder = os.path.isdir(path)
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             held = True
-        except OSError:
+        except BlockingIOError:
             held = False
+        except OSError as error:
+            held = go_on
+            if go_on:
+                place = path if folder else os.path.dirname(path)
+                print(f"warning: {place} cannot be locked ({error}): nothing stops a second run there", flush=True)
         yield held
     finally:
         os.close(descriptor)

@@ -1,7 +1,6 @@
 """One run at a time in a workdir, so that no two write each other's checkpoints."""
 
 import contextlib
-import fcntl
 import os
 import socket
 import threading
@@ -13,6 +12,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
+from titok_jax.cli import file_lock
 from titok_jax.storage import is_remote
 
 BEAT = 20.0  # seconds between two signs of life of a lock in a bucket
@@ -35,13 +35,7 @@ def lock_workdir(workdir: epath.Path) -> Iterator["BucketLock | None"]:
             lock = BucketLock(workdir / ".lock")
             held = lock.acquire()
         elif jax.process_index() == 0:
-            file = stack.enter_context(open(str(workdir / ".lock"), "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                held = False
-            except OSError as error:  # a file system without locks, of which some clusters have one
-                print(f"warning: {workdir} cannot be locked ({error}): nothing stops a second run there", flush=True)
+            held = stack.enter_context(file_lock(workdir / ".lock", wait=False, go_on=True))
         if lock is not None and held:
             stack.callback(lock.release)
         if not multihost_utils.broadcast_one_to_all(held):

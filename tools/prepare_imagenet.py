@@ -10,7 +10,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from titok_jax.cli import check_output, command, new_file
+from titok_jax.cli import check_output, command, file_lock, new_file
 from titok_jax.data.records import image_writer
 from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource, WebDatasetSource, find_files, tar_files
 from titok_jax.data.transforms import decode_image
@@ -373,20 +372,6 @@ def findings(split: str, counts: np.ndarray, left_out: list[str], class_names: l
     return found
 
 
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Raises ValueError if another process is inside, for the same folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work in {folder}; wait for it") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/prepare_imagenet.py",
@@ -445,7 +430,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise FileExistsError(f"{stale[0]} exists and nothing was overwritten; choose another output or add --overwrite")
     settings = {"kind": kind, "images": len(source), "files": fingerprint(files), "verify": not args.no_verify}
     work.mkdir(exist_ok=True)
-    with only_one(work):
+    with file_lock(work, wait=False, go_on=True) as alone:
+        if not alone:
+            raise ValueError(f"another process is at work in {work}; wait for it")
         # In this order: killed here, what is left is not taken for complete, nor for made by these settings.
         for path in (*(work.iterdir() if complete else ()), report, listed, *stale):
             path.unlink(missing_ok=True)
