@@ -50,6 +50,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
+class HttpError(Exception):
+    """As gcsfs gives for most answers of Google's."""
+
+    __module__ = "gcsfs.retry"
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -57,6 +63,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
         PermissionError(errno.EACCES, "Permission denied"),
         TimeoutError("the read operation timed out"),
         ValueError("UNAVAILABLE: Error reading local file: gs://bucket/run/checkpoints/2"),
+        OSError("Forbidden: https://storage.googleapis.com/storage/v1/b/bucket/o/run: no storage.objects.get"),
+        HttpError("Service Unavailable, 503"),
         MemoryError(),
     ],
 )

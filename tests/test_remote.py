@@ -4,10 +4,12 @@ import io
 import json
 import tarfile
 
+import fake_gcs
 import fsspec
 import jax
 import numpy as np
 import pytest
+import test_checkpoint
 import test_train
 import tiny_models
 from etils import epath
@@ -56,6 +58,10 @@ class _Bucket(MemoryFileSystem):
 
     def makedirs(self, path, exist_ok=False):
         pass
+
+    def cp_file(self, path1, path2, **kwargs):
+        if self.isfile(path1):
+            super().cp_file(path1, path2, **kwargs)
 
 
 @pytest.fixture
@@ -121,38 +127,6 @@ def test_a_model_is_saved_and_loaded(bucket):
         pretrained.locate("gs://bucket/nothing")
 
 
-def test_a_run_lives_in_a_bucket(bucket, tmp_path, monkeypatch):
-    """All but the checkpoints: Orbax reaches Google's storage by itself."""
-    asked = []
-
-    def local_checkpoints(folder, keep):
-        asked.append(str(folder))
-        return Checkpoints(tmp_path, keep=keep)
-
-    monkeypatch.setattr(train, "Checkpoints", local_checkpoints)
-    config, workdir = test_train.small("tokenizer", preview_every=3), "gs://bucket/runs/one"
-    train.train(config, workdir)
-    run = epath.Path(workdir)
-    assert asked == [workdir + "/checkpoints"]
-    assert [line["step"] for line in log_of(run)] == [2, 4, 6]
-    assert sorted(path.name for path in (run / "previews").iterdir()) == ["0000003.png", "0000006.png"]
-    assert len(list((run / "tensorboard").iterdir())) == 1
-    assert (run / "curves.png").exists()
-    train.train(config, workdir)  # at its end already; the log stays
-    assert [line["step"] for line in log_of(run)] == [2, 4, 6]
-    assert titok_jax.load_tokenizer(workdir + "/pretrained").config.codebook_size == config.model.codebook_size
-
-
-def test_a_damaged_checkpoint_is_moved(bucket, tmp_path):
-    """Not by Orbax, but by names: there are no empty folders to move into."""
-    (bucket / "run/checkpoints/6/state/a").write_text("damaged")
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints._folder = bucket / "run/checkpoints"
-        checkpoints._put_aside({6: "DATA_LOSS: no manifest"})
-    assert objects() == ["run/damaged/6.txt", "run/damaged/6/state/a"]
-    assert (bucket / "run/damaged/6.txt").read_text() == "DATA_LOSS: no manifest\n"
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """What happens while a lock is looked at: functions, one for each time it waits."""
@@ -160,6 +134,174 @@ def clock(monkeypatch):
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: events.pop(0)() if events else None)
     monkeypatch.setattr(lock, "BEAT", 1e6)  # of itself, nothing beats
     return events
+
+
+@pytest.fixture(scope="module")
+def server():
+    with fake_gcs.serve(_Bucket()) as server:
+        yield server
+
+
+@pytest.fixture
+def google(bucket, server, monkeypatch):
+    """The server by which Orbax's arrays reach the bucket."""
+    monkeypatch.setattr(server, "asked", [])
+    monkeypatch.setattr(server, "refuse", lambda method, name: None)
+    return server
+
+
+def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, capsys):
+    """Interrupted, and with a server that fails once, it ends as the same run in a folder."""
+    config = test_train.small("tokenizer", checkpoint_every=2, preview_every=3)
+    straight = train.train(config, tmp_path / "folder")
+    monkeypatch.chdir(tmp_path / "folder")
+    before = sorted((tmp_path / "folder").rglob("*"))
+    real_write = train.MetricLog.write
+
+    def crash(self, step, metrics, **options):
+        real_write(self, step, metrics, **options)
+        if step == 4:
+            raise test_train.Stopped
+
+    failures = [503]
+    google.refuse = lambda method, name: failures.pop() if failures and method == "POST" else None
+    with monkeypatch.context() as patch:
+        patch.setattr(train.MetricLog, "write", crash)
+        with pytest.raises(test_train.Stopped):
+            train.train(config, "gs://bucket/runs/one")
+    assert not failures
+    test_train.assert_same_state(straight, train.train(config, "gs://bucket/runs/one"))
+    assert "Continuing at step 2 of 6 from gs://bucket/runs/one/checkpoints" in capsys.readouterr().out
+    run = bucket / "runs/one"
+    assert sorted({name.split("/")[2] for name in objects("runs/one/")}) == sorted(
+        ["checkpoints", "curves.png", "metrics.jsonl", "pretrained", "previews", "tensorboard"]
+    )
+    assert sorted({name.split("/")[3] for name in objects("runs/one/checkpoints/")}) == ["4", "6"]
+    assert any("/checkpoints/6/state/" in name for _, name in google.asked)
+    assert [line["step"] for line in log_of(run)] == [2, 4, 6]
+    assert sorted(path.name for path in (run / "previews").iterdir()) == ["0000003.png", "0000006.png"]
+    train.train(config, "gs://bucket/runs/one")  # at its end already; the log stays
+    assert [line["step"] for line in log_of(run)] == [2, 4, 6]
+    assert titok_jax.load_tokenizer(str(run / "pretrained")).config.codebook_size == config.model.codebook_size
+    assert sorted((tmp_path / "folder").rglob("*")) == before  # in the current folder, no folder "gs:"
+
+
+def save(folder, step, keep=2):
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        checkpoints.save(step, test_checkpoint.state(step), test_checkpoint.CONFIG)
+
+
+def restore(folder):
+    """The step of the checkpoint that a new run goes on from. Its state must be what was saved."""
+    with Checkpoints(folder) as checkpoints:
+        step, state = test_checkpoint.restore(checkpoints)
+    test_train.assert_same_state(state, test_checkpoint.state(step))
+    return step
+
+
+def contents():
+    return {path: file.getvalue() for path, file in _Bucket.store.copy().items()}
+
+
+def fill(contents):
+    _Bucket.store.clear()
+    for path, data in contents.items():
+        _Bucket().pipe_file(path, data)
+
+
+# TensorStore answers, of reads that go on when the first has failed, a loop that is closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_whichever_object_of_a_checkpoint_is_damaged_none_is_read_wrong(bucket, google, capsys):
+    """Deleted, empty or cut in half: it is read all the same, or the one before is and this one is put aside."""
+    for step in (1, 2):
+        save(bucket / "run/checkpoints", step)
+    saved, newest, fatal = contents(), objects("run/checkpoints/2/"), set()
+    for name in newest:
+        for part in (None, 0, 0.5):
+            fill(saved)
+            data = (bucket / name).read_bytes()
+            (bucket / name).unlink() if part is None else (bucket / name).write_bytes(data[: int(part * len(data))])
+            left = objects("run/checkpoints/2/")
+            step, printed = restore(bucket / "run/checkpoints"), capsys.readouterr().out
+            if step == 1 and left == [n for n in newest if n != "run/checkpoints/2/commit_success.txt"]:
+                assert objects("run/checkpoints/2/") == objects("run/damaged/") == []  # as what a killed run leaves
+            elif step == 1:
+                assert "warning: the checkpoint of step 2 cannot be read (" in printed
+                assert objects("run/damaged/") == ["run/damaged/2.txt", *(n.replace("checkpoints", "damaged") for n in left)]
+                assert objects("run/checkpoints/2/") == []
+                fatal.add(name.removeprefix("run/checkpoints/2/"))
+            else:
+                assert objects("run/checkpoints/2/") == left
+    arrays = max((n for n in newest if "/ocdbt" in n), key=lambda n: len(saved["/bucket/" + n]))
+    assert {"config/metadata", "state/manifest.ocdbt", arrays.removeprefix("run/checkpoints/2/")} <= fatal
+
+
+def test_a_save_may_be_killed_at_any_moment(bucket, google, monkeypatch):
+    """After each change that a save makes in the bucket, to the last object of the checkpoint that it replaces."""
+    moments = []
+
+    class Watched(dict):
+        def __setitem__(self, path, file):
+            super().__setitem__(path, file)
+            moments.append(contents())
+
+        def __delitem__(self, path):
+            super().__delitem__(path)
+            moments.append(contents())
+
+    monkeypatch.setattr(_Bucket, "store", Watched())
+    save(bucket / "run", 1, keep=1)
+    before = len(moments)
+    save(bucket / "run", 2, keep=1)
+    moments = moments[before:]
+    assert {name.split("/")[1] for name in objects()} == {"2"}
+    monkeypatch.setattr(_Bucket, "store", {})
+    steps = []
+    for moment in moments:
+        fill(moment)
+        steps.append(restore(bucket / "run"))
+        assert steps[-1] == 2 or objects("run/2/") == []  # what it had written is gone
+    assert steps == sorted(steps)
+    assert min(steps.count(step) for step in (1, 2)) > 5
+    save(bucket / "run", 3)
+    assert restore(bucket / "run") == 3
+
+
+def test_a_bucket_that_may_not_be_read_is_no_damage(bucket, google):
+    for step in (1, 2):
+        save(bucket / "run", step)
+    before = objects()
+    google.refuse = lambda method, name: 403 if "/2/state/" in name else None
+    with pytest.raises(
+        OSError, match=r"step 2 in gs://bucket/run cannot be read now .*PERMISSION_DENIED.*nothing was changed"
+    ):
+        restore(bucket / "run")
+    assert objects() == before
+    google.refuse = lambda method, name: None
+    assert restore(bucket / "run") == 2
+
+
+def test_a_bucket_that_may_not_be_written_ends_the_run(bucket, google):
+    save(bucket / "run", 1)
+    google.refuse = lambda method, name: 403 if method == "POST" else None
+    with pytest.raises(OSError, match=r"cannot be written to gs://bucket/run .*newest complete one, of step 1, is intact"):
+        save(bucket / "run", 2)
+    google.refuse = lambda method, name: None
+    assert any(name.startswith("run/2/") for name in objects())
+    save(bucket / "run", 3)
+    assert {name.split("/")[1] for name in objects()} == {"1", "3"}
+
+
+def test_a_bucket_whose_metadata_may_not_be_read_is_told(bucket, google, monkeypatch):
+    """Which Orbax asks for; a role that is for objects only does not give it."""
+
+    def forbidden(name):
+        raise RuntimeError(f"403 GET /storage/v1/b/{name}: no storage.buckets.get access to the bucket")
+
+    monkeypatch.setattr(google.client, "get_bucket", forbidden)
+    with pytest.raises(OSError, match=r"checkpoints in gs://bucket/run cannot be listed \(.*403 GET.*storage\.buckets\.get"):
+        save(bucket / "run", 1)
+    assert objects() == []
 
 
 def test_a_second_run_is_refused_while_the_first_lives(bucket, clock):
@@ -375,6 +517,8 @@ def test_without_what_reaches_it_the_error_says_what_to_install(monkeypatch, cap
         "gs://bucket/a.png cannot be reached (Please install gcsfs to access Google Storage): pip install 'titok_jax[tpu]'"
     )
     assert message in capsys.readouterr().err
+    with pytest.raises(OSError, match=r"gs://bucket/run cannot be reached"):
+        train.train(test_train.small("tokenizer"), "gs://bucket/run")
     with pytest.raises(ValueError, match="ftp://host/x: unknown storage ftp://, expected a path of this machine or gs://"):
         storage.as_path("ftp://host/x")
 

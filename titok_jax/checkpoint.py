@@ -1,7 +1,8 @@
 """Training checkpoints: the whole state and the configuration, written by Orbax in the background.
 
-A checkpoint `<folder>/<step>` is complete or absent: Orbax writes beside it and renames. All processes of a run write
-their shards of it; it can be restored on any mesh and by any number of processes.
+A checkpoint `<folder>/<step>` is complete or absent: Orbax writes beside it and renames or, in a bucket, adds an object that
+says so at the end. All processes of a run write their shards of it; it can be restored on any mesh and by any number of
+processes.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from titok_jax.storage import is_remote
+
 State = Any
 
 # What TensorStore says, as a ValueError, when a storage fails rather than what is stored there.
@@ -27,6 +30,8 @@ _STORAGE_FAILS = (
     "RESOURCE_EXHAUSTED",
     "ABORTED",
 )
+# The modules by which Orbax and etils reach a bucket: what they raise of their own says nothing of a checkpoint's files.
+_CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.", "urllib3.")
 
 
 class Checkpoints:
@@ -37,13 +42,27 @@ class Checkpoints:
         Args:
           folder: absolute; made if need be.
           keep: how many of the newest are kept.
+
+        Raises:
+          OSError: it cannot be looked into.
         """
         # What a killed run left half written is removed: no other run writes here.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._folder = epath.Path(folder)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            if str(self._folder).startswith("gs://"):
+                # As Orbax does once there are checkpoints to read or remove: what forbids that shows now, not after hours.
+                from google.cloud import storage
+
+                storage.Client().get_bucket(str(self._folder).split("/")[2])
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except Exception as error:
+            raise OSError(
+                f"the checkpoints in {self._folder} cannot be listed ({_one_line(error)}). Is the storage reachable, with "
+                "permission to read? Of a bucket that is storage.buckets.get too (docs/tpu.md). The same command tries again"
+            ) from error
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -70,10 +89,13 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            complete = sorted(int(path.name) for path in self._folder.glob("*") if path.name.isdigit())
-            kept = f"the newest complete one, of step {complete[-1]}, is intact" if complete else "there is none yet"
+            kept = "complete ones are as they were"
+            with contextlib.suppress(Exception):  # the storage may fail here too
+                complete = ocp.path.step.checkpoint_steps(self._folder)
+                kept = f"the newest complete one, of step {max(complete)}, is intact" if complete else "there is none yet"
+            why = "may this run write in that bucket?" if is_remote(self._folder) else "is the disk full?"
             raise OSError(
-                f"a checkpoint cannot be written to {self._folder} ({_one_line(error)}); is the disk full? {kept}; "
+                f"a checkpoint cannot be written to {self._folder} ({_one_line(error)}); {why} {kept}; "
                 "the same command continues"
             ) from error
 
@@ -194,10 +216,10 @@ def check_config(found: Mapping[str, Any], now: Mapping[str, Any], free: Iterabl
 def _storage_fails(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, is of the machine or its storage, and says nothing of the files."""
     while error is not None:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-            if error.errno is not None or isinstance(error, TimeoutError | ConnectionError | PermissionError):
+        if isinstance(error, OSError | MemoryError) or type(error).__module__.startswith(_CLIENTS):
+            if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
                 return True
-        elif isinstance(error, MemoryError) or any(code in str(error) for code in _STORAGE_FAILS):
+        elif any(code in str(error) for code in _STORAGE_FAILS):
             return True
         error = error.__cause__ or error.__context__
     return False

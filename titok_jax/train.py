@@ -40,7 +40,7 @@ from titok_jax.data.transforms import make_train_transform
 from titok_jax.lock import lock_workdir
 from titok_jax.metric_log import MetricLog
 from titok_jax.progress import Evaluation, Previews
-from titok_jax.storage import is_remote
+from titok_jax.storage import as_path, is_remote
 from titok_jax.tasks import Task, jit_step
 from titok_jax.tasks.build import build_task, check_batch
 
@@ -123,7 +123,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
 
 def _train(config: ConfigDict, workdir: epath.PathLike, held: contextlib.ExitStack) -> dict[str, Any] | None:
     # Parts: everything that can be wrong with the configuration shows here, before anything is written.
-    workdir = epath.Path(workdir).expanduser()
+    workdir = epath.Path(as_path(workdir)).expanduser()
     if not is_remote(workdir):
         workdir = workdir.resolve()  # which would make a local path of gs://
     if workdir.exists() and not workdir.is_dir():
