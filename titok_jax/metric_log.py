@@ -15,7 +15,8 @@ from tensorboardX import SummaryWriter
 from titok_jax import pictures
 from titok_jax.storage import is_remote
 
-_NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor")
+# What says nothing over the steps: the axis itself, the clock's, and what the configuration fixes.
+_NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight")
 
 
 class MetricLog:
@@ -105,8 +106,8 @@ class MetricLog:
             return
         names = {name: None for record in self._records for name in record if name not in _NOT_DRAWN}
         curves = {n: [(r["step"], r[n]) for r in self._records if r.get(n) is not None] for n in names}
-        # What never changes, as a loss of weight 0, is no curve.
-        curves = {n: p for n, p in curves.items() if len({value for _, value in p}) > 1}
+        # What is 0 throughout, as a loss of weight 0, is no curve; another constant is, as a learning rate.
+        curves = {n: p for n, p in curves.items() if any(value for _, value in p)}
         if not curves:
             return
         charts = [pictures.curve({n: p}, x_label="step", y_label=n, size=(440, 280)) for n, p in curves.items()]
