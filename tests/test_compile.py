@@ -176,7 +176,7 @@ def test_collectives_are_those_of_the_mesh():
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason='the TPU compiler is not installed: pip install "titok_jax[tpu]"'
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install libtpu"
 )
 def test_a_small_step_compiles_for_a_tpu_slice(tmp_path):
     results = tmp_path / "rows.json"

@@ -17,6 +17,7 @@ import pytest
 import tiny_models as tiny
 from ml_collections import ConfigDict
 
+from titok_jax import compile as compiling
 from titok_jax import convert, pretrained, train
 from titok_jax.cli import read_config
 from titok_jax.data.sources import make_source
@@ -24,6 +25,7 @@ from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 from titok_jax.models.titok import transformer_size
 from titok_jax.pretokenize import parse_source
 from titok_jax.tasks.build import build_task
+from titok_jax.tasks.perceptual import CONVNEXT_FILE
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -292,15 +294,25 @@ def documented_commands(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", ["training.md", "tpu.md"])
 def test_the_documented_commands_are_understood(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    trained = 0
+    trained, converted = 0, {output for tool, *_, output in documented_commands("training.md") if "convert" in tool}
     for first, *argv in documented_commands(page):
         if first == "tools/prepare_imagenet.py":
             spec = importlib.util.spec_from_file_location("prepare_imagenet", first)
             spec.loader.exec_module(tool := importlib.util.module_from_spec(spec))
             tool._parser().parse_args(argv)
+        elif argv[0] == "titok_jax.compile":
+            args, changes = compiling._parser().parse_known_args(argv[1:])
+            assert args.slice in compiling.SLICES
+            read_config(args.config, changes)
         elif argv[0] == "titok_jax.train":
             args, changes = train._parser().parse_known_args(argv[1:])
-            source = read_config(args.config, changes).data.source
+            found = read_config(args.config, changes)
+            # Where training runs there need not be PyTorch, which published files of these ask for: none is read.
+            if found.get("vqgan", "random") != "random":
+                assert found.vqgan.endswith(("/pretrained", ".safetensors")), found.vqgan
+            if "loss" in found and found.loss.get("perceptual", "none") != "none":
+                assert f"{found.perceptual_weights}/{CONVNEXT_FILE.stem}.safetensors" in converted
+            source = found.data.source
             if source.name != "digits":  # all is said that it needs, and no file of it is here
                 with pytest.raises(FileNotFoundError):
                     make_source(source)

@@ -19,7 +19,7 @@ from titok_jax import convert, models, pretrained, weights
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"
 VQGAN = models.MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=16)
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed: pip install 'titok_jax[torch]'")
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed: pip install torch")
 
 
 def published(config):

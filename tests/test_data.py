@@ -440,6 +440,10 @@ def test_make_source_errors():
     # As a recipe whose options were not given, or not for this kind.
     with pytest.raises(ValueError, match=r"array_record: missing .*'paths'; it takes paths\. The others: .*folder \("):
         sources.make_source({"name": "array_record", "paths": "", "path": ""})
+    with pytest.raises(
+        FileNotFoundError, match=r"no: no such folder.* \(--config\.data\.source\.FIELD=VALUE sets a field of it\)"
+    ):
+        sources.make_source({"name": "folder", "path": "no"}, "--config.data.source")
     assert len(sources.make_source({"name": "digits", "split": "test", "paths": "", "path": ""})) == 360
     with pytest.raises(ValueError, match="digits has no split 'val'; it has train, test, all"):
         sources.make_source({"name": "digits", "split": "val"})

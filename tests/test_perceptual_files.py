@@ -16,7 +16,7 @@ from titok_jax.tasks.perceptual import load_perceptual
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"
 NAME = "lpips-convnext_s-1.0-0.1"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed: pip install 'titok_jax[torch]'")
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed: pip install torch")
 
 
 @pytest.fixture(scope="module")

@@ -514,7 +514,7 @@ def test_without_what_reaches_it_the_error_says_what_to_install(monkeypatch, cap
     monkeypatch.setattr(fsspec, "get_filesystem_class", absent)
     assert sample.main(["--out", "gs://bucket/a.png"]) == 2
     message = (
-        "gs://bucket/a.png cannot be reached (Please install gcsfs to access Google Storage): pip install 'titok_jax[tpu]'"
+        "gs://bucket/a.png cannot be reached (Please install gcsfs to access Google Storage): pip install 'etils[epath-gcs]'"
     )
     assert message in capsys.readouterr().err
     with pytest.raises(OSError, match=r"gs://bucket/run cannot be reached"):

@@ -179,7 +179,9 @@ def test_a_changed_configuration_is_refused_and_names_the_fields(tmp_path):
     ):
         train.train(changed, tmp_path)
     # What does not touch the result may change.
-    train.train(small("tokenizer", num_steps=2, log_every=1), tmp_path)
+    train.train(
+        small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat=True), tmp_path
+    )
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, capsys):

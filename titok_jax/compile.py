@@ -31,7 +31,8 @@ _EPILOG = """examples:
   python -m titok_jax.compile --all --results runs/tpu_check.json
       everything in the table of docs/tpu.md (make tpu-check); what FILE already holds is not compiled again
 
-The TPU compiler is the package libtpu (pip install "titok_jax[tpu]"); no TPU is used. Times are the compiler's estimates.
+The TPU compiler is the package libtpu (make tpu-check installs it into .venv-tpu); no TPU is used. Times are what the
+compiler estimates.
 """
 
 
@@ -92,7 +93,7 @@ def topology_devices(name: str) -> list[Any]:
     """
     chip = slice_chip(name)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError('the TPU compiler is not installed: pip install "titok_jax[tpu]", or libtpu beside this jax')
+        raise ValueError("the TPU compiler is not installed: pip install libtpu, of the version in constraints.txt")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks the metadata server of a cloud machine otherwise
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it holds no chip, so it need not be alone on the machine
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -581,7 +582,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         help="that the compiler makes for speed: 0 as when a program is run; -1 compiles GAN trainings in minutes, and "
-        "estimates up to three times the time (default: 0)",
+        "estimates three to six times the time (default: 0)",
     )
     parser.add_argument("--results", type=as_path, help="JSON file that the row is put into, also gs://")
     return parser

@@ -22,7 +22,8 @@ from titok_jax.tasks.build import check_batch
 def held_out_source(config: ConfigDict) -> Any:
     """The examples that training does not see, `config.data.eval_source`; None if nothing but its kind is set."""
     spec = config.data.get("eval_source")
-    return make_source(spec) if spec and any(spec[option] for option in spec if option != "name") else None
+    given = spec and any(spec[option] for option in spec if option != "name")
+    return make_source(spec, "--config.data.eval_source") if given else None
 
 
 class Evaluation:

@@ -41,9 +41,7 @@ def as_path(path: str | os.PathLike) -> Path | epath.Path:
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
-            raise OSError(
-                f"{os.fspath(path)} cannot be reached ({error}): pip install 'titok_jax[tpu]', or 'etils[epath-gcs]' alone"
-            ) from None
+            raise OSError(f"{os.fspath(path)} cannot be reached ({error}): pip install 'etils[epath-gcs]'") from None
     return epath.Path(path)
 
 

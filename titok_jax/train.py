@@ -44,12 +44,17 @@ from titok_jax.storage import as_path, is_remote
 from titok_jax.tasks import Task, jit_step
 from titok_jax.tasks.build import build_task, check_batch
 
-# What may change when a run is continued; everything else decides the result.
+# What may change when a run is continued: the machine that it runs on, what it shows and keeps. Everything else decides the
+# result, of which these change the rounding, and accumulation the draws of dropout.
 FREE_FIELDS = (
     "mesh",
+    "remat",
+    "gradient_accumulation",
     "log_every",
     "checkpoint_every",
     "preview_every",
+    "preview_images",
+    "preview_columns",
     "eval_every",
     "eval_images",
     "keep_checkpoints",
@@ -134,8 +139,9 @@ def _train(config: ConfigDict, workdir: epath.PathLike, held: contextlib.ExitSta
     mesh = sharding.make_mesh(**config.mesh)
     batch_size, num_steps = config.data.batch_size, config.num_steps
     sharding.check_batch_size(mesh, batch_size, config.gradient_accumulation)
+    # Before the task, which may download the networks that it takes.
+    source = make_source(config.data.source, "--config.data.source")
     task = build_task(config)
-    source = make_source(config.data.source)
     augment = make_train_transform(config.data.transform) if config.data.get("transform") else None
     first_process, part = jax.process_index() == 0, sharding.batch_part(mesh)
     stored_config = json.loads(config.to_json()) | {"frozen_weights": fingerprint(task.frozen)}

@@ -264,7 +264,7 @@ def import_torch(path: Path, purpose: str):
     except ImportError:
         raise WeightsError(
             f"{path} is a PyTorch file and PyTorch is not installed, which is needed to {purpose} it: "
-            "pip install 'titok_jax[torch]', or convert it to .safetensors where PyTorch is (tools/convert_weights.py)"
+            "pip install torch, or convert it to .safetensors where PyTorch is (tools/convert_weights.py)"
         ) from None
     return torch
 

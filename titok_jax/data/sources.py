@@ -27,14 +27,22 @@ from titok_jax.storage import as_path, is_remote, local_copy, needs_mount, read_
 Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or pattern (`find_files`), or several
 
 
-def make_source(spec: Mapping[str, Any]):
+def make_source(spec: Mapping[str, Any], flag: str = ""):
     """The source named by `spec`: {"name": "digits", "split": "train"}; the other entries are its constructor's arguments,
     except those that are "", which are as if they were not there.
+
+    Args:
+      flag: what sets `spec` on the command line, which errors then name: "--config.data.source".
 
     Raises:
       ValueError: unknown name or option, or what the files hold is not what is expected.
       FileNotFoundError: a path or pattern that matches nothing.
     """
+    if flag:
+        try:
+            return make_source(spec)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{error} ({flag}.FIELD=VALUE sets a field of it)") from None
     options = {option: value for option, value in spec.items() if value != ""}
     name = options.pop("name", None)
     if name not in _SOURCES:
