@@ -253,6 +253,33 @@ def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(which, tmp
     assert (tmp_path / "damaged" / "2").is_dir()
 
 
+# The bucket is a folder here. The first process alone looks into it.
+LOST = """
+import sys
+from titok_jax import lock, sharding
+sharding.start_processes()
+import jax
+from etils import epath
+lock.is_remote, lock.BEAT = lambda path: True, 1
+workdir = epath.Path(sys.argv[1])
+with lock.lock_workdir(workdir) as held:
+    held.check()
+    if jax.process_index() == 0:
+        (workdir / ".lock").write_text("host-3, process 17, 0123")
+    try:
+        held.check()
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_of_a_run_that_lost_its_workdir_all_processes_end(tmp_path):
+    printed = finish(start(LOST, str(tmp_path), processes=2))
+    for text, holder in zip(printed, ("host-3, process 17, 0123", "see process 0"), strict=True):
+        assert f"another run ({holder}) has taken {tmp_path} over" in text
+    assert (tmp_path / ".lock").read_text() == "host-3, process 17, 0123"
+
+
 ONE_DIES = """
 import os, sys
 from titok_jax import sharding

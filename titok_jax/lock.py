@@ -24,32 +24,31 @@ def lock_workdir(workdir: epath.Path) -> Iterator["BucketLock | None"]:
     """Holds a workdir for all processes of this run.
 
     On this machine the lock ends with the first process, however that ends. In a bucket there is none that does: see
-    `BucketLock`, which the first process is given. It waits for a minute if a run was killed there.
+    `BucketLock`, which is given. It waits for a minute if a run was killed there.
 
     Raises:
       ValueError: another run holds it; on every process.
     """
     with contextlib.ExitStack() as stack:
-        lock, held = None, True
-        if jax.process_index() == 0 and is_remote(workdir):
-            lock = BucketLock(workdir / ".lock")
+        lock, held = BucketLock(workdir / ".lock") if is_remote(workdir) else None, True
+        if jax.process_index() == 0 and lock:
             held = lock.acquire()
+            if held:
+                stack.callback(lock.release)
         elif jax.process_index() == 0:
             held = stack.enter_context(file_lock(workdir / ".lock", wait=False, go_on=True))
-        if lock is not None and held:
-            stack.callback(lock.release)
         if not multihost_utils.broadcast_one_to_all(held):
             raise ValueError(f"another run is training in {workdir}; wait for it, or choose another workdir")
         yield lock
 
 
 class BucketLock:
-    """An object that its holder writes anew every `BEAT` seconds, and removes in the end.
+    """An object that its holder, the first process of a run, writes anew every `BEAT` seconds, and removes in the end.
 
     Who finds one looks at it for three beats: if it changes, its holder lives; if it stays as it is, its holder was killed
     and it is taken over. So nobody has to remove it after a kill, and no clocks are compared. Of two that begin in the same
     moment the one that wrote last holds it. A holder that finds another's name in it, because it was cut off from the bucket
-    for longer than those beats, has lost it: `check` says so before it writes a checkpoint.
+    for longer than those beats, has lost it: `check` says so, to all its processes, before a checkpoint is written.
     """
 
     def __init__(self, path: epath.Path):
@@ -82,13 +81,14 @@ class BucketLock:
         return True
 
     def check(self) -> None:
-        """Raises OSError if another run has taken the workdir."""
-        with contextlib.suppress(Exception):  # as in `_keep`; without an answer, what the last beat found counts
-            self._look()
-        if self._other:
+        """Raises OSError on every process, all of which must call it, if another run has taken the workdir."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(Exception):  # as in `_keep`; without an answer, what the last beat found counts
+                self._look()
+        if multihost_utils.broadcast_one_to_all(bool(self._other)):
             raise OSError(
-                f"another run ({self._other}) has taken {self._path.parent} over, while this one was cut off from it or "
-                "began at the same moment; this one ends and writes nothing more there"
+                f"another run ({self._other or 'see process 0'}) has taken {self._path.parent} over, while this one was "
+                "cut off from it or began at the same moment; this one ends and writes nothing more there"
             )
 
     def beat(self) -> None:
