@@ -3,7 +3,8 @@
 
 In the folder $FAKE_GCLOUD: `calls.jsonl`, every call; `slice.json`, what there is: the kind, the states it still goes
 through, and how many have been made; `preempt`, how many looks at the first slice's running workers it takes until it is
-preempted (0: never); `worker0` and `worker1`, the workers' home folders.
+preempted (0: never); `gone`, the state of one that is, or `REPAIRING`, from which it comes back by itself; `offline`, to how
+many looks at the state there is no answer yet, and the error instead; `worker0` and `worker1`, the workers' home folders.
 """
 
 import json
@@ -16,7 +17,6 @@ import sys
 
 ROOT = pathlib.Path(os.environ["FAKE_GCLOUD"])
 STATES = {"tpu-vm": ["CREATING", "READY"], "queued-resources": ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]}
-GONE = {"tpu-vm": "PREEMPTED", "queued-resources": "SUSPENDED"}
 
 
 def fail(message: str) -> None:
@@ -30,6 +30,14 @@ def write(slice_: dict) -> None:
 
 def workers() -> list[pathlib.Path]:
     return [ROOT / "worker0", ROOT / "worker1"]
+
+
+def maintain(slice_: dict) -> None:
+    """The machines lose power and start again: the disks are there, the processes are not."""
+    for home in workers():
+        os.killpg(int((home / "titok_run/pid").read_text()), signal.SIGKILL)
+    slice_["states"] = ["REPAIRING", "REPAIRING", "READY"]
+    write(slice_)
 
 
 def preempt(slice_: dict) -> None:
@@ -54,6 +62,12 @@ def main() -> None:
     slice_ = json.loads((ROOT / "slice.json").read_text()) if (ROOT / "slice.json").exists() else {"made": 0}
     there = "states" in slice_
 
+    offline = ROOT / "offline"
+    if offline.exists():
+        looks, message = offline.read_text().split(" ", 1)
+        left = int(looks) - (verb == "describe")
+        offline.write_text(f"{left} {message}") if left else offline.unlink()
+        fail(message)
     if verb == "create":
         if there:
             fail("ALREADY_EXISTS")
@@ -66,10 +80,11 @@ def main() -> None:
             fail("NOT_FOUND")
         write({"made": slice_["made"]})
     elif verb == "describe":
-        if (ROOT / "offline").exists():
-            fail("UNAVAILABLE: no network")
         if not there or slice_["kind"] != kind:
-            fail("NOT_FOUND: not found")
+            fail(
+                f"NOT_FOUND: Resource 'projects/p/locations/z/nodes/{name}' was not found. This command is authenticated as "
+                "me@example.com which is the active account specified by the [core/account] property."
+            )
         print(slice_["states"][0])
         slice_["states"] = slice_["states"][1:] or slice_["states"]
         write(slice_)
@@ -84,7 +99,7 @@ def main() -> None:
         command = options["command"]
         chosen = workers() if options["worker"] == "all" else [workers()[int(options["worker"])]]
         if slice_.get("preempted") and "worker.sh status" not in command:
-            slice_["states"] = [GONE[slice_["kind"]]]
+            slice_["states"] = [(ROOT / "gone").read_text()]
             write(slice_)
             fail("connection refused")
         codes = []
@@ -95,7 +110,7 @@ def main() -> None:
             slice_["looks"] += 1
             write(slice_)
             if slice_["made"] == 1 and slice_["looks"] == int((ROOT / "preempt").read_text()):
-                preempt(slice_)
+                (maintain if (ROOT / "gone").read_text() == "REPAIRING" else preempt)(slice_)
         sys.exit(max(codes))
     else:
         fail(f"unknown call {arguments}")

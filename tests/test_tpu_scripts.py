@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -15,7 +16,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = ROOT / "tpu_scripts"
 
 # What the workers run. The place for its results is shared and outlives them, as a bucket does. In the first life of the
-# slice it goes on until SIGTERM, "saves" and exits with 0, as the training does; in the second it comes to its end.
+# slice it goes on until SIGTERM, "saves" and exits with 0, as the training does; in the second it comes to its end. With
+# `finish` there it comes to its end in any.
 TRAIN = """
 import json, os, pathlib, signal, sys, time
 bucket, worker = pathlib.Path(sys.argv[1]), os.environ["WORKER"]
@@ -30,7 +32,7 @@ def save(*_):
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 (bucket / f"{worker}.ready").touch()
-while True:
+while not (bucket / "finish").exists():
     time.sleep(0.01)
 """
 # Words that a shell would take apart.
@@ -54,12 +56,13 @@ def cloud(tmp_path, monkeypatch):
         (binaries / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (binaries / name).chmod(0o755)
     (tmp_path / "preempt").write_text("0")
+    (tmp_path / "gone").write_text("PREEMPTED")
     (tmp_path / "bucket").mkdir()
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "env").write_text("TOKEN='a secret'\n")
     (tmp_path / "config.sh").write_text(
-        f"NAME=t PROJECT=p ZONE=z ACCELERATOR_TYPE=v5litepod-16 PROVISIONING=${{PROVISIONING:-spot}} POLL_SECONDS=0.01 "
-        f"STOP_SECONDS=30 MAX_FAILURES=2 ENV_FILE={tmp_path}/env\n"
+        "NAME=t PROJECT=p ZONE=z ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-16} PROVISIONING=${PROVISIONING:-spot} "
+        f"POLL_SECONDS=0.01 STOP_SECONDS=30 MAX_FAILURES=2 ENV_FILE={tmp_path}/env\n"
     )
     monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path))
@@ -72,15 +75,54 @@ def cloud(tmp_path, monkeypatch):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
-def tpu(cloud, *arguments, **kwargs):
+def tpu(cloud, *arguments):
     return subprocess.run(
         [SCRIPTS / "tpu.sh", "--config", cloud / "config.sh", *arguments],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
         timeout=120,
-        **kwargs,
     )
+
+
+@contextlib.contextmanager
+def beside(cloud, *arguments):
+    """tpu.sh while the test goes on -> the process, and a function that waits for words in its output -> all until then."""
+    process = subprocess.Popen(
+        [SCRIPTS / "tpu.sh", "--config", cloud / "config.sh", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+    def end():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def until(words):
+        seen = ""
+        for line in process.stdout:
+            seen += line
+            if words in line:
+                return seen
+        raise AssertionError(f"ended without {words!r}: {seen}")
+
+    late = threading.Timer(120, end)  # as the timeout of `tpu`
+    late.start()
+    try:
+        yield process, until
+    finally:
+        late.cancel()
+        end()
+        process.communicate()
+
+
+def offline(cloud, looks, message):
+    """From now on, at once: to so many looks there is no answer."""
+    (cloud / "offline.new").write_text(f"{looks} {message}")
+    (cloud / "offline.new").rename(cloud / "offline")
 
 
 def calls(cloud):
@@ -99,25 +141,25 @@ def train(cloud):
 
 
 @pytest.mark.parametrize(
-    ("provisioning", "kind", "options"),
+    ("provisioning", "gone", "kind", "options"),
     [
-        ("spot", "tpu-vm", ["--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot"]),
-        (
-            "queued-spot",
-            "queued-resources",
-            ["--node-id=t", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"],
-        ),
+        ("spot", "PREEMPTED", "tpu-vm", ["--version=v2-alpha-tpuv5-lite", "--spot"]),
+        ("queued-spot", "SUSPENDED", "queued-resources", ["--node-id=t", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]),
+        ("on-demand", "TERMINATED", "tpu-vm", ["--version=v2-alpha-tpuv5-lite"]),
     ],
 )
-def test_a_preempted_run_is_resumed_and_nothing_is_created_twice(cloud, monkeypatch, provisioning, kind, options):
+def test_a_preempted_run_is_resumed_and_nothing_is_created_twice(cloud, monkeypatch, provisioning, gone, kind, options):
     monkeypatch.setenv("PROVISIONING", provisioning)
     (cloud / "preempt").write_text("3")
+    (cloud / "gone").write_text(gone)
+    options = ["--accelerator-type=v5litepod-16", *options]
     done = tpu(cloud, "babysit", "--delete", *train(cloud))
     assert done.returncode == 0, done.stdout + done.stderr
     made = [line for k, verb, line in calls(cloud) if verb == "create"]
     # Once, once more after the preemption; the fake refuses to make what is there, and was never asked to.
     assert len(made) == 2
     assert all(line[2] == kind and line[4] == "t" and set(options) <= set(line) for line in made)
+    assert all(("--spot" in line) == ("spot" in provisioning) for line in made)
     assert [verb for _, verb, _ in calls(cloud) if verb in ("create", "delete")] == ["create", "delete"] * 2
     assert count(cloud, "scp", "titok_jax.tar.gz") == 2
     for worker in ("worker0", "worker1"):
@@ -128,6 +170,46 @@ def test_a_preempted_run_is_resumed_and_nothing_is_created_twice(cloud, monkeypa
     # The secret is in a file only.
     assert "a secret" not in (cloud / "calls.jsonl").read_text() + done.stdout + done.stderr
     assert not (cloud / "slice.json").read_text().count("states")  # deleted in the end
+
+
+def test_maintenance_of_an_on_demand_slice_is_waited_for(cloud, monkeypatch):
+    monkeypatch.setenv("PROVISIONING", "on-demand")
+    (cloud / "preempt").write_text("3")
+    (cloud / "gone").write_text("REPAIRING")
+    with beside(cloud, "babysit", *train(cloud)) as (process, until):
+        until("t: WAITING")  # while it is made
+        until("t: WAITING")
+        assert "the workers: idle" in until("the workers: running")
+        (cloud / "bucket/finish").touch()
+        until("exited with 0 on every worker")
+        assert process.wait(timeout=60) == 0
+    # The same machines: nothing is made, deleted or installed again.
+    assert [count(cloud, verb) for verb in ("create", "delete")] == [1, 0]
+    assert count(cloud, "ssh", "worker.sh setup") == 1
+    for worker in ("worker0", "worker1"):
+        assert len((cloud / "bucket" / f"{worker}.started").read_text().splitlines()) == 2
+
+
+def test_a_babysit_outlives_a_network_that_is_away(cloud):
+    offline(cloud, 8, "UNAVAILABLE: no network")
+    with beside(cloud, "babysit", "--delete", *train(cloud)) as (process, until):
+        seen = until("gcloud answers again")
+        assert [f"no answer about t (look {look}):" in seen for look in range(1, 10)] == [True] * 8 + [False]
+        assert seen.count("UNAVAILABLE: no network") == 8
+        until("the workers: running")
+        # It has had answers: what does not pass by itself is said, and somebody may mend it.
+        offline(cloud, 8, "UNAUTHENTICATED: invalid authentication credentials")
+        assert until("gcloud answers again").count("which will not pass by itself") == 8
+        # The third comes when the slice is to be deleted.
+        (cloud / "bucket/finish").touch()
+        until("exited with 0 on every worker")
+        offline(cloud, 2, "UNAVAILABLE: no network")
+        assert process.wait(timeout=60) == 0
+    assert count(cloud, "create") == 1
+    assert count(cloud, "ssh", "worker.sh setup") == 1
+    assert not (cloud / "slice.json").read_text().count("states")
+    for worker in ("worker0", "worker1"):
+        assert len((cloud / "bucket" / f"{worker}.started").read_text().splitlines()) == 1
 
 
 def test_a_second_babysit_goes_on_with_what_is_there(cloud):
@@ -144,13 +226,15 @@ def test_a_second_babysit_goes_on_with_what_is_there(cloud):
     assert (cloud / "worker0/titok_run/log.1").read_text() == "training\n"
 
 
-def test_a_command_that_fails_is_run_again_and_given_up(cloud):
-    done = tpu(cloud, "babysit", "--", "bash", "-c", "echo no such flag; exit 7")
+# Our commands end with 2 if what they were asked for cannot be: another try would end as well.
+@pytest.mark.parametrize(("status", "starts", "error"), [(7, 2, "fails by itself"), (2, 1, "cannot do what it was told to")])
+def test_a_command_that_fails_is_run_again_and_given_up(cloud, status, starts, error):
+    done = tpu(cloud, "babysit", "--", "bash", "-c", f"echo no such flag; exit {status}")
     assert done.returncode == 2
-    assert "error: the command fails by itself" in done.stderr
+    assert f"error: the command {error}" in done.stderr
     assert "[host-worker1] no such flag" in done.stdout
-    assert count(cloud, "ssh", "worker.sh start") == 2
-    assert (cloud / "worker1/titok_run/exit").read_text() == "exit 7\n"
+    assert count(cloud, "ssh", "worker.sh start") == starts
+    assert (cloud / "worker1/titok_run/exit").read_text() == f"exit {status}\n"
 
 
 def test_each_step_by_itself(cloud):
@@ -168,13 +252,19 @@ def test_each_step_by_itself(cloud):
     status = tpu(cloud, "status").stdout
     assert "t: READY" in status
     assert "worker host-worker0 running\nworker host-worker1 running\n" in status
+    with beside(cloud, "logs", "0") as (_, until):  # of worker 0 only, with what comes later
+        until("training")
+        for worker in ("worker1", "worker0"):
+            with (cloud / worker / "titok_run/log").open("a") as file:
+                file.write(f"step 1 of {worker}\n")
+        assert "worker1" not in until("step 1 of worker0")
     second = tpu(cloud, "launch", *train(cloud))  # two programs cannot share the chips
     assert second.returncode != 0
     assert "a run is going on" in second.stderr
     assert tpu(cloud, "stop").returncode == 0
     assert (cloud / "bucket/worker1.saved").exists()
     assert "worker host-worker1 stopped" in tpu(cloud, "status").stdout
-    assert "[host-worker1] training" in tpu(cloud, "logs", "all").stdout
+    assert "[host-worker1] step 1 of worker1" in tpu(cloud, "logs", "all").stdout
     assert tpu(cloud, "delete").returncode != 0  # asks first
     assert count(cloud, "delete") == 0
     assert tpu(cloud, "delete", "--yes").returncode == 0
@@ -183,11 +273,36 @@ def test_each_step_by_itself(cloud):
 
 def test_an_unknown_state_is_not_taken_for_none(cloud):
     assert tpu(cloud, "create").returncode == 0
-    (cloud / "offline").touch()
-    done = tpu(cloud, "create")
-    assert done.returncode == 2
-    assert "error: cannot find out the state of t" in done.stderr
+    looks = count(cloud, "describe")
+    for message, tries, command in [
+        ("UNAVAILABLE: no network", 5, ["create"]),
+        ("There was a problem refreshing your auth tokens: no network. Please run: gcloud auth login", 5, ["status"]),
+        ("PERMISSION_DENIED: Permission 'tpu.nodes.get' denied", 1, ["create"]),
+        ("NOT_FOUND: Project 'p' was not found", 1, ["babysit", *train(cloud)]),
+    ]:
+        offline(cloud, 99, message)
+        done = tpu(cloud, *command)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "error: cannot find out the state of t" in done.stderr
+        assert count(cloud, "describe") == looks + tries
+        looks += tries
     assert count(cloud, "create") == 1
+
+
+def test_the_newest_logs_are_kept(cloud):
+    run = cloud / "worker0/titok_run"
+    run.mkdir(parents=True)
+    (cloud / "worker0/titok_jax").mkdir()
+    for number in range(1, 24):
+        environment = {**os.environ, "HOME": str(run.parent), "WORKER": "worker0"}
+        subprocess.run(["bash", SCRIPTS / "worker.sh", "start", f"echo run {number}"], env=environment, check=True)
+        with contextlib.suppress(ProcessLookupError):
+            while True:  # until it has ended
+                os.killpg(int((run / "pid").read_text()), 0)
+    assert (run / "log").read_text() == "run 23\n"
+    assert {path.name for path in run.glob("log.*")} == {f"log.{number}" for number in range(3, 23)}
+    assert (run / "log.3").read_text() == "run 3\n"  # in their order
 
 
 def test_dry_run_prints_commands_and_calls_nothing(cloud):
@@ -227,6 +342,15 @@ def test_wrong_arguments_end_with_one_line(cloud):
         done = tpu(cloud, *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert done.stderr.startswith(f"error: {message}")
+    assert calls(cloud) == []
+    unknown = subprocess.run(
+        [SCRIPTS / "tpu.sh", "--config", cloud / "config.sh", "create"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATOR_TYPE": "v9-8"},
+    )
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+    assert "no runtime version is known for ACCELERATOR_TYPE=v9-8" in unknown.stderr
     assert calls(cloud) == []
     missing = subprocess.run([SCRIPTS / "tpu.sh", "--config", cloud / "none.sh", "create"], capture_output=True, text=True)
     assert "copy tpu_scripts/config.sh.example" in missing.stderr

@@ -18,8 +18,9 @@ commands:
   stop                  SIGTERM to the run on all workers (it saves a checkpoint), later SIGKILL
   babysit [--delete] -- CMD...
                         all of it: create, setup, launch; after a preemption delete, create and launch again, until CMD has
-                        exited with 0 on every worker. May be stopped and started again at any time. --delete: delete the
-                        slice in the end
+                        exited with 0 on every worker. May be stopped and started again at any time, and outlives a lost
+                        network. Gives up when CMD fails by itself MAX_FAILURES times, or on its first start at once with
+                        status 2. --delete: delete the slice in the end
   delete [--yes]        delete the slice
 
 options:
@@ -56,8 +57,10 @@ run() {
   fi
 }
 
+# Of so many looks (default: 1).
 pause() {
-  [[ $DRY_RUN == yes ]] || sleep "$POLL_SECONDS"
+  local looks
+  for ((looks = ${1:-1}; looks > 0; looks--)); do sleep "$POLL_SECONDS"; done
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,47 +81,56 @@ queued() {
 }
 
 # gcloud's state of the node, or of the queued resource, in one word: NONE, WAITING, READY, GONE (it is there by name, and
-# will never run again), DELETING. An answer that cannot be had is an error and never NONE, so that nothing is made twice.
+# will never run again), DELETING. No answer is never NONE, so that nothing is made twice: after five looks it is an error, but
+# babysit asks for ever. What does not pass by itself is an error at once, but for a babysit that has had an answer before: it
+# says so at each look, and goes on when somebody has logged in again. (gcloud advises to log in without a network, too.)
 slice_state() {
-  local kind=tpu-vm field="value(state)" state errors tries
+  local kind=tpu-vm field="value(state)" state errors tries hint
   if queued; then
     kind=queued-resources field="value(state.state)"
   fi
   errors=$(mktemp)
-  for tries in 1 2 3 4 5; do
+  for ((tries = 1; ; tries++)); do
     if state=$(gcloud compute tpus "$kind" describe "$NAME" "${WHERE[@]}" --format="$field" 2>"$errors"); then
-      rm -f "$errors"
       case $state in
-        READY | ACTIVE) echo READY ;;
-        PREEMPTED | TERMINATED | SUSPENDED | SUSPENDING | FAILED | STOPPED | STOPPING | HIDDEN) echo GONE ;;
-        DELETING) echo DELETING ;;
-        *) echo WAITING ;; # CREATING, ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, STARTING, REPAIRING, ...
+        READY | ACTIVE) state=READY ;;
+        PREEMPTED | TERMINATED | SUSPENDED | SUSPENDING | FAILED | STOPPED | STOPPING | HIDDEN) state=GONE ;;
+        DELETING) ;;
+        *) state=WAITING ;; # CREATING, ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, STARTING, REPAIRING, ...
       esac
-      return
+      break
     fi
-    if grep -qiE 'NOT_FOUND|not found' "$errors"; then
+    hint=""
+    if grep -qE "PERMISSION_DENIED|UNAUTHENTICATED|invalid_grant|have an active account|[Pp]roject '?[^/]* not found" "$errors"; then
+      hint=", which will not pass by itself: see the account of gcloud, PROJECT and ZONE"
+    elif grep -q NOT_FOUND "$errors"; then
+      state=NONE
+      break
+    fi
+    say "no answer about $NAME (look $tries)$hint:" >&2
+    cat "$errors" >&2
+    if [[ $ANSWERED == no && -n $hint || $GUARD == no && $tries == 5 ]]; then
       rm -f "$errors"
-      echo NONE
-      return
+      die "cannot find out the state of $NAME"
     fi
-    [[ $tries == 5 ]] || sleep "$POLL_SECONDS"
+    pause $((tries < 5 ? tries : 5))
   done
-  cat "$errors" >&2
   rm -f "$errors"
-  die "cannot find out the state of $NAME"
+  ((tries == 1)) || say "gcloud answers again" >&2
+  echo "$state"
 }
 
 request_slice() {
-  local version=${RUNTIME_VERSION:-$(default_runtime_version)} spot=() more=()
+  local spot=() more=()
   [[ $PROVISIONING == *spot ]] && spot=(--spot)
   [[ -n $SERVICE_ACCOUNT ]] && more+=(--service-account="$SERVICE_ACCOUNT")
   if queued; then
     [[ -n $VALID_UNTIL ]] && more+=(--valid-until-duration="$VALID_UNTIL")
     run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${WHERE[@]}" \
-      --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$version" "${spot[@]}" "${more[@]}"
+      --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" "${spot[@]}" "${more[@]}"
   else
     run gcloud compute tpus tpu-vm create "$NAME" "${WHERE[@]}" \
-      --accelerator-type="$ACCELERATOR_TYPE" --version="$version" "${spot[@]}" "${more[@]}"
+      --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION" "${spot[@]}" "${more[@]}"
   fi
 }
 
@@ -128,6 +140,20 @@ delete_slice() {
   else
     run gcloud compute tpus tpu-vm delete "$NAME" "${WHERE[@]}" --quiet
   fi
+}
+
+# Returns when it is not there: a slice costs money until then.
+delete_for_sure() {
+  local state
+  while true; do
+    state=$(slice_state)
+    case $state in
+      NONE) return ;;
+      DELETING) ;;
+      *) delete_slice || say "the deletion failed; trying again in $POLL_SECONDS s" ;;
+    esac
+    pause
+  done
 }
 
 # One that is gone is deleted and asked for again; returns when the slice is ready.
@@ -157,18 +183,21 @@ create() {
 on_workers() {
   local worker=$1
   shift
-  run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$worker" --quiet --command="$*" 9>&- # not the lock
+  # Without ServerAliveInterval a connection whose other end is gone would be waited on for hours. 9: not the lock.
+  run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$worker" --quiet --ssh-flag=-oServerAliveInterval=30 \
+    --command="$*" 9>&-
 }
 
 setup() {
-  local archive
+  local archive status=0
   archive=$(mktemp -d)/titok_jax.tar.gz
   (cd "$ROOT" && git ls-files -z --cached --others --exclude-standard | tar -czf "$archive" --null --files-from=-)
-  run gcloud compute tpus tpu-vm scp "$archive" "$NAME:titok_jax.tar.gz" "${WHERE[@]}" --worker=all --quiet
+  run gcloud compute tpus tpu-vm scp "$archive" "$NAME:titok_jax.tar.gz" "${WHERE[@]}" --worker=all --quiet || status=$?
   if [[ -n $ENV_FILE ]]; then
-    run gcloud compute tpus tpu-vm scp "$ENV_FILE" "$NAME:.titok_env" "${WHERE[@]}" --worker=all --quiet
+    run gcloud compute tpus tpu-vm scp "$ENV_FILE" "$NAME:.titok_env" "${WHERE[@]}" --worker=all --quiet || status=$?
   fi
   rm -r "$(dirname "$archive")"
+  ((status == 0)) || return "$status"
   on_workers all "mkdir -p titok_jax && tar -xzf titok_jax.tar.gz -C titok_jax && bash titok_jax/tpu_scripts/worker.sh setup"
 }
 
@@ -188,14 +217,15 @@ stop() {
 }
 
 # Of all workers in one word: bare (not set up), idle (CMD is to be started, again or for the first time), running, finished,
-# failed (by itself, or the start reached a part of the workers). Not 0: they cannot be reached.
+# refused (our commands end with 2 if what they were asked for cannot be, bash with 126 or 127 if there is no such program),
+# failed (otherwise by itself, or the start reached a part of the workers). Not 0: they cannot be reached.
 run_state() {
   local lines
   lines=$(on_workers all "bash titok_jax/tpu_scripts/worker.sh status $(quoted "$@") || echo 'worker ? bare'") || return
   lines=$(grep '^worker ' <<<"$lines") || return
   case $lines in
     *" bare"*) echo bare ;;
-    *" exit "[1-9]*) echo failed ;;
+    *" exit "[1-9]*) if grep -qE ' exit (2|126|127)$' <<<"$lines"; then echo refused; else echo failed; fi ;;
     *" running"*)
       # One that has come to its end waits for no other; one without the run is waited for by all.
       if grep -qE ' (none|dead|stopped)$' <<<"$lines"; then echo failed; else echo running; fi
@@ -207,15 +237,17 @@ run_state() {
 }
 
 babysit() {
-  local state last="" failures=0 started=0
+  local state last="" failures=0 started=0 starts=0
   if [[ $DRY_RUN == yes ]]; then
     create
     setup
     launch "$@"
     return
   fi
+  GUARD=yes
   while true; do
     state=$(slice_state)
+    ANSWERED=yes
     if [[ $state != READY ]]; then
       if [[ $state == GONE ]]; then
         say "$NAME was preempted, or has failed; it is deleted and made again"
@@ -235,10 +267,10 @@ babysit() {
         ;;
       bare) setup || say "the setup failed; trying again" ;;
       idle)
-        started=$SECONDS
+        started=$SECONDS starts=$((starts + 1))
         launch "$@" || say "the start failed; trying again"
         ;;
-      failed)
+      failed | refused)
         if ((SECONDS - started > 3600)); then
           failures=0
         fi
@@ -246,10 +278,14 @@ babysit() {
         say "the command failed ($failures of $MAX_FAILURES times); the ends of the logs:"
         logs all || true
         stop || true
+        # Perhaps because of a moment's trouble where it ran before, so only in the first ten minutes of all.
+        if [[ $state == refused ]] && ((starts == 1 && SECONDS - started < 600)); then
+          die "the command cannot do what it was told to; see the logs above. $NAME is still there: tpu_scripts/tpu.sh delete"
+        fi
         if ((failures >= MAX_FAILURES)); then
           die "the command fails by itself, not by preemption. $NAME is still there: tpu_scripts/tpu.sh delete"
         fi
-        started=$SECONDS
+        started=$SECONDS starts=$((starts + 1))
         launch "$@" || say "the start failed; trying again"
         ;;
     esac
@@ -270,7 +306,7 @@ logs() {
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 
-CONFIG=$HERE/config.sh DRY_RUN=no
+CONFIG=$HERE/config.sh DRY_RUN=no GUARD=no ANSWERED=no
 while [[ ${1:-} == -* ]]; do
   case $1 in
     --help | -h)
@@ -318,6 +354,9 @@ case $COMMAND in
   create | setup | status | stop) [[ $# -eq 0 ]] || die "$COMMAND takes no argument; found $1" ;;
 esac
 case $COMMAND in
+  create | babysit) RUNTIME_VERSION=${RUNTIME_VERSION:-$(default_runtime_version)} ;;
+esac
+case $COMMAND in
   create) create ;;
   setup) setup ;;
   launch)
@@ -325,7 +364,10 @@ case $COMMAND in
     launch "${@:2}"
     ;;
   status)
-    [[ $DRY_RUN == yes ]] || say "$NAME: $(slice_state)"
+    if [[ $DRY_RUN == no ]]; then
+      state=$(slice_state)
+      say "$NAME: $state"
+    fi
     on_workers all "bash titok_jax/tpu_scripts/worker.sh status"
     ;;
   logs) logs "$@" ;;
@@ -341,8 +383,10 @@ case $COMMAND in
     exec 9>"${TMPDIR:-/tmp}/titok_babysit_${PROJECT}_${ZONE}_$NAME.lock"
     flock -n 9 || die "another babysit watches over $NAME"
     babysit "${@:2}"
-    if [[ $delete_at_end == yes ]]; then
+    if [[ $delete_at_end == yes && $DRY_RUN == yes ]]; then
       delete_slice
+    elif [[ $delete_at_end == yes ]]; then
+      delete_for_sure
     else
       say "$NAME is still there and is paid for: tpu_scripts/tpu.sh delete"
     fi

@@ -6,7 +6,7 @@
 #                      whatever it made of it; dead: together with this machine, without a word
 #   stop SECONDS       SIGTERM, and SIGKILL after SECONDS
 #   log                the end of the log
-# The run lies in ~/titok_run: command, pid, exit, log; the logs of earlier runs in log.1, log.2, ...
+# The run lies in ~/titok_run: command, pid, exit, log; the logs of earlier runs in log.1, log.2, ..., oldest first, the newest 20
 set -euo pipefail
 
 CODE=$HOME/titok_jax
@@ -52,7 +52,7 @@ free_chips() {
 }
 
 start() {
-  local command=$1 number=1
+  local command=$1 number=1 earlier
   if alive; then
     echo "worker $(hostname): a run is going on; stop it first" >&2
     exit 1
@@ -60,8 +60,11 @@ start() {
   mkdir -p "$RUN"
   free_chips
   if [[ -f $RUN/log ]]; then
-    while [[ -e $RUN/log.$number ]]; do number=$((number + 1)); done
+    for earlier in "$RUN"/log.*; do
+      [[ ! -e $earlier ]] || ((${earlier##*.} < number)) || number=$((${earlier##*.} + 1))
+    done
     mv "$RUN/log" "$RUN/log.$number"
+    rm -f "$RUN/log.$((number - 20))"
   fi
   rm -f "$RUN/exit" "$RUN/pid"
   printf '%s' "$command" >"$RUN/command"
@@ -100,7 +103,7 @@ status() {
 stop() {
   local left=$1
   alive || return 0
-  kill -TERM -- "-$(<"$RUN/pid")"
+  kill -TERM -- "-$(<"$RUN/pid")" || return 0 # it has just ended
   while alive && ((left-- > 0)); do sleep 1; done
   if alive; then
     kill -KILL -- "-$(<"$RUN/pid")"
