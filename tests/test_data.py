@@ -180,6 +180,22 @@ def test_two_processes_with_two_workers_each_give_the_batches_of_one_without():
     assert_same(joined, whole)
 
 
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_batches(num_workers):
+    """Three divide neither the examples of an epoch, nor a batch, nor the batches that are taken."""
+    options = {"global_batch_size": 16, "start_step": 1}
+    assert_same(take(Positions(37), 5, num_workers=num_workers, **options), take(Positions(37), 5, **options))
+
+
+def test_evaluation_with_workers_gives_everything_once_and_in_order():
+    """Three batches on two workers; the last is filled up."""
+    options = {"global_batch_size": 4, "process_index": 0, "process_count": 1}
+    with loader.make_eval_loader(Positions(9), num_workers=2, **options) as batches:
+        found = list(batches)
+    assert np.concatenate([batch["label"] for batch in found]).tolist() == [*range(9), 8, 8, 8]
+    assert np.concatenate([batch["valid"] for batch in found]).tolist() == [True] * 9 + [False] * 3
+
+
 WITH_WORKERS = """
 import time
 from titok_jax.data import loader, sources
@@ -278,6 +294,28 @@ def test_crops_match_the_published_code(name):
     assert sha256(transforms.center_crop_adm(image, 256)) == golden["sha256_adm_uint8_HWC"]
     if "ten_crop_sha256_uint8_HWC" in golden:
         assert [sha256(crop) for crop in transforms.ten_crop(image, 256)] == golden["ten_crop_sha256_uint8_HWC"]
+
+
+class Middle:
+    """In place of a random generator: always the middle of the range, half to even as torchvision's CenterCrop."""
+
+    def __init__(self, flip):
+        self.flip = flip
+
+    def integers(self, low, high):
+        return round((low + high - 1) / 2)
+
+    def random(self):
+        return 0.0 if self.flip else 0.9
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("name", GOLDEN["images"])
+def test_random_crop_drawn_in_the_middle_is_the_published_center_crop(name, flip):
+    height, width = map(int, name.split("x"))
+    image = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    crop = transforms.random_resize_crop_flip(image, Middle(flip), resize_shorter_edge=256, crop_size=256)
+    assert sha256(crop[:, ::-1] if flip else crop) == GOLDEN["images"][name]["sha256_eval_uint8_HWC"]
 
 
 def test_random_crop_is_a_window_of_the_resized_image():

@@ -1,5 +1,6 @@
 """Pretokenizing: every image once, in order, whatever was killed; the published crops and forms."""
 
+import itertools
 import json
 import re
 import signal
@@ -15,7 +16,7 @@ from PIL import Image
 
 from titok_jax import pretokenize, pretrained
 from titok_jax.data.sources import make_source
-from titok_jax.data.transforms import center_crop_adm, ten_crop
+from titok_jax.data.transforms import center_crop_adm, random_resize_crop_flip, ten_crop
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,34 @@ def test_records_are_the_tokens_of_the_published_crops(tokenizer, photos, tmp_pa
         center = center_crop_adm(image, 32)
         pictures = {"center": [center], "flip": [center, center[:, ::-1]], "ten": ten_crop(image, 32)}[crops]
         expected += [(t, int(source[i]["label"])) for t in np.asarray(tokenizer.encode(np.stack(pictures))).tolist()]
+    assert read(tmp_path) == expected
+
+
+def test_random_crops_are_those_of_the_published_augmentation(tokenizer, photos, tmp_path):
+    """A second way to them: Pillow's own resize, a window, a mirror image, by draws that belong to (seed, pass, image)."""
+    photos = make_source({"name": "folder", "path": str(photos)})
+    wide = [photos[i] for i in range(len(photos))]
+    source = wide + [example | {"image": np.ascontiguousarray(example["image"].swapaxes(0, 1))} for example in wide]  # tall
+    options = settings(crops="random", passes=2, seed=4)
+    pretokenize.pretokenize(tokenizer, source, tmp_path, settings=options, batch_size=4)
+    expected, mirrored, places = [], 0, set()
+    for epoch, index in itertools.product(range(2), range(len(source))):
+        picture = Image.fromarray(source[index]["image"])
+        short = min(picture.size)
+        resized = picture.resize([int(32 * side / short) for side in picture.size], Image.Resampling.BICUBIC)
+        draws = np.random.default_rng([4, epoch, index])
+        top, left = (int(draws.integers(side - 32 + 1)) for side in (resized.height, resized.width))
+        crop = resized.crop((left, top, left + 32, top + 32))
+        if flip := draws.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        mirrored, places = mirrored + flip, places | {(top, left)}
+        # The function that training augments with, whose crop in the middle is compared with torchvision's in test_data.py.
+        draws = np.random.default_rng([4, epoch, index])
+        augmented = random_resize_crop_flip(source[index]["image"], draws, resize_shorter_edge=32, crop_size=32)
+        np.testing.assert_array_equal(np.asarray(crop), augmented)
+        expected.append((tokenizer.encode(np.asarray(crop)[None])[0].tolist(), int(source[index]["label"])))
+    assert 7 < mirrored < 21  # of 28
+    assert len(places) > 8
     assert read(tmp_path) == expected
 
 
