@@ -12,15 +12,14 @@ reconstructed held-out digits and of generated digits to be read as what they sh
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(variant: str = "tokenizer") -> ConfigDict:
     variants = {"tokenizer": tokenizer, "generator": generator}
-    smoke = variant.startswith("smoke_")
-    name = variant.removeprefix("smoke_")
-    if name not in variants:
-        raise ValueError(f"variant {variant!r}, expected one of {[*variants, *('smoke_' + v for v in variants)]}")
-    config = variants[name]()
-    if smoke:
+    make = common.pick(variants | {f"smoke_{name}": make for name, make in variants.items()}, variant)
+    config = make()
+    if variant.startswith("smoke_"):
         config.num_steps = 30
         config.data.batch_size = 32
         config.optimizer.warmup_steps = 5
@@ -28,12 +27,10 @@ def get_config(variant: str = "tokenizer") -> ConfigDict:
         config.checkpoint_every = 15
         config.eval_every = 30
         config.preview_every = 30
-    recipe = {"num_steps": config.num_steps, "data": {"batch_size": config.data.batch_size}}
-    config.recipe = ConfigDict({**recipe, "optimizer": {"learning_rate": config.optimizer.learning_rate}})
-    return config
+    return common.finish(config, smoke=False)
 
 
-def common() -> ConfigDict:
+def base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.data = ConfigDict(
@@ -65,7 +62,7 @@ def common() -> ConfigDict:
 
 
 def tokenizer() -> ConfigDict:
-    config = common()
+    config = base()
     config.task = "single_stage"
     config.num_steps = 2500
     config.model = ConfigDict(
@@ -86,23 +83,12 @@ def tokenizer() -> ConfigDict:
     config.loss = ConfigDict(
         {"reconstruction": "l2", "quantizer_weight": 1.0, "perceptual": "none", "discriminator_weight": 0.0}
     )
-    config.optimizer = ConfigDict(
-        {
-            "learning_rate": 1e-3,
-            "end_learning_rate": 1e-5,
-            "schedule": "cosine",
-            "warmup_steps": 200,
-            "beta1": 0.9,
-            "beta2": 0.99,
-            "weight_decay": 1e-4,
-            "max_grad_norm": 1.0,
-        }
-    )
+    config.optimizer = common.optimizer(1e-3, beta2=0.99, weight_decay=1e-4, warmup_steps=200)
     return config
 
 
 def generator() -> ConfigDict:
-    config = common()
+    config = base()
     config.task = "generator"
     config.tokenizer = "digits"
     config.num_steps = 2500
@@ -121,16 +107,5 @@ def generator() -> ConfigDict:
         }
     )
     config.loss = ConfigDict({"label_smoothing": 0.1, "unmasked_weight": 0.1})
-    config.optimizer = ConfigDict(
-        {
-            "learning_rate": 1e-3,
-            "end_learning_rate": 1e-5,
-            "schedule": "cosine",
-            "warmup_steps": 200,
-            "beta1": 0.9,
-            "beta2": 0.96,
-            "weight_decay": 0.03,
-            "max_grad_norm": 1.0,
-        }
-    )
+    config.optimizer = common.optimizer(1e-3, beta2=0.96, weight_decay=0.03, warmup_steps=200)
     return config

@@ -99,7 +99,7 @@ def test_dry_run_prints_the_table_and_writes_nothing(tool, tmp_path, capsys):
     [
         (["{folder}", "{file}"], "file.safetensors exists and nothing was overwritten"),
         (["{folder}", "{folder}"], "folder exists and nothing was overwritten"),
-        (["{folder}", "{tmp}/no/a.safetensors"], "no is no folder that can be written in"),
+        (["{folder}", "{tmp}/no/a.safetensors"], "no is not an existing folder; create it first"),
         (["{folder}", "{tmp}/a.npz"], "unknown ending .npz; expected one of .safetensors, .bin"),
         (["{folder}", "{tmp}/a.msgpack"], "only the MaskGIT-VQGAN has a Flax form"),
         (["{folder}", "{tmp}/a/", "--kind", "vqgan"], "not a MaskGIT-VQGAN configuration"),

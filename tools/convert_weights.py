@@ -16,7 +16,7 @@ import numpy as np
 
 from titok_jax import convert, features, models, pretrained, weights, zoo
 from titok_jax.cli import check_output, command, new_file, new_folder
-from titok_jax.storage import as_path, is_remote
+from titok_jax.storage import as_path
 from titok_jax.tasks import perceptual
 
 _EPILOG = """examples:
@@ -186,12 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for path in filter(None, (output, beside)):
                 if path.exists() or os.path.islink(path):
                     raise FileExistsError(f"{path} exists and nothing was overwritten; choose another output or remove it")
-            if is_remote(output):
-                check_output(output, False, folder_of="" if form == "folder" else None)
-            elif not os.access(output.absolute().parent, os.W_OK | os.X_OK):
-                raise FileNotFoundError(
-                    f"cannot write {output}: {output.absolute().parent} is no folder that can be written in"
-                )
+            check_output(output, False, folder_of="" if form == "folder" else None)
         tensors = {name: Cast(name, tensor, dtypes[name]) for name, tensor in found.items()}
         with contextlib.ExitStack() as stack:
             if args.dry_run:
