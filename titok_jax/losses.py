@@ -4,6 +4,7 @@ Everything is computed in float32 whatever comes in. The functions that combine 
 metrics under the names that the published training logs, where the terms carry their weights already.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -127,59 +128,67 @@ def discriminator_factor(step: jax.Array, start: int, factor: float = 1.0) -> ja
     return jnp.where(step >= start, jnp.float32(factor), 0.0)
 
 
-def _gan_terms(logits_fake: jax.Array | None, factor: jax.Array | float, weight: float) -> Metrics:
-    """The adversarial term of the generator, -mean of the discriminator's logits. Logged as 0 while the factor is 0."""
-    factor = jnp.asarray(factor, jnp.float32)
-    gan = jnp.zeros((), jnp.float32)
-    if logits_fake is not None:
-        gan = jnp.where(factor > 0, -jnp.mean(logits_fake.astype(jnp.float32)), 0.0)
-    return {
-        "weighted_gan_loss": weight * factor * gan,
-        "discriminator_factor": factor,
-        "d_weight": jnp.float32(weight),
-        "gan_loss": gan,
-    }
-
-
-def vq_generator_loss(
+def pixel_terms(
     images: jax.Array,
     reconstructions: jax.Array,
     *,
     perceptual: jax.Array,
     logits_fake: jax.Array | None,
     factor: jax.Array | float,
-    quantizer_loss: jax.Array,
-    commitment_loss: jax.Array,
-    codebook_loss: jax.Array,
     kind: str = "l2",
     reconstruction_weight: float = 1.0,
     perceptual_weight: float,
-    quantizer_weight: float,
     discriminator_weight: float,
+    adversarial: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Metrics]:
-    """Total of the generator side with a vector quantizer: stage 2, and the single stage in its "vq" mode.
+    """The terms that all losses on pixels have, weighted: (reconstruction + perceptual + adversarial, metrics).
 
     Args:
       images, reconstructions: [B, H, W, 3].
       perceptual: the perceptual distance, one value or one per image; its mean counts.
       logits_fake: the discriminator's logits of the reconstructions, any shape, its parameters held constant; None where it
         was not run (the factor is 0).
-      factor: `discriminator_factor` of this step, may be traced.
+      factor: `discriminator_factor` of this step, may be traced. The adversarial term is logged as 0 while it is 0.
+      kind: of the `reconstruction_loss`.
+      adversarial: the loss of these logits, `hinge_g_loss` or `non_saturating_g_loss`.
+    """
+    factor = jnp.asarray(factor, jnp.float32)
+    gan = jnp.zeros((), jnp.float32)
+    if logits_fake is not None:
+        gan = jnp.where(factor > 0, adversarial(logits_fake), 0.0)
+    terms = {
+        "reconstruction_loss": reconstruction_weight * reconstruction_loss(images, reconstructions, kind),
+        "perceptual_loss": perceptual_weight * jnp.mean(perceptual),
+        "weighted_gan_loss": discriminator_weight * factor * gan,
+    }
+    return sum(terms.values()), {**terms, "discriminator_factor": factor, "gan_loss": gan}
+
+
+def vq_generator_loss(
+    images: jax.Array,
+    reconstructions: jax.Array,
+    *,
+    quantizer_loss: jax.Array,
+    commitment_loss: jax.Array,
+    codebook_loss: jax.Array,
+    quantizer_weight: float,
+    **pixels,
+) -> tuple[jax.Array, Metrics]:
+    """Total of the generator side with a vector quantizer: stage 2, and the single stage in its "vq" mode.
+
+    Args:
+      images, reconstructions, pixels: as of `pixel_terms`.
       quantizer_loss, commitment_loss, codebook_loss: of the quantizer; the first is their sum, the other two are logged.
     """
-    reconstruction = reconstruction_weight * reconstruction_loss(images, reconstructions, kind)
-    perceptual = perceptual_weight * jnp.mean(perceptual)
+    total, metrics = pixel_terms(images, reconstructions, adversarial=hinge_g_loss, **pixels)
     quantizer = quantizer_weight * quantizer_loss
-    gan = _gan_terms(logits_fake, factor, discriminator_weight)
-    total = reconstruction + perceptual + quantizer + gan["weighted_gan_loss"]
-    return total, {
-        "total_loss": total,
-        "reconstruction_loss": reconstruction,
-        "perceptual_loss": perceptual,
+    return total + quantizer, {
+        "total_loss": total + quantizer,
+        **metrics,
         "quantizer_loss": quantizer,
         "commitment_loss": commitment_loss,
         "codebook_loss": codebook_loss,
-        **gan,
+        "d_weight": jnp.float32(pixels["discriminator_weight"]),
     }
 
 
@@ -187,33 +196,25 @@ def vae_generator_loss(
     images: jax.Array,
     reconstructions: jax.Array,
     *,
-    perceptual: jax.Array,
-    logits_fake: jax.Array | None,
-    factor: jax.Array | float,
     kl: jax.Array,
-    kind: str = "l2",
-    reconstruction_weight: float = 1.0,
-    perceptual_weight: float,
     kl_weight: float,
     logvar: float = 0.0,
-    discriminator_weight: float,
+    reconstruction_weight: float = 1.0,
+    **pixels,
 ) -> tuple[jax.Array, Metrics]:
     """Total of the generator side with a Gaussian bottleneck (the single stage in its "vae" mode).
 
     The reconstruction is divided by exp(logvar), a constant of the published configuration (0 there). `kl` [B, N] is in
-    nats per token; the rest is as in `vq_generator_loss`.
+    nats per token; the rest is as of `pixel_terms`.
     """
-    reconstruction = reconstruction_weight * reconstruction_loss(images, reconstructions, kind) / jnp.exp(logvar)
-    perceptual = perceptual_weight * jnp.mean(perceptual)
+    pixels["reconstruction_weight"] = reconstruction_weight / jnp.exp(logvar)
+    total, metrics = pixel_terms(images, reconstructions, adversarial=hinge_g_loss, **pixels)
     weighted_kl = kl_weight * kl_loss(kl)
-    gan = _gan_terms(logits_fake, factor, discriminator_weight)
-    total = reconstruction + perceptual + weighted_kl + gan["weighted_gan_loss"]
-    return total, {
-        "total_loss": total,
-        "reconstruction_loss": reconstruction,
-        "perceptual_loss": perceptual,
+    return total + weighted_kl, {
+        "total_loss": total + weighted_kl,
+        **metrics,
         "kl_loss": weighted_kl,
-        **gan,
+        "d_weight": jnp.float32(pixels["discriminator_weight"]),
     }
 
 
@@ -226,6 +227,11 @@ class LeCamEma(NamedTuple):
 
 def init_lecam() -> LeCamEma:
     return LeCamEma(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def hinge_g_loss(logits_fake: jax.Array) -> jax.Array:
+    """-mean(fake), over logits of any shape."""
+    return -jnp.mean(logits_fake.astype(jnp.float32))
 
 
 def hinge_d_loss(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
@@ -306,39 +312,24 @@ def maskgit_vqgan_loss(
     images: jax.Array,
     reconstructions: jax.Array,
     *,
-    perceptual: jax.Array,
-    logits_fake: jax.Array | None,
-    factor: jax.Array | float,
     commitment_loss: jax.Array,
     codebook_loss: jax.Array,
     entropy: jax.Array,
-    kind: str = "l2",
-    perceptual_weight: float,
     commitment_weight: float,
     entropy_weight: float,
-    discriminator_weight: float,
+    **pixels,
 ) -> tuple[jax.Array, Metrics]:
-    """Total of the generator side: reconstruction + codebook + the other terms times their weights.
+    """Total of the generator side: the terms of `pixel_terms`, the adversarial one non-saturating, and the quantizer's.
 
-    Arguments as in `vq_generator_loss`; commitment and codebook loss without weights, `entropy` from `entropy_loss`. The
-    adversarial term is the non-saturating one.
+    Commitment and codebook loss without weights (the latter's is 1), `entropy` from `entropy_loss`.
     """
-    reconstruction = reconstruction_loss(images, reconstructions, kind)
-    perceptual = perceptual_weight * jnp.mean(perceptual)
+    total, metrics = pixel_terms(images, reconstructions, adversarial=non_saturating_g_loss, **pixels)
     commitment, entropy = commitment_weight * commitment_loss, entropy_weight * entropy
-    gan = jnp.zeros((), jnp.float32)
-    if logits_fake is not None:
-        gan = jnp.where(jnp.asarray(factor) > 0, non_saturating_g_loss(logits_fake), 0.0)
-    weighted_gan = discriminator_weight * factor * gan
-    total = reconstruction + perceptual + commitment + codebook_loss + entropy + weighted_gan
+    total += commitment + codebook_loss + entropy
     return total, {
         "total_loss": total,
-        "reconstruction_loss": reconstruction,
-        "perceptual_loss": perceptual,
+        **metrics,
         "commitment_loss": commitment,
         "codebook_loss": codebook_loss,
         "entropy_loss": entropy,
-        "weighted_gan_loss": weighted_gan,
-        "discriminator_factor": jnp.asarray(factor, jnp.float32),
-        "gan_loss": gan,
     }
