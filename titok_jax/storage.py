@@ -14,10 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import fsspec.config
 from etils import epath
 
 HUB_PREFIX = "hf://"  # before owner/name of a repository of the Hugging Face hub, which is no path
 _SCHEMES = ("gs", "s3", "az")  # that `etils.epath` knows
+
+# Left to itself, fsspec lists a folder once and remembers: it sees nothing that other processes, or TensorStore in this one,
+# write or remove there.
+for _scheme in _SCHEMES:
+    fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
