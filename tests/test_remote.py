@@ -40,6 +40,8 @@ from titok_jax.shards import Shards
 from titok_jax.tasks import perceptual
 
 TOOL = test_train.ROOT / "tools" / "convert_weights.py"
+# Of reads that go on when the first has failed, TensorStore answers to an event loop that is closed.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 
 
 class _Bucket(MemoryFileSystem):
@@ -217,8 +219,6 @@ def fill(contents):
         _Bucket().pipe_file(path, data)
 
 
-# TensorStore answers, of reads that go on when the first has failed, a loop that is closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_whichever_object_of_a_checkpoint_is_damaged_none_is_read_wrong(bucket, google, capsys):
     """Deleted, empty or cut in half: it is read all the same, or the one before is and this one is put aside."""
     for step in (1, 2):
