@@ -1,7 +1,9 @@
 """No lost step: a GAN in training, killed twenty times, ends as one that is not, bit for bit. `make soak` runs this."""
 
+import itertools
 import json
 import random
+import signal
 import subprocess
 import time
 
@@ -46,11 +48,19 @@ def last_step(workdir) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_at(draw: random.Random, run: list[subprocess.Popen], workdir, log: list[str]) -> None:
-    """Waits for a moment and kills one or all processes of a run; the others must then end by themselves."""
-    victims = draw.choice([run, run[:1], run[-1:]])
-    before, moment = last_step(workdir), draw.choice(["start", "step", "save"])
-    delay, steps = draw.uniform(0, 6), draw.randint(1, 16)
+def kills_of(processes: int, kills: int, draw: random.Random) -> list[tuple[str, str]]:
+    """(whom, when) of each kill, in random order: each of all processes and of every single one, at every kind of moment."""
+    whom = ["all", *(f"process {i}" for i in range(processes) if processes > 1)]
+    plan = list(itertools.islice(itertools.cycle(itertools.product(whom, ["start", "step", "save"])), kills))
+    draw.shuffle(plan)
+    return plan
+
+
+def kill_at(whom: str, moment: str, draw: random.Random, run: list[subprocess.Popen], workdir) -> bool:
+    """Waits for a moment and kills one or all processes of a run; the others must then end by themselves -> whether it was
+    during a save."""
+    victims = run if whom == "all" else [run[int(whom.removeprefix("process "))]]
+    before, delay, steps = last_step(workdir), draw.uniform(0, 6), draw.randint(1, 16)
     if moment == "start":  # while it imports, compiles or reads its checkpoint
         time.sleep(delay)
     else:
@@ -60,28 +70,33 @@ def kill_at(draw: random.Random, run: list[subprocess.Popen], workdir, log: list
             time.sleep(0.002)
         while moment == "save" and all(process.poll() is None for process in run) and not any(checkpoints.glob("*tmp*")):
             time.sleep(0.0005)
-        time.sleep(draw.uniform(0, 0.05))
-    saving = any((workdir / "checkpoints").glob("*tmp*"))
+        time.sleep(draw.uniform(0, 0.05 if moment == "step" else 0.01))
+    saving = any((workdir / "checkpoints").glob("*tmp*")) and moment != "start"  # which may see what an earlier kill left
+    assert all(process.poll() is None for process in run)
     for process in victims:
         process.kill()
     for process in run:
         _, error = process.communicate(timeout=600)
-        assert process.returncode != 0, error[-2000:]
-    whom = "all" if len(victims) == len(run) else f"process {run.index(victims[0])}"
-    log.append(f"killed {whom} of {len(run)} at step {last_step(workdir)}{', during a save' if saving else ''}")
-    print(log[-1], flush=True)
+        assert (process.returncode == -signal.SIGKILL) if process in victims else (process.returncode != 0), error[-2000:]
+    print(f"killed {whom} of {len(run)} at step {last_step(workdir)}{', during a save' if saving else ''}", flush=True)
+    return saving
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 10)])
 def test_kills_at_random_moments_change_nothing(processes, kills, tmp_path):
-    draw, log = random.Random(processes), []
+    draw, killings = random.Random(processes), []
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     finish(start(PROGRAM, str(straight), processes=processes))
-    while len(log) < kills:
-        kill_at(draw, start(PROGRAM, str(killed), processes=processes), killed, log)
+    for whom, moment in kills_of(processes, kills, draw):
+        run = start(PROGRAM, str(killed), processes=processes)
+        killings.append((whom, kill_at(whom, moment, draw, run, killed)))
     assert not (killed / "pretrained").exists()
-    assert any("during a save" in line for line in log)
+    # All processes, and either of two while the other lived; both also during a save.
+    assert ("all", True) in killings
+    if processes == 2:
+        assert {whom for whom, _ in killings} == {"all", "process 0", "process 1"}
+        assert {("process 0", True), ("process 1", True)} & set(killings)
     printed = finish(start(PROGRAM, str(killed), processes=processes))
     assert "Continuing at step" in printed[0]
     with np.load(straight / "final.npz") as a, np.load(killed / "final.npz") as b:
