@@ -18,6 +18,7 @@ from flax import nnx
 from titok_jax import convert
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+SLICE_SUFFIXES = (".stride", ".shape", ".stats")  # what stands beside an array of which a slice is stored, see `compare`
 
 
 def seeded_array(name: str, shape: tuple[int, ...], salt: str = "") -> np.ndarray:
@@ -81,9 +82,20 @@ def nchw(x: Any) -> np.ndarray:
 
 
 def load(path: str) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file; `path` is relative to tests/golden, e.g. "tiny/tiny_vae.npz"."""
+    """All arrays of an .npz file; `path` is relative to tests/golden, e.g. "tiny/tiny_vae.npz".
+
+    What several files would hold, as the same encoder's blocks, is in one of them. The others say where in
+    `stored_elsewhere`: rows of a name, the path of the file and the name there.
+    """
     with np.load(GOLDEN / path) as file:
-        return dict(file)
+        arrays = dict(file)
+    elsewhere = arrays.pop("stored_elsewhere", np.empty((0, 3), str)).tolist()
+    files = {other: load(other) for other in {other for _, other, _ in elsewhere}}
+    for name, other, there in elsewhere:
+        for suffix in ("", *SLICE_SUFFIXES):
+            if there + suffix in files[other]:
+                arrays[name + suffix] = files[other][there + suffix]
+    return arrays
 
 
 def load_json(path: str) -> Any:

@@ -127,6 +127,7 @@ def test_ema_decay(golden):
     steps = jnp.asarray(golden["ema/optimization_step"]) - 1
     got = jax.jit(jax.vmap(optimizer.ema_decay))(steps)
     np.testing.assert_allclose(got, golden["ema/decay_at_f64"], rtol=1e-7)
+    np.testing.assert_allclose([optimizer.ema_decay(k) for k in range(5)], golden["ema/decay_f64"], rtol=1e-7)
     assert jax.jit(optimizer.ema_decay, static_argnums=1)(10**6, 0.9999) == np.float32(0.9999)
 
 

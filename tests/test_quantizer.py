@@ -23,6 +23,12 @@ def test_restarts_equal_the_published_ones():
     for call in range(2):
         tokens = golden[f"cvq/indices_{call}"][:, 0]
         former = codebook
+        quantizer = VectorQuantizer(16, 6, commitment_cost=0.25, use_l2_norm=False, rngs=nnx.Rngs(0))
+        quantizer.embedding[...] = codebook
+        found = quantizer(z)
+        np.testing.assert_array_equal(found.tokens, tokens)
+        np.testing.assert_allclose(found.quantizer_loss, golden[f"cvq/loss_{call}"], rtol=1e-6)
+        np.testing.assert_allclose(found.quantized, golden[f"cvq/z_q_{call}"][:, :, 0].transpose(0, 2, 1), atol=1e-6)
         codebook, usage = restart_codes(codebook, usage, z, tokens, use_l2_norm=False)
         np.testing.assert_allclose(usage, golden[f"cvq/embed_prob_{call}"], rtol=1e-6)
         # Sums of two float32 products, and an exponential whose argument float32 holds to 1e-7 of up to 10.

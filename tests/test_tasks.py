@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from titok_jax import convert, metrics, models
+from titok_jax import convert, masking, metrics, models
+from titok_jax.data.transforms import center_crop_torchvision
 from titok_jax.losses import LeCamEma
 from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.quantizer import restart_codes
 from titok_jax.models.titok import TiTokConfig, TransformerSize
 from titok_jax.optimizer import NO_DECAY_WORDS, ema_decay
-from titok_jax.tasks import accumulate, generator, reconstruction_quality, single_stage, stage1, stage2
+from titok_jax.tasks import accumulate, float_images, generator, reconstruction_quality, single_stage, stage1, stage2
 from titok_jax.tasks.perceptual import make_perceptual
 
 OPTIMIZER = {
@@ -49,9 +50,24 @@ MEAN_LOGITS = {"gan_loss", "weighted_gan_loss", "logits_real", "logits_fake", "l
 MEAN_LOGITS_TOLERANCE = 1e-2
 # For the same reason that gradient, and the last step's reconstructions: 9e-4 and 7e-4 are seen; in float64 3e-4 and 9e-5.
 SIGNS_TOLERANCE = 2e-3
-# The bias of the keys cancels in a softmax: its gradient is rounding noise, which Adam turns into full steps. So does a bias
-# before a GroupNorm with one channel per group, which the small pixel decoder has.
-ILL_CONDITIONED = (".attention.self.key.bias", ".attn.in_proj_bias", ".up.1.upsample_conv.bias")
+# Of every parameter, stored or not, the mean and the standard deviation relative to the largest magnitude: up to 8e-7 is
+# seen, of discriminators' single numbers 6e-6. Training moved each by 2.4e-6 at least, half of them by more than 1.5e-4.
+STATS_TOLERANCE, DISCRIMINATOR_STATS_TOLERANCE = 2e-6, 1e-5
+# What has no gradient but rounding, of which Adam makes steps all the same: the bias of the keys, which cancels in a softmax
+# (the second third where the three are one), and a bias before a GroupNorm with one channel per group, which the small pixel
+# decoder has. As biases do not decay, in exact arithmetic they stay where they began. Up to 2.4e-4 is seen; a gradient moves
+# what has one by 2e-3 to 4e-3, the sum of the learning rates.
+STILL = {
+    ".attention.self.key.bias": slice(None),
+    ".attn.in_proj_bias": slice(64, 128),
+    ".up.1.upsample_conv.bias": slice(None),
+}
+STILL_TOLERANCE = 5e-4
+
+
+def still_part(name: str) -> slice:
+    """Which elements of a published parameter of the small models do not learn: of most, none."""
+    return next((part for suffix, part in STILL.items() if name.endswith(suffix)), slice(0))
 
 
 def generator_task(model_type: str, **options):
@@ -94,6 +110,9 @@ def test_generator_training_equals_the_published_run(model_type, name):
     logits = jax.jit(lambda params, ids, labels: network.module(params).logits(ids, labels))
     for step in range(6):
         batch, draws = generator_inputs(golden, step)
+        masked, mask = masking.mask_tokens(batch["tokens"], draws["timesteps"], draws["order_uniforms"], 64)
+        np.testing.assert_array_equal(masked, golden["in/masked_tokens"][step])
+        np.testing.assert_array_equal(mask, golden["in/masks"][step])
         if f"logits_step{step}" in golden:
             labels = np.where(draws["drop_uniforms"] < 0.4, 10, batch["label"])
             found = logits(state["params"]["generator"], golden["in/masked_tokens"][step].astype(np.int32), labels)
@@ -120,9 +139,18 @@ def check_gradients(network, before, after, name, golden, entries, norm, toleran
     grads = jax.tree.map(lambda new, old: (new - 0.9 * old) / (0.1 * clip), *moments)
     grads = convert.to_published(convert.table_for(network.config), grads)
     stored = {key.removesuffix(".flat2d") for key in golden if key.startswith(entries)}
-    stored = {key for key in stored if not key.endswith((".stride", ".shape", ".stats"))}
+    stored = {key for key in stored if not key.endswith(gd.SLICE_SUFFIXES)}
     assert len(stored) >= 2
     errors = [gd.compare(golden, key, grads[key.removeprefix(entries)], tolerance) for key in sorted(stored)]
+    for key in stored:
+        if key.endswith(".attn.in_proj_bias"):  # each third for itself: the gradients of values are the largest
+            ours, theirs = (x.reshape(3, -1) for x in (grads[key.removeprefix(entries)], golden[key]))
+            difference, largest = np.abs(ours - theirs).max(1), np.abs(theirs).max(1)
+            assert (difference[[0, 2]] <= tolerance * largest[[0, 2]]).all(), key
+            assert np.abs(ours[1]).max() <= 1e-6 * largest[2], key
+    # None is left out, of those that are not stored either.
+    reached = golden["log/disc_n_params_with_grad" if name == "discriminator" else "log/n_params_with_grad"]
+    assert sum(np.any(grad != 0) for grad in grads.values()) == np.nanmax(reached)
     print(f"{entries}: largest error of a gradient {max(errors):.1e}")
 
 
@@ -137,8 +165,14 @@ def check_final(network, state, name, golden, file, tolerance=TOLERANCE, prefix=
         weights = convert.to_published(table, state["ema" if kind == "ema" else "params"][name])
         assert sorted(prefix + key for key in weights) == names
         for key, value in weights.items():
-            if key.endswith(ILL_CONDITIONED):
-                continue
+            value, still, rounded = np.array(value), still_part(key), 0.0
+            if value[still].size:
+                start = gd.seeded_array(key, value.shape)[still]
+                assert np.abs(value[still] - start).max() <= STILL_TOLERANCE, f"{kind} {key}"
+                if len(start) == len(value):
+                    continue
+                # The rest is compared as if rounding had moved nothing; how far it moved the published run's is recorded.
+                value[still], rounded = start, info["float32_vs_float64"]["final_parameters_worst_25"].get(key, 0.0)
             entry = f"{golden_prefix}{kind}/{prefix}{key}"
             if golden_prefix and entry + ".flat2d" in golden:
                 # Large kernels of a discriminator: single elements with tiny gradients go another way, the others agree.
@@ -150,7 +184,11 @@ def check_final(network, state, name, golden, file, tolerance=TOLERANCE, prefix=
                 errors.append(gd.compare(golden, entry, value, tolerance))
             stats = golden[f"{golden_prefix}{kind}_stats"][names.index(prefix + key)]
             found = np.array([value.mean(dtype=np.float64), value.std(dtype=np.float64), np.abs(value).max()])
-            np.testing.assert_allclose(found, stats, atol=10 * tolerance * stats[2], err_msg=f"{kind} {key}")
+            error = np.abs(found - stats)
+            allowed = (DISCRIMINATOR_STATS_TOLERANCE if golden_prefix else STATS_TOLERANCE) * stats[2]
+            # In the mean, 64 elements that went either way, of 192, count a 24th.
+            assert (error[:2] <= allowed + rounded / 24).all(), f"{kind} {key}: {found}, expected {stats}"
+            assert error[2] <= tolerance * stats[2] + rounded, f"{kind} {key}: {found}, expected {stats}"
     assert len(errors) > (2 if golden_prefix else 10)
     decays = convert.flatten(convert.decay_mask(table, network.trainable(network.abstract), NO_DECAY_WORDS))
     groups = {True: set(), False: set()}
@@ -241,6 +279,20 @@ def seeded_perceptual(name: str):
     return make_perceptual(name, convert.from_published(table, abstract, weights, source="seeded"))
 
 
+def quantize(network, params, images):
+    """(tokens [B, N], what the decoder gets [B, N, C], how much farther a second code was at least: squared distances)."""
+    model = network.module(params)
+    found = model.quantized(images)
+    nearest, _ = jax.lax.top_k(-model.quantize.distances(found.latents), 2)
+    return found.tokens, found.quantized, jnp.min(nearest[..., 0] - nearest[..., 1])
+
+
+def check_margin(margin, golden, step):
+    """How near a code was to being another one: small differences of squared distances, which the published run has to 4e-4
+    (its .json)."""
+    np.testing.assert_allclose(margin, golden["log/min_codebook_margin"][step], rtol=1e-3)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_stage1_training_equals_the_published_run(parts):
     """Also with gradients accumulated over two parts of each batch."""
@@ -255,11 +307,13 @@ def test_stage1_training_equals_the_published_run(parts):
     )
     state, update = seeded_state(task, {"tokenizer": ""}), jax.jit(task.update)
     network = task.networks["tokenizer"]
-    tokens = jax.jit(lambda params, images: network.module(params).quantized(images).tokens)
+    bottleneck = jax.jit(functools.partial(quantize, network))
     for step in range(6):
         codes = np.random.default_rng(20 + step).integers(0, 1024, (4, 16)).astype(np.int32)
         images, former = gd.images(4, 64, 10 + step), state
-        np.testing.assert_array_equal(tokens(state["params"]["tokenizer"], images), golden["indices"][step][:, 0])
+        tokens, _, margin = bottleneck(state["params"]["tokenizer"], images)
+        np.testing.assert_array_equal(tokens, golden["indices"][step][:, 0])
+        check_margin(margin, golden, step)
         state, metrics = update(state, None, {"image": images, "codes": codes}, {})
         if step < 2:
             check_gradients(network, former, state, "tokenizer", golden, f"grad_step{step}/", metrics["grad_norm"])
@@ -267,6 +321,7 @@ def test_stage1_training_equals_the_published_run(parts):
         for key in logged:
             np.testing.assert_allclose(metrics[key], golden[f"log/{key}"][step], rtol=TOLERANCE, err_msg=f"{key} {step}")
         np.testing.assert_allclose(metrics["lr"], golden["log/lr"][step], rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(ema_decay(step), golden["log/ema_decay"][step], rtol=1e-6)
         used = len(np.unique(golden["indices"][step])) / 64
         np.testing.assert_allclose(metrics["codebook_usage"], used, rtol=1e-6)
     check_final(network, state, "tokenizer", golden, "stage1_steps")
@@ -293,12 +348,12 @@ def pixel_task(name: str, perceptual, **options):
 
 
 def reconstruct(network, params, images, draws):
-    """(tokens [B, N], reconstructions [B, H, W, 3]) as in a step; of a VAE no tokens."""
+    """(reconstructions [B, H, W, 3] as in a step, tokens [B, N], their margin); of a VAE no tokens."""
     model = network.module(params)
     if "noise" in draws:
-        return None, model.decode(model.posterior(images).sample(draws["noise"]))
-    bottleneck = model.quantized(images)
-    return bottleneck.tokens, model.decode(bottleneck.quantized)
+        return model.decode(model.posterior(images).sample(draws["noise"])), None, None
+    tokens, quantized, margin = quantize(network, params, images)
+    return model.decode(quantized), tokens, margin
 
 
 def check_pictures(pictures, golden, step, tolerance):
@@ -332,11 +387,14 @@ def test_training_on_pixels_equals_the_published_run(name, perceptual):
     for step in range(len(golden["log/step"])):
         draws = {"noise": golden["noise"][step][:, :, 0].transpose(0, 2, 1)} if "noise" in golden else {}
         images, former = gd.images(2, 64, 10 + step), state
-        tokens, pictures = forward(state["params"]["tokenizer"], images, draws)
+        pictures, tokens, margin = forward(state["params"]["tokenizer"], images, draws)
         tolerance = SIGNS_TOLERANCE if name == "stage2" and step == 5 else PIXEL_TOLERANCE
         check_pictures(gd.nchw(pictures), golden, step, tolerance)
         if "indices" in golden:
             np.testing.assert_array_equal(tokens, golden["indices"][step][:, 0])
+        if "log/min_codebook_margin" in golden:
+            check_margin(margin, golden, step)
+        np.testing.assert_allclose(ema_decay(step), golden["log/ema_decay"][step], rtol=1e-6)
         state, metrics = update(state, frozen, {"image": images}, draws)
         if step == 0:
             checked = networks["tokenizer"], former, state, "tokenizer", golden, "grad_step0/", metrics["grad_norm"]
@@ -452,6 +510,18 @@ def test_restarts_move_the_codebook_of_a_step(kind):
     np.testing.assert_allclose(state["params"]["tokenizer"]["quantize"]["embedding"], codebook, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state["code_usage"], usage, rtol=1e-5)
     np.testing.assert_array_equal(state["params"]["tokenizer"]["latent_tokens"], params["latent_tokens"])
+
+
+@pytest.mark.parametrize("name", ["300x410", "600x777", "257x256"])
+def test_pixels_of_a_step_are_the_published_tensors(name):
+    """The evaluation crop as float32 in [0, 1]: torchvision divides by 255."""
+    height, width = map(int, name.split("x"))
+    image = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    crop = center_crop_torchvision(image, 256)[None]
+    found = jax.jit(lambda image: float_images({"image": image}))(crop)
+    assert found.dtype == np.float32
+    # XLA multiplies by 1 / 255, rounded: one more unit in the last place.
+    gd.compare(gd.load("training/transforms.npz"), f"{name}/eval_tensor", gd.nchw(found)[0], 2**-23)
 
 
 def test_quality_of_reconstructions_is_that_of_the_measures():
