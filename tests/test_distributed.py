@@ -90,13 +90,15 @@ for owner, name in ((inference.Tokenizer, "encode"), (inference.Tokenizer, "deco
     setattr(owner, name, recorded)
 tokens = ["digits:test", "--out", workdir + "/tokens", "--crops", "center", "--shards", "3", "--format", "jsonl"]
 samples = ["--num", "30", "--steps", "2", "--batch-size", "8", "--out", workdir + "/samples.npz"]
+generated = ["--reference", "digits:test", "--num", "40", "--steps", "2", "--batch-size", "8"]
+generated += ["--json", workdir + "/generated.json"]
 figures = ["--reconstruct", "digits:test", "--features", "digits", "--json", workdir + "/figures.json"]
 records = pretokenize.records
 def late(*arguments, **options):
     time.sleep(3 * jax.process_index())
     return records(*arguments, **options)
 pretokenize.records = late
-for command, arguments in ((pretokenize, tokens), (sample, samples), (evaluate, figures)):
+for command, arguments in ((pretokenize, tokens), (sample, samples), (evaluate, generated), (evaluate, figures)):
     assert command.main(arguments) == 0
     what_was_read(command.__name__)
     assert len(list(pathlib.Path(workdir, "tokens").iterdir())) == 4  # the first of two has waited for the second
@@ -185,10 +187,11 @@ def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
         assert difference.mean() < 1e-3
     tokens = [json.loads((workdir / "reconstructions/tokens.json").read_text()) for workdir in runs]
     assert tokens[0] == tokens[1]
-    figures = [json.loads((workdir / "figures.json").read_text())["metrics"] for workdir in runs]
-    assert figures[0].keys() == figures[1].keys() > {"psnr", "ssim"}
-    for name, value in figures[0].items():
-        np.testing.assert_allclose(figures[1][name], value, rtol=1e-4, err_msg=name)
+    for file, some in (("figures.json", {"psnr", "ssim"}), ("generated.json", {"digits-FID-40", "digits-precision-40"})):
+        figures = [json.loads((workdir / file).read_text())["metrics"] for workdir in runs]
+        assert figures[0].keys() == figures[1].keys() > some
+        for name, value in figures[0].items():
+            np.testing.assert_allclose(figures[1][name], value, rtol=1e-4, err_msg=name)
     assert not list(two.glob("*.shards"))
 
 
