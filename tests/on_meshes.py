@@ -1,6 +1,6 @@
 """A task on some meshes of 8 simulated devices, for test_sharding.py: prints what happened as JSON.
 
-JAX_NUM_CPU_DEVICES=8 python tests/on_meshes.py
+JAX_NUM_CPU_DEVICES=8 python tests/on_meshes.py stage1 1,1,1 2,2,2
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ import numpy as np
 import tiny_models
 
 from titok_jax import sharding
-from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig
+from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig, perceptual
 from titok_jax.tasks import generator, jit_step, maskgit_vqgan, single_stage, stage1, stage2
+from titok_jax.tasks.perceptual import make_perceptual
 
-STEPS = 4
+STEPS = 2  # with the same parameters, as the first has the learning rate 0
 BATCH = 40  # no other size in these models is a multiple of 5, so that a shape tells whether it holds a batch
 
 _OPTIMIZER = {
@@ -36,24 +37,43 @@ _ADVERSARIAL = {
     "discriminator": DiscriminatorConfig(hidden_channels=32, num_stages=1, logits_size=8),
     "discriminator_optimizer": _OPTIMIZER,
 }
-_IMAGE_SIZE, _PATCHES = 16, 16
+_IMAGE_SIZE = 16
 _SIZES = {"image_size": _IMAGE_SIZE, "patch_size": 4, "num_latent_tokens": 7}
 _STAGE_1 = dataclasses.replace(tiny_models.STAGE_1, **_SIZES)
 _VQGAN = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 1, 1), num_res_blocks=1, z_channels=32)
+_PERCEPTUAL = "lpips-convnext_s-1.0-0.1"
+# Its networks have one size each; here it is this.
+perceptual.VGG_CHANNELS = (16, 16, 32, 32, 32)
+perceptual.CONVNEXT_S, perceptual.CONVNEXT_SIZE = ((1, 16), (1, 32), (2, 32), (1, 64)), 64
+perceptual.NUM_CLASSES = 64
 
 
 def make_tasks():
     """{name: task}, tiny, with all that a step of each kind can have; the discriminator starts in the second step."""
     loss = {"discriminator_weight": 0.1, "discriminator_start": 1, "lecam_weight": 0.1}
     stage_2 = dataclasses.replace(_STAGE_1, finetune_decoder=True, commitment_cost=0.0, pixel_decoder=_VQGAN)
+    # Biases about 1 and small kernels: where few features are nearly 0, rounding decides no ReLU and no large quotient.
+    weights = tiny_models.params(PerceptualConfig(_PERCEPTUAL))
+    weights = jax.tree.map(lambda p: 1 + p if p.ndim == 1 else p / 8, weights)
     return {
         "maskgit_vqgan": maskgit_vqgan.make_task(
             dataclasses.replace(_VQGAN, channel_mult=(1, 1), codebook_size=64, resolution=_IMAGE_SIZE),
             maskgit_vqgan.LossConfig(**loss),
             **_ADVERSARIAL,
         ),
-        "stage1": stage1.make_task(_STAGE_1, stage1.LossConfig(), optimizer=_OPTIMIZER, num_steps=20, vqgan=None),
-        "stage2": stage2.make_task(stage_2, stage2.LossConfig(quantizer_weight=0.0, **loss), **_ADVERSARIAL),
+        "stage1": stage1.make_task(
+            _STAGE_1,
+            stage1.LossConfig(),
+            optimizer=_OPTIMIZER,
+            num_steps=20,
+            vqgan=(_VQGAN, tiny_models.params(_VQGAN)),
+        ),
+        "stage2": stage2.make_task(
+            stage_2,
+            stage2.LossConfig(quantizer_weight=0.0, perceptual=_PERCEPTUAL, perceptual_weight=20.0, **loss),
+            perceptual=make_perceptual(_PERCEPTUAL, weights),
+            **_ADVERSARIAL,
+        ),
         "single_stage": single_stage.make_task(
             dataclasses.replace(tiny_models.TOKENIZER, **_SIZES), single_stage.LossConfig(**loss), **_ADVERSARIAL
         ),
@@ -76,9 +96,7 @@ def batch_of(task, step: int) -> dict[str, np.ndarray]:
         }
     images = rng.integers(0, 256, (BATCH, _IMAGE_SIZE, _IMAGE_SIZE, 3))
     images[BATCH // 2 :] //= 4
-    batch = {"image": images.astype(np.uint8)}
-    codes = rng.integers(0, 1024, (BATCH, _PATCHES)).astype(np.int32)
-    return batch if "discriminator" in task.networks else batch | {"codes": codes}
+    return {"image": images.astype(np.uint8)}
 
 
 def collectives(text: str) -> dict[str, list[tuple[str, list[int]]]]:
@@ -98,33 +116,55 @@ def begin(task):
     return jax.device_get(jax.jit(task.begin)(jax.random.key(0), jax.tree.map(lambda p: p / 2, start)))
 
 
+def named(tree) -> list:
+    """[(path, leaf)] of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def projections(array: np.ndarray) -> list:
+    """[type, largest value, products with a few fixed random arrays] of an array: a change of any element shows."""
+    directions = np.random.default_rng(0).standard_normal((3, array.size))
+    return [str(array.dtype), float(np.abs(array).max()), *(directions @ array.astype(np.float64).reshape(-1)).tolist()]
+
+
 def run(task, state, shape):
-    """Losses, collectives and placement of one task on one mesh."""
+    """Losses, final state, collectives and placement of one task on one mesh."""
     mesh, key = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)]), jax.random.key(0)
     shardings = sharding.state_shardings(mesh, state)
     state = jax.device_put(state, shardings)
+    frozen_shardings = sharding.state_shardings(mesh, task.frozen)
+    frozen = jax.device_put(task.frozen, frozen_shardings)
     with jax.set_mesh(mesh):
         arguments = sharding.put_batch(mesh, batch_of(task, 0)), key
-        compiled = jit_step(task, mesh, shardings, None).lower(state, None, *arguments).compile()
+        compiled = jit_step(task, mesh, shardings, frozen_shardings).lower(state, frozen, *arguments).compile()
     metrics = []
     for step in range(STEPS):
-        state, found = compiled(state, None, sharding.put_batch(mesh, batch_of(task, step)), key)
+        state, found = compiled(state, frozen, sharding.put_batch(mesh, batch_of(task, step)), key)
         metrics.append({k: None if math.isnan(v) else float(v) for k, v in jax.device_get(found).items()})
-    if "lecam" in state:
-        metrics[-1] |= {"lecam_real": float(state["lecam"].real), "lecam_fake": float(state["lecam"].fake)}
+    places = {
+        "in": (state, compiled.input_shardings[0][0]),
+        "out": (state, compiled.output_shardings[0]),
+        "frozen": (frozen, frozen_shardings),  # of which a step may use a part
+    }
     placed = {}
-    for side, found in (("in", compiled.input_shardings[0][0]), ("out", compiled.output_shardings[0])):
-        leaves = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(found), strict=True)
-        placed[side] = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): [leaf.shape, place.shard_shape(leaf.shape)]
-            for (path, leaf), place in leaves
-        }
-    return {"metrics": metrics, "collectives": collectives(compiled.as_text()), "placed": placed}
+    for side, (tree, found) in places.items():
+        leaves = zip(named(tree), jax.tree.leaves(found), strict=True)
+        placed[side] = {name: [leaf.shape, place.shard_shape(leaf.shape)] for (name, leaf), place in leaves}
+    return {
+        "metrics": metrics,
+        "state": {name: projections(leaf) for name, leaf in named(jax.device_get(state))},
+        "collectives": collectives(compiled.as_text()),
+        "placed": placed,
+    }
 
 
-if __name__ == "__main__":
+def main(name: str, *meshes: str) -> None:
     sharding.SMALLEST_SHARDED = 512
-    name, *meshes = sys.argv[1:]
     task = make_tasks()[name]
     state = begin(task)
     print(json.dumps({mesh: run(task, state, tuple(map(int, mesh.split(",")))) for mesh in meshes}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -20,6 +21,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 from ml_collections import ConfigDict
+from orbax.checkpoint._src.serialization import serialization
 from test_sharding import FAST
 
 import titok_jax
@@ -129,14 +131,27 @@ def train_command(workdir, *overrides: str) -> list[str]:
     ]
 
 
-def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
-    """A real process of the command, killed without warning; the run that is never killed is another process too."""
+def children_of(process: subprocess.Popen) -> list[str]:
+    return [pid for path in pathlib.Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
 
-    def command(workdir):
-        return train_command(workdir, "--config.num_steps=40", "--config.checkpoint_every=4")
+
+def alive(pid: str) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
+    """A real process of the command, killed without warning; the run that is never killed is another process too. The killed
+    ones have a worker process, which must not outlive them."""
+
+    def command(workdir, *overrides):
+        return train_command(workdir, "--config.num_steps=40", "--config.checkpoint_every=4", *overrides)
 
     def start(workdir):
-        return subprocess.Popen(command(workdir), cwd=ROOT, env=NO_CACHE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        with_worker = command(workdir, "--config.data.num_workers=1")
+        return subprocess.Popen(with_worker, cwd=ROOT, env=NO_CACHE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def kill_when(process, condition):
         deadline = time.monotonic() + 240
@@ -144,8 +159,13 @@ def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
             assert process.poll() is None, f"ended before it could be killed: {process.stderr.read().decode()[-2000:]}"
             assert time.monotonic() < deadline
             time.sleep(0.002)
+        children = children_of(process)
+        assert len(children) >= 2  # the worker, and what multiprocessing cleans up with
         process.send_signal(signal.SIGKILL)
         process.wait()
+        while any(map(alive, children)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     checkpoints = killed / "checkpoints"
@@ -221,8 +241,33 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsy
     assert "Continuing at step 2" in capsys.readouterr().out
 
 
-def test_the_command_saves_at_sigterm_and_exits_with_0(tmp_path):
-    """It would never end, and never save, by itself."""
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """No array of the checkpoint of step 3 is written before step 4 is done, to which the state of step 3 was donated."""
+    config, done, waited = small("tokenizer"), threading.Event(), []
+    real_write, real_serialize = train.MetricLog.write, serialization.async_serialize_from_host
+
+    def write(self, step, metrics, **options):
+        real_write(self, step, metrics, **options)
+        if step == 4:
+            assert not (tmp_path / "checkpoints" / "3").exists()
+            done.set()
+
+    async def serialize(*arguments, **options):  # in Orbax's thread
+        waited.append(done.wait(240))
+        await real_serialize(*arguments, **options)
+
+    monkeypatch.setattr(train.MetricLog, "write", write)
+    monkeypatch.setattr(serialization, "async_serialize_from_host", serialize)
+    state = train.train(config, tmp_path)
+    monkeypatch.undo()
+    assert waited
+    assert all(waited)
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    assert_same_state(train.train(config, tmp_path), state)  # from what was written of step 3
+
+
+def test_the_command_saves_at_sigterm_and_exits_with_0_and_a_full_disk_leaves_what_it_saved(tmp_path):
+    """It would never end, and never save, by itself. Then it goes on with no room for another checkpoint."""
     command = train_command(tmp_path, "--config.num_steps=1000000000", "--config.checkpoint_every=1000000000")
     run = subprocess.Popen(command, cwd=ROOT, env=NO_CACHE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     printed = iter(run.stdout.readline, "")
@@ -230,7 +275,25 @@ def test_the_command_saves_at_sigterm_and_exits_with_0(tmp_path):
     run.terminate()
     (end,) = (line for line in printed if line.startswith("Stopped by SIGTERM after step "))
     assert run.wait() == 0
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [end.split()[5].rstrip(",")]
+    step = end.split()[5].rstrip(",")
+
+    def saved() -> dict[pathlib.Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "checkpoints" / step).rglob("*") if path.is_file()}
+
+    before = saved()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
+    limited = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh"]  # a file beyond 100 blocks fails, as on a full disk
+    again = [*limited, *command, "--config.checkpoint_every=1"]
+    full = subprocess.run(again, cwd=ROOT, env=NO_CACHE, capture_output=True, text=True)
+    assert f"Continuing at step {step} of" in full.stdout
+    assert full.returncode == 2
+    assert "Traceback" not in full.stderr
+    error = full.stderr.strip().splitlines()[-1]
+    assert error.startswith(f"error: a checkpoint cannot be written to {tmp_path}/checkpoints (")
+    assert error.endswith(
+        f"is the disk full? the newest complete one, of step {step}, is intact; the same command continues"
+    )
+    assert saved() == before
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_count():

@@ -7,13 +7,16 @@ processes.
 
 import contextlib
 import json
+import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -187,6 +190,21 @@ class Checkpoints:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def quiet_checkpointing() -> None:
+    """Lets a command end with the one line of `Checkpoints` when a disk is full. Orbax, which reports every file as
+    information, reports every array that it could not write as an error, asyncio once more, and TensorStore that nobody
+    waits for the others; what is wrong is raised all the same."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def unraisable(found) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            report(found)
+
+    sys.unraisablehook = unraisable
 
 
 def check_config(found: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str], where: str) -> None:

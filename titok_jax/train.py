@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
@@ -32,7 +31,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from titok_jax import sharding
-from titok_jax.checkpoint import Checkpoints, check_config
+from titok_jax.checkpoint import Checkpoints, check_config, quiet_checkpointing
 from titok_jax.cli import command, read_config
 from titok_jax.data.loader import make_loader
 from titok_jax.data.sources import make_source
@@ -305,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args, changes = _parser().parse_known_args(argv)
     config = read_config(args.config, changes)
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at the level of information
+    quiet_checkpointing()
     sharding.start_processes()
     train(config, args.workdir)
 

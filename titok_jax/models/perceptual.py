@@ -159,7 +159,8 @@ class ConvNeXt(nnx.Module):
         """images [B, H, W, 3] in [0, 1], of any size -> logits [B, 1000] float32."""
         x = resize(images.astype(jnp.float32), CONVNEXT_SIZE)
         x = (x - np.asarray(IMAGENET_MEAN, np.float32)) / np.asarray(IMAGENET_STD, np.float32)
-        return self.head(self.norm(self.features(x)[-1].mean((1, 2))))
+        x = sharding.keep_batch(self.norm(self.features(x)[-1].mean((1, 2))))
+        return sharding.keep_batch(self.head(x))
 
 
 def _halve(x: jax.Array) -> jax.Array:
