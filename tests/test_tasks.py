@@ -432,18 +432,14 @@ def test_training_on_pixels_equals_the_published_run(name, perceptual):
     assert changed == (set(stage2.TRAINED) if name == "stage2" else set(first))
 
 
-# The names that ours has for float32 mean float64 here, before anything of ours is imported.
 IN_FLOAT64 = """
 import sys
-import jax
-jax.config.update("jax_enable_x64", True)
-import jax.numpy as jnp
-jnp.float32 = jnp.float64
 sys.path.insert(0, "tests")
+import in_float64
+import jax
+import jax.numpy as jnp
 import test_tasks
-from titok_jax import models
-abstract, seeded_state = models.abstract, test_tasks.seeded_state
-models.abstract = lambda config, dtype=None, remat=False: abstract(config, dtype=jnp.float64, remat=remat)
+seeded_state = test_tasks.seeded_state
 def seeded(*args):
     return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == "float32" else x, seeded_state(*args))
 test_tasks.seeded_state = seeded
