@@ -208,15 +208,12 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_end_with_a_killed_run(tmp_path):
-    (tmp_path / "run.py").write_text(WITH_WORKERS)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.Popen([sys.executable, tmp_path / "run.py"], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert run.stdout.readline() == b"ready\n"
-    children = [pid for path in Path(f"/proc/{run.pid}/task").glob("*/children") for pid in path.read_text().split()]
-    assert len(children) >= 2
-    run.kill()
-    run.wait()
+def kill_with_workers(process: subprocess.Popen) -> None:
+    """SIGKILL, after which its worker processes must end by themselves."""
+    children = [pid for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    assert len(children) >= 2  # one at least, and what multiprocessing cleans up with
+    process.kill()
+    process.wait()
 
     def alive(pid: str) -> bool:
         try:
@@ -228,6 +225,14 @@ def test_workers_end_with_a_killed_run(tmp_path):
     while any(map(alive, children)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_workers_end_with_a_killed_run(tmp_path):
+    (tmp_path / "run.py").write_text(WITH_WORKERS)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py"], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert run.stdout.readline() == b"ready\n"
+    kill_with_workers(run)
 
 
 def test_evaluation_gives_everything_once():

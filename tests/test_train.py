@@ -22,6 +22,7 @@ import safetensors.numpy
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint._src.serialization import serialization
+from test_data import kill_with_workers
 from test_sharding import FAST
 
 import titok_jax
@@ -131,17 +132,6 @@ def train_command(workdir, *overrides: str) -> list[str]:
     ]
 
 
-def children_of(process: subprocess.Popen) -> list[str]:
-    return [pid for path in pathlib.Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
-
-
-def alive(pid: str) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
     """A real process of the command, killed without warning; the run that is never killed is another process too. The killed
     ones have a worker process, which must not outlive them."""
@@ -159,13 +149,7 @@ def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
             assert process.poll() is None, f"ended before it could be killed: {process.stderr.read().decode()[-2000:]}"
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        children = children_of(process)
-        assert len(children) >= 2  # the worker, and what multiprocessing cleans up with
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        while any(map(alive, children)):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        kill_with_workers(process)
 
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     checkpoints = killed / "checkpoints"
