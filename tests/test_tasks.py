@@ -17,10 +17,11 @@ from titok_jax.data.transforms import center_crop_torchvision
 from titok_jax.losses import LeCamEma
 from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig
 from titok_jax.models.generator import GeneratorConfig
+from titok_jax.models.layers import float_images
 from titok_jax.models.quantizer import restart_codes
 from titok_jax.models.titok import TiTokConfig, TransformerSize
 from titok_jax.optimizer import NO_DECAY_WORDS, ema_decay
-from titok_jax.tasks import accumulate, float_images, generator, reconstruction_quality, single_stage, stage1, stage2
+from titok_jax.tasks import accumulate, generator, reconstruction_quality, single_stage, stage1, stage2
 from titok_jax.tasks.perceptual import make_perceptual
 
 OPTIMIZER = {
@@ -514,7 +515,7 @@ def test_pixels_of_a_step_are_the_published_tensors(name):
     height, width = map(int, name.split("x"))
     image = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     crop = center_crop_torchvision(image, 256)[None]
-    found = jax.jit(lambda image: float_images({"image": image}))(crop)
+    found = jax.jit(float_images)(crop)
     assert found.dtype == np.float32
     # XLA multiplies by 1 / 255, rounded: one more unit in the last place.
     gd.compare(gd.load("training/transforms.npz"), f"{name}/eval_tensor", gd.nchw(found)[0], 2**-23)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from titok_jax import convert, decoding, models, pretrained, sharding, zoo
 from titok_jax.models.generator import GeneratorConfig
+from titok_jax.models.layers import float_images
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig
 
@@ -35,8 +36,7 @@ class Tokenizer:
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
 
         def encode(params, images, key):
-            model, images = nnx.merge(graphdef, params), sharding.keep_batch(images)
-            images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+            model, images = nnx.merge(graphdef, params), float_images(sharding.keep_batch(images))
             if config.quantize_mode == "vq":
                 return model.quantized(images).tokens
             posterior = model.posterior(images)
@@ -143,9 +143,7 @@ class VQGAN:
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
 
         def encode(params, images):
-            images = sharding.keep_batch(images)
-            images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
-            return nnx.merge(graphdef, params).get_codes(images)
+            return nnx.merge(graphdef, params).get_codes(float_images(sharding.keep_batch(images)))
 
         def decode(params, codes):
             return nnx.merge(graphdef, params).decode_codes(sharding.keep_batch(codes))

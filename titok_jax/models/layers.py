@@ -24,6 +24,11 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def float_images(images: jax.Array) -> jax.Array:
+    """[..., 3] uint8, or float in [0, 1] -> float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+
+
 def normal_init(std: float) -> Callable:
     """Normal(0, std): the published initialisation of class, mask and latent tokens (std = width^-0.5)."""
     return nnx.initializers.normal(stddev=std)

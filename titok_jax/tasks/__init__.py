@@ -261,12 +261,6 @@ def accumulate(
     )
 
 
-def float_images(batch: Batch) -> jax.Array:
-    """The batch's images as float32 [B, H, W, 3] in [0, 1]."""
-    images = batch["image"]
-    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
-
-
 def restarted(
     config: TiTokConfig, params: convert.Params, usage: jax.Array, outputs: Mapping[str, jax.Array]
 ) -> tuple[convert.Params, jax.Array]:

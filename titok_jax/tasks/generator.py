@@ -12,9 +12,10 @@ from flax import nnx
 
 from titok_jax import convert, decoding, losses, masking, models, pretrained
 from titok_jax.models.generator import GeneratorConfig
+from titok_jax.models.layers import float_images
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.optimizer import ema_update
-from titok_jax.tasks import Batch, Metrics, State, Task, accumulate, float_images, make_network
+from titok_jax.tasks import Batch, Metrics, State, Task, accumulate, make_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def make_task(
     def tokens_of(frozen, batch: Batch) -> jax.Array:
         if "tokens" in batch:
             return batch["tokens"]
-        return nnx.merge(tokenizer_graphdef, frozen).quantized(float_images(batch)).tokens
+        return nnx.merge(tokenizer_graphdef, frozen).quantized(float_images(batch["image"])).tokens
 
     def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
         tokens = tokens_of(frozen, batch)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from titok_jax import convert, losses, pretrained
 from titok_jax.models.discriminator import DiscriminatorConfig
+from titok_jax.models.layers import float_images
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.optimizer import ema_update
 from titok_jax.tasks import (
@@ -27,7 +28,6 @@ from titok_jax.tasks import (
     Network,
     State,
     Task,
-    float_images,
     make_network,
     map_parts,
     reconstruction_quality,
@@ -151,7 +151,7 @@ def make_task(
 
     def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
         del draws
-        images = float_images(batch)
+        images = float_images(batch["image"])
         params, opt = dict(state["params"]), dict(state["opt"])
         grads, (metrics, reconstructions) = jax.grad(vqgan_loss, has_aux=True)(
             params["vqgan"], images, state=state, frozen=frozen
@@ -168,7 +168,7 @@ def make_task(
 
     def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         del frozen, key
-        model, images = vqgan.module(state["ema"]["vqgan"]), float_images(batch)
+        model, images = vqgan.module(state["ema"]["vqgan"]), float_images(batch["image"])
         return {"image": images, "reconstruction": model.decode_codes(model.get_codes(images))}
 
     def export(state: State, folder: Path) -> None:

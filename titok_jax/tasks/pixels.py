@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from titok_jax import convert, losses, pretrained
 from titok_jax.models.discriminator import DiscriminatorConfig
+from titok_jax.models.layers import float_images
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.optimizer import ema_update
 from titok_jax.tasks import (
@@ -21,7 +22,6 @@ from titok_jax.tasks import (
     State,
     Task,
     accumulate,
-    float_images,
     make_network,
     reconstruction_quality,
     restarted,
@@ -158,7 +158,7 @@ def make_task(
         return total, (metrics, {"reconstructions": reconstructions, "tokens": tokens, "latents": latents})
 
     def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        images = float_images(batch)
+        images = float_images(batch["image"])
         params, opt, ema = dict(state["params"]), dict(state["opt"]), dict(state["ema"])
 
         def loss_of(trainable, rows):
@@ -184,7 +184,7 @@ def make_task(
 
     def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         del frozen, key
-        model, images = tokenizer.module(state["ema"]["tokenizer"]), float_images(batch)
+        model, images = tokenizer.module(state["ema"]["tokenizer"]), float_images(batch["image"])
         z = model.quantized(images).quantized if config.quantize_mode == "vq" else model.posterior(images).mean
         return {"image": images, "reconstruction": jnp.clip(model.decode(z), 0.0, 1.0)}
 

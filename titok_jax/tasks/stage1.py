@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from titok_jax import convert, losses, models, pretrained
+from titok_jax.models.layers import float_images
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import PROXY_CODES, TiTokConfig
 from titok_jax.optimizer import ema_update
@@ -21,7 +22,6 @@ from titok_jax.tasks import (
     State,
     Task,
     accumulate,
-    float_images,
     make_network,
     reconstruction_quality,
     restarted,
@@ -101,7 +101,7 @@ def make_task(
 
     def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
         del draws
-        images = float_images(batch)
+        images = float_images(batch["image"])
         codes = batch["codes"] if "codes" in batch else nnx.merge(vqgan_graphdef, frozen).get_codes(images)
         rows = {"images": images, "codes": codes}
         params, opt = state["params"]["tokenizer"], state["opt"]["tokenizer"]
@@ -119,7 +119,7 @@ def make_task(
     def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """The most likely codes through the VQGAN's decoder, below what the VQGAN itself makes of the image."""
         del key
-        model, images = network.module(state["ema"]["tokenizer"]), float_images(batch)
+        model, images = network.module(state["ema"]["tokenizer"]), float_images(batch["image"])
         two_dimensional = nnx.merge(vqgan_graphdef, frozen)
         predicted = jnp.argmax(model.decode(model.quantized(images).quantized)[..., : vqgan[0].codebook_size], axis=-1)
         return {
