@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import tiny_models
 
-from titok_jax import sharding
-from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig, perceptual
+from titok_jax import sharding, tasks
+from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig, layers, perceptual
 from titok_jax.tasks import generator, jit_step, maskgit_vqgan, single_stage, stage1, stage2
 from titok_jax.tasks.perceptual import make_perceptual
 
@@ -128,16 +128,20 @@ def projections(array: np.ndarray) -> list:
     return [str(array.dtype), float(np.abs(array).max()), *(directions @ array.astype(np.float64).reshape(-1)).tolist()]
 
 
+def compile_step(task, state, mesh):
+    """-> (the step compiled for a mesh, the state and the frozen parameters placed on it, the latter's shardings)."""
+    shardings, frozen_shardings = sharding.state_shardings(mesh, state), sharding.state_shardings(mesh, task.frozen)
+    state, frozen = jax.device_put(state, shardings), jax.device_put(task.frozen, frozen_shardings)
+    with jax.set_mesh(mesh):
+        arguments = sharding.put_batch(mesh, batch_of(task, 0)), jax.random.key(0)
+        compiled = jit_step(task, mesh, shardings, frozen_shardings).lower(state, frozen, *arguments).compile()
+    return compiled, state, frozen, frozen_shardings
+
+
 def run(task, state, shape):
     """Losses, final state, collectives and placement of one task on one mesh."""
     mesh, key = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)]), jax.random.key(0)
-    shardings = sharding.state_shardings(mesh, state)
-    state = jax.device_put(state, shardings)
-    frozen_shardings = sharding.state_shardings(mesh, task.frozen)
-    frozen = jax.device_put(task.frozen, frozen_shardings)
-    with jax.set_mesh(mesh):
-        arguments = sharding.put_batch(mesh, batch_of(task, 0)), key
-        compiled = jit_step(task, mesh, shardings, frozen_shardings).lower(state, frozen, *arguments).compile()
+    compiled, state, frozen, frozen_shardings = compile_step(task, state, mesh)
     metrics = []
     for step in range(STEPS):
         state, found = compiled(state, frozen, sharding.put_batch(mesh, batch_of(task, step)), key)
@@ -157,6 +161,16 @@ def run(task, state, shape):
         "collectives": collectives(compiled.as_text()),
         "placed": placed,
     }
+
+
+def print_collectives_of_tpu_forms(name: str, *meshes: str) -> None:
+    """What devices send each other where the layers take the forms that are fast on a TPU: compiled, not run."""
+    sharding.SMALLEST_SHARDED = 512
+    task = make_tasks()[name]
+    state = begin(task)
+    layers.target_platform = perceptual.target_platform = tasks.target_platform = lambda: "tpu"
+    found = {mesh: compile_step(task, state, sharding.make_mesh(*map(int, mesh.split(","))))[0] for mesh in meshes}
+    print(json.dumps({mesh: collectives(compiled.as_text()) for mesh, compiled in found.items()}))
 
 
 def main(name: str, *meshes: str) -> None:

@@ -32,6 +32,7 @@ MESH = {"data": 1, "fsdp": 4, "tensor": 2}
         ("layers/mlp/fc1/kernel", (24, 768, 3072), P(None, "fsdp", "tensor")),
         ("ema/generator/layers/mlp/fc2/kernel", (24, 3072, 768), P(None, "tensor", "fsdp")),
         ("embeddings/word_embeddings", (5098, 768), P(None, "fsdp")),
+        ("convnext/stages/2/dwconv/kernel", (27, 7, 7, 1, 384), P(None, None, None, None, None)),
         ("pixel_decoder/mid/0/conv1/kernel", (3, 3, 512, 512), P(None, None, None, "fsdp")),
         ("lm_head/kernel", (768, 4097), P("fsdp", None)),  # 4097 does not divide by 2
         ("encoder/ln_pre/scale", (1024,), P()),  # small
@@ -326,8 +327,6 @@ def test_devices_send_what_the_docstring_says(task):
                 if not name.startswith(("opt/", "ema/")) and shape != shard
             }
             sizes = set(map(math.prod, cut.values()))
-            # On a CPU a depthwise convolution takes its kernel's weights one by one (`depthwise_conv_shifted`).
-            sizes |= {shape[-1] for name, shape in cut.items() if "dwconv/kernel" in name}
             assert gathered
             assert {math.prod(shape) for shape in gathered} <= sizes
         else:
@@ -336,6 +335,15 @@ def test_devices_send_what_the_docstring_says(task):
             if task == "generator":  # of the logits [rows, 8, 64], not cut once more by any loss, their sums alone
                 assert [rows, 8] in [shape for _, shape in sent["all-reduce"]]
                 assert not any(shape[:2] == [rows, 8] and shape[2] > 2 for shape in gathered)
+
+
+def test_the_forms_that_are_for_tpus_do_not_gather_the_batch():
+    """Stage 2 has all networks: transformers, both decoders' convolutions, discriminator, ConvNeXt and VGG."""
+    code = "import sys, on_meshes; on_meshes.print_collectives_of_tpu_forms(*sys.argv[1:])"
+    for mesh, sent in json.loads(python_on_eight_devices("-c", code, "stage2", "1,8,1", "2,2,2").stdout).items():
+        data, fsdp, _ = map(int, mesh.split(","))
+        assert sent
+        assert not rows_of_others(sent, BATCH // (data * fsdp), 5), mesh
 
 
 @TASKS

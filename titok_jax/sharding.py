@@ -47,6 +47,8 @@ _RULES: tuple[tuple[str, int | None, int | None], ...] = (
     (r"attn/qkv/kernel", -3, -1),  # [D, 3, D]: heads along the last axis
     (r"(attn/proj|mlp/fc2)/kernel", -1, -2),  # [in, D]: in holds heads or columns, summed over by an all-reduce
     (r"(mlp/fc1|lm_head)/kernel", -2, -1),  # [D, out]
+    # 49 numbers a channel: cut, the partitioner would rather gather the batch and cut its channels.
+    (r"dwconv/kernel", None, None),
     (r".*", -1, None),
 )
 
