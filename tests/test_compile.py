@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import common
 from titok_jax import compile as compiling
+from titok_jax import pretrained
 from titok_jax.tasks.build import build_task
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -199,8 +201,16 @@ def test_a_small_step_compiles_for_a_tpu_slice(tmp_path):
 
 def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypatch, capsys):
     results, calls = tmp_path / "rows.json", []
-    row = {"mesh": {"data": 16}, "batch_size": 8, "effort": -0.5, "problems": []}
-    figures = ("argument_bytes", "temporary_bytes", "total_bytes", "flops", "estimated_seconds", "compile_seconds")
+    row = {"mesh": {"data": 16}, "batch_size": 8, "effort": -0.3, "problems": []}
+    figures = (
+        "argument_bytes",
+        "temporary_bytes",
+        "total_bytes",
+        "flops",
+        "estimated_seconds",
+        "compile_seconds",
+        "sent_bytes",
+    )
     row |= dict.fromkeys(figures, 2**30) | {"collective_bytes": {"all-reduce": 5e6}, "collective_count": {"all-reduce": 3}}
     results.write_text(json.dumps([row | {"name": "stage1:l32", "slice": "v5e-16"}]))
 
@@ -224,9 +234,48 @@ def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypat
         ["--sampler", "titok_l32", "--slice", "v4-32", "--results", str(results)],
     ]
     printed = capsys.readouterr().out
-    assert "| `stage1:l32` | v5e-16 | data 16 | 8 | 1.0 (1.0 + 1.0) | 0.00 | all-reduce 5 (3) | -0.5 |" in printed
+    assert "| `stage1:l32` | v5e-16 | data 16 | 8 | 1.0 (1.0 + 1.0) | 0.00 | all-reduce 5 (3) | -0.3 |" in printed
     assert "stage1:l32 remat=True on v6e-64: too large\nsample titok_l32 on v4-32: not compiled\n" in printed
     assert len(json.loads(results.read_text())) == 2
+
+
+def test_the_table_has_every_recipe_on_every_slice():
+    two_stage = list(common.TWO_STAGE)
+    variants = {"stage1": two_stage, "stage2": two_stage} | {
+        name: list(importlib.import_module(f"configs.{name}").VARIANTS)
+        for name in ("maskgit_vqgan", "single_stage", "generator")
+    }
+    recipes = [f"configs/{name}.py:{v}" for name, found in variants.items() for v in found if not v.startswith("smoke")]
+    large = [recipe for recipe in recipes if "512" in recipe]
+    samplers = [name for kind, name in pretrained.known_configs() if kind == "generator"]
+    compiled = {(what, slice_name) for what, slice_name, _ in compiling.TABLE}
+    assert len(recipes) == 23
+    assert len(samplers) == 3
+    for slice_name in ("v4-32", "v5e-16", "v5p-32", "v6e-64", "v6e-256"):
+        assert [what for what in {*recipes, *samplers} - {*large} if (what, slice_name) not in compiled] == []
+    assert [what for what in large if (what, "v5p-32") not in compiled] == []
+    names = [(compiling.row_name(what, options), slice_name) for what, slice_name, options in compiling.TABLE]
+    assert len(set(names)) == len(names)
+
+
+def test_what_fits_where_is_one_line_per_program():
+    row = {"total_bytes": 2**31, "sent_bytes": 1.26e9, "flops": 1}
+    found = compiling.fits(
+        [
+            row | {"name": "stage1:l32", "slice": "v6e-64"},
+            row | {"name": "stage1:l32 remat=True mesh.fsdp=16", "slice": "v4-8"},
+            row | {"name": "stage1:l32 remat=True", "slice": "v4-8"},
+            row | {"name": "sample titok_l32", "slice": "v6e-64", "sent_bytes": 0},
+            {"name": "stage2:l32", "slice": "v4-8", "problems": ["does not fit"]},
+        ]
+    )
+    assert found.splitlines() == [
+        "| program | v4-8 | v6e-64 |",
+        "|---|---|---|",
+        "| `stage1:l32` | 2.0 GiB, 1.3 GB, `remat=True`, `mesh.fsdp=16`; 2.0 GiB, 1.3 GB, `remat=True` | 2.0 GiB, 1.3 GB |",
+        "| `sample titok_l32` |  | 2.0 GiB |",
+        "| `stage2:l32` | does not fit |  |",
+    ]
 
 
 def test_wrong_arguments_end_with_one_line(capsys, monkeypatch):
