@@ -18,6 +18,7 @@ from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, Perceptual
 from titok_jax.tasks import generator, jit_step, maskgit_vqgan, single_stage, stage1, stage2
 from titok_jax.tasks.perceptual import make_perceptual
 
+PARTS = 1  # that a batch is cut into for gradient accumulation
 STEPS = 2  # with the same parameters, as the first has the learning rate 0
 BATCH = 40  # no other size in these models is a multiple of 5, so that a shape tells whether it holds a batch
 
@@ -75,7 +76,10 @@ def make_tasks():
             **_ADVERSARIAL,
         ),
         "single_stage": single_stage.make_task(
-            dataclasses.replace(tiny_models.TOKENIZER, **_SIZES), single_stage.LossConfig(**loss), **_ADVERSARIAL
+            dataclasses.replace(tiny_models.TOKENIZER, **_SIZES),
+            single_stage.LossConfig(**loss),
+            gradient_accumulation=PARTS,
+            **_ADVERSARIAL,
         ),
         "generator": generator.make_task(
             dataclasses.replace(tiny_models.GENERATOR, dropout=0.1, class_label_dropout=0.1),

@@ -288,7 +288,17 @@ def test_updates_are_the_same_on_every_mesh_in_float64(task):
     """All that three steps log, and the state after them: parameters, moments, averages. In float32 Adam makes full steps of
     gradients that are rounding noise; in float64 these are far below its epsilon."""
     found = json.loads(python_on_eight_devices("-c", IN_FLOAT64, task, "1,1,1", "2,2,2").stdout)
-    one, other = found["1,1,1"], found["2,2,2"]
+    assert_same_in_float64(found["1,1,1"], found["2,2,2"])
+
+
+def test_accumulated_gradients_are_those_of_the_batch_on_a_mesh():
+    code, found = IN_FLOAT64.replace("BATCH = 3, 4", "BATCH, on_meshes.PARTS = 3, 8, {}"), {}
+    for mesh, parts in (("1,1,1", 1), ("2,2,2", 2)):
+        found |= json.loads(python_on_eight_devices("-c", code.format(parts), "single_stage", mesh).stdout)
+    assert_same_in_float64(found["1,1,1"], found["2,2,2"])
+
+
+def assert_same_in_float64(one: dict, other: dict) -> None:
     # Metrics agree to 1e-12, arrays to 4e-13 of their largest value. A parameter that decays and should not is off by 1e-7.
     for step, (metrics, others) in enumerate(zip(one["metrics"], other["metrics"], strict=True)):
         assert metrics.keys() == others.keys()
