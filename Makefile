@@ -41,9 +41,8 @@ digits-features: .venv/installed
 	mkdir -p runs
 	$(BIN)/python tools/train_digits_features.py runs/digits_features.safetensors --overwrite
 
-# Compiles the training steps and samplers of docs/tpu.md for TPU slices and prints its table, after the tests of what does that; no
-# TPU is needed. Hours on 2 CPU
-# cores. What is done is kept in runs/tpu_check.json: the same command goes on; delete the file to begin anew.
+# Compiles the training steps and samplers of docs/tpu.md for TPU slices and prints its two tables, after the tests of what does
+# that; no TPU is needed. Ten hours on 2 CPU cores. What is done is kept in runs/tpu_check.json: the same command goes on; delete the file to begin anew.
 tpu-check: .venv-tpu/installed
 	mkdir -p runs
 	.venv-tpu/bin/python -m pytest tests/test_compile.py

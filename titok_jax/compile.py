@@ -29,7 +29,7 @@ _EPILOG = """examples:
   python -m titok_jax.compile --sampler titok_l32 --slice v5e-16
       the sampler of a published generator, with its tokenizer's decoder
   python -m titok_jax.compile --all --results runs/tpu_check.json
-      everything in the table of docs/tpu.md (make tpu-check); what FILE already holds is not compiled again
+      everything in the tables of docs/tpu.md (make tpu-check); what FILE already holds is not compiled again
 
 The TPU compiler is the package libtpu (make tpu-check installs it into .venv-tpu); no TPU is used. Times are what the
 compiler estimates.
@@ -657,7 +657,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE.py:VARIANT", help="a recipe; --config.FIELD=VALUE changes it")
     what.add_argument("--sampler", metavar="NAME", help="a published generator")
-    what.add_argument("--all", action="store_true", help="everything in the table of docs/tpu.md; takes hours")
+    what.add_argument("--all", action="store_true", help="everything in the tables of docs/tpu.md; takes hours")
     parser.add_argument("--slice", help=", ".join(SLICES))
     parser.add_argument(
         "--effort",
