@@ -91,10 +91,14 @@ def rgb(split, size=32):
 
 
 def frechet(a, b):
-    """As published, in a few lines."""
+    """As published, in a few lines. Where features are constant the root can be NaN (scipy 1.18), hence the offset."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     (mu_a, mu_b), (c_a, c_b) = [x.mean(0) for x in (a, b)], [np.cov(x, rowvar=False) for x in (a, b)]
-    return np.square(mu_a - mu_b).sum() + np.trace(c_a + c_b - 2 * scipy.linalg.sqrtm(c_a @ c_b).real)
+    root = scipy.linalg.sqrtm(c_a @ c_b)
+    if not np.isfinite(root).all():
+        offset = 1e-6 * np.eye(len(root))
+        root = scipy.linalg.sqrtm((c_a + offset) @ (c_b + offset))
+    return np.square(mu_a - mu_b).sum() + np.trace(c_a + c_b - 2 * root.real)
 
 
 def read(path):

@@ -5,6 +5,7 @@ Modules are Flax NNX and hold parameters only: no RNG state, dropout keys are pa
 forms are checked against each other in tests/test_layers.py.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -62,7 +63,8 @@ def attention_plain(q, k, v, *, dropout_rate: float = 0.0, key: jax.Array | None
 
 def attention_by_image(q, k, v) -> jax.Array:
     """The same, one image of the batch at a time: 3 x faster on one CPU at L = 289, where a batched score matrix
-    falls out of the cache. Not for a sharded batch (a loop over a sharded axis gathers it)."""
+    falls out of the cache. Not for a sharded batch (a loop over a sharded axis gathers it), nor for bfloat16, in which the
+    sum that is divided by last costs gradients of q and k two digits."""
 
     def one(qkv):
         q, k, v = (a.transpose(1, 0, 2) for a in qkv)  # [H, L, d]
@@ -74,13 +76,34 @@ def attention_by_image(q, k, v) -> jax.Array:
     return jax.lax.map(one, (q, k, v))
 
 
+def attention_flash(q, k, v) -> jax.Array:
+    """The same in bfloat16 by cuDNN's kernel, which never writes the scores. Its gradient is for even lengths only, so an
+    odd one gets a position that nothing attends to."""
+    length, lengths = q.shape[1], None
+    if length % 2:
+        q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
+        lengths = jnp.full(q.shape[0], length, jnp.int32)
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")[:, :length]
+
+
+@functools.cache
+def _has_flash() -> bool:
+    """Whether this machine's devices have what `attention_flash` needs: CUDA, Ampere or newer."""
+    device = jax.local_devices()[0]
+    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    return is_cuda and float(device.compute_capability) >= 8.0
+
+
 def attention(q, k, v, *, dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
     """Multi-head attention over [B, L, H, d], by the form that is fastest on the backend."""
     if key is not None and dropout_rate > 0.0:
         return attention_plain(q, k, v, dropout_rate=dropout_rate, key=key)
-    if target_platform() != "cpu":
+    platform = target_platform()
+    if platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[1] >= 128 and _has_flash():
+        return attention_flash(q, k, v)
+    if platform != "cpu":
         return jax.nn.dot_product_attention(q, k, v)
-    if q.shape[1] >= 128 and jax.device_count() == 1:
+    if q.shape[1] >= 128 and jax.device_count() == 1 and q.dtype != jnp.bfloat16:
         return attention_by_image(q, k, v)
     return attention_plain(q, k, v)
 
