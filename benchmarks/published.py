@@ -47,6 +47,10 @@ def main() -> None:
     def autocast(dtype):
         return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
+    def make_tokenizer(config):
+        with device:
+            return TiTok(config)
+
     def make_generator(config):
         with device:
             model = (UViTBert if config.model.generator.model_type == "UViT" else ImageBert)(config)
@@ -55,12 +59,11 @@ def main() -> None:
                 model.model.lm_head = torch.nn.Linear(
                     config.model.generator.hidden_size, config.model.vq_model.codebook_size
                 )
-        return model.to(device)
+        return model
 
     def inference(request, dtype, batch):
         config = OmegaConf.create(request["tokenizer"])
-        with device:
-            titok = TiTok(config).eval()
+        titok = make_tokenizer(config).eval()
         size = request["image_size"]
         if request["compile"]:
             titok.encoder, titok.decoder = torch.compile(titok.encoder), torch.compile(titok.decoder)
@@ -99,12 +102,7 @@ def main() -> None:
         published = OmegaConf.load(f"{clone}/{request['recipe']}")
         config = OmegaConf.merge(published, OmegaConf.create(request["changes"]))
         is_generator, gan = request["task"] == "generator", request["task"] in ("stage2", "single_stage")
-        model_class = TiTok
-        if is_generator:
-            model_class = UViTBert if config.model.generator.model_type == "UViT" else ImageBert
-        with device:
-            model = make_generator(config) if is_generator else TiTok(config)
-        model.train()
+        model = (make_generator if is_generator else make_tokenizer)(config).train()
         loss_class = {
             "stage1": losses.ReconstructionLoss_Stage1,
             "stage2": losses.ReconstructionLoss_Stage2,
@@ -113,7 +111,7 @@ def main() -> None:
         }[request["task"]]
         with device:
             loss_module = loss_class(config=config).to(device)
-        average = EMAModel(model.parameters(), decay=0.999, model_cls=model_class, config=config)
+        average = EMAModel(model.parameters(), decay=0.999, model_cls=type(model), config=config)
         average.to(device)
 
         def optimizer(module, rate):
@@ -199,10 +197,9 @@ def main() -> None:
                 make = training if request["kind"] == "train" else inference
                 torch.manual_seed(0)
                 run = make(request, request["dtype"], request["make"])
-                began = time.perf_counter()
                 run()
                 wait()
-                answer = {"first_seconds": time.perf_counter() - began}
+                answer = {}
             else:
                 wait()
                 began = time.perf_counter()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the configurations, from any folder
 
 from titok_jax.cli import check_output, command, new_file, read_config
+from titok_jax.parity import check_clone, reference_environment
 
 _EPILOG = """examples:
   python benchmarks/speed.py
@@ -75,7 +76,7 @@ _SINGLE_STAGE = "configs/training/TA-TiTok/tatitok_bl64_vq.yaml"
 
 # Batches of trainings: the published ones of one GPU.
 CASES = (
-    *(Case(kind, f"titok_{name}", (4, 64)) for name in ("l32", "s128", "bl64_vq") for kind in ("encode", "decode")),
+    *(Case(kind, f"titok_{name}", (4, 64)) for name in ("l32", "s128", "bl64_vq8k") for kind in ("encode", "decode")),
     *(Case("sample", f"titok_{name}", (4, 64)) for name in ("l32", "b64", "s128")),
     Case("train", "stage1:l32", (2, 32), "configs/training/TiTok/stage1/titok_l32.yaml"),
     Case("train", "stage1:b64", (2, 32), "configs/training/TiTok/stage1/titok_b64.yaml"),
@@ -173,13 +174,11 @@ class Published:
     """The process of the published code; it writes what it says beside its answers to `log`."""
 
     def __init__(self, clone: Path, python: str, log: Path):
-        # Python's own settings are of this interpreter, not of that one.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         arguments = [python, str(Path(__file__).with_name("published.py")), str(clone.resolve())]
         self.log = log
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
+                arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=reference_environment()
             )
         self.about = self._answer()
 
@@ -329,17 +328,16 @@ def _parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    cases = list(dict.fromkeys(case.name for text in args.only or [""] for case in CASES if text in case.name))
-    cases = [next(case for case in CASES if case.name == name) for name in cases]
+    cases = {case.name: case for text in args.only or [""] for case in CASES if text in case.name}
     if not cases:
         raise ValueError(f"--only {' '.join(args.only)}: no case has that in its name; --list prints them")
     if args.list:
-        print("\n".join(case.name for case in cases))
+        print("\n".join(cases))
         return
     if args.rounds < 1 or (args.batch is not None and args.batch < 1):
         raise ValueError("--rounds and --batch are at least 1")
-    if args.reference is not None and not (args.reference / "modeling" / "titok.py").is_file():
-        raise ValueError(f"--reference {args.reference}: no clone of the published code, it holds no modeling/titok.py")
+    if args.reference is not None:
+        check_clone(args.reference)
     if args.reference is None and (args.reference_python or args.torch_compile):
         raise ValueError("--reference-python and --torch-compile need --reference CLONE")
     if args.json:
@@ -361,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stack.callback(published.close)
             about += f"; published code: {published.about['device']}, torch {published.about['torch']}"
         print(about)
-        for case in (progress := tqdm(cases, unit="case")):
+        for case in (progress := tqdm(cases.values(), unit="case")):
             for dtype in dtypes:
                 progress.set_description(f"{case.name}, {dtype}")
                 batch = args.batch or case.batches[0 if on_cpu else 1]

@@ -1,5 +1,6 @@
 """The package as it is installed: what the wheel holds, and what is never imported."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -54,3 +55,21 @@ def test_no_command_needs_torch_or_tensorflow():
         "titok_jax.load_pair('digits')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_benchmark_measures_models_and_recipes_that_there_are():
+    code = (
+        "import speed\n"
+        "from titok_jax import pretrained\n"
+        "from titok_jax.cli import read_config\n"
+        "for case in speed.CASES:\n"
+        "    if case.kind == 'train':\n"
+        "        task, variant = case.model.split(':')\n"
+        "        assert read_config(f'configs/{task}.py:{variant}', []).task == task\n"
+        "    else:\n"
+        "        kinds = ['tokenizer', 'generator'] if case.kind == 'sample' else ['tokenizer']\n"
+        "        for kind in kinds:\n"
+        "            assert (kind, case.model) in pretrained.known_configs(), case.name\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)

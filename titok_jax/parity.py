@@ -168,6 +168,20 @@ def run(tokenizer, images: np.ndarray, known: Sequence[Sequence[int] | None]) ->
     return results
 
 
+def check_clone(clone: Path) -> None:
+    """
+    Raises:
+      ValueError: `--reference` names no clone of the published repository.
+    """
+    if not (clone / "modeling" / "titok.py").is_file():
+        raise ValueError(f"--reference {clone}: no clone of the published code, it holds no modeling/titok.py")
+
+
+def reference_environment() -> dict[str, str]:
+    """The environment for the interpreter of the published code: Python's own settings are of this one, not of that one."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+
 def run_reference(
     clone: Path, python: str, tokenizer, images: np.ndarray, results: Sequence[Result]
 ) -> list[dict[str, np.ndarray]]:
@@ -192,8 +206,6 @@ def run_reference(
 
     tokens = np.stack([result.decoded_tokens for result in results])
     tokens = tokens[:, None].astype(np.int64) if tokens.ndim == 2 else tokens.transpose(0, 2, 1)[:, :, None]
-    # Python's own settings are of this interpreter, not of that one.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     with tempfile.TemporaryDirectory(prefix="titok_parity_") as folder:
         place = Path(folder)
         pretrained.save(place / "weights", tokenizer.config, tokenizer.params)
@@ -203,7 +215,9 @@ def run_reference(
         files = (place / name for name in ("driver.py", "weights", "inputs.npz", "outputs.npz"))
         driver, *paths = (str(file) for file in files)
         arguments = [python, driver, str(clone.resolve()), *paths]
-        finished = subprocess.run(arguments, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        finished = subprocess.run(
+            arguments, env=reference_environment(), capture_output=True, text=True, errors="replace", check=False
+        )
         if finished.returncode or not (place / "outputs.npz").is_file():
             said = "\n  ".join((finished.stderr.strip() or "(nothing)").splitlines()[-15:])
             raise ValueError(
@@ -307,8 +321,8 @@ def _parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.reference is not None and not (args.reference / "modeling" / "titok.py").is_file():
-        raise ValueError(f"--reference {args.reference}: no clone of the published code, it holds no modeling/titok.py")
+    if args.reference is not None:
+        check_clone(args.reference)
     if args.reference is None and args.reference_python is not None:
         raise ValueError("--reference-python is given without --reference")
     zoo.find(args.model, None if args.model in zoo.names("vqgan") else "tokenizer")  # before JAX is imported
