@@ -13,7 +13,7 @@ demo: .venv/installed
 
 # Two files of tests at a time: much of the time is compiling, which keeps one core busy.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The 13 published models at full size, one at a time, against what the published code gave with the same weights; prints the
 # rows of the table in docs/parity.md. About 7 minutes on 2 CPU cores, 4.2 GB of memory.

@@ -135,14 +135,26 @@ def compare(golden: Mapping[str, np.ndarray], name: str, ours: Any, tolerance: f
     difference = np.abs(got - want)
     error = float(difference.max() / largest) if largest else float(difference.max())
     worst = np.unravel_index(difference.argmax(), difference.shape)
-    assert error <= tolerance, (
+    within(
+        error,
+        tolerance,
         f"{name}: largest error {error:.2e} of max |x| = {largest:.4g}, tolerance {tolerance:.0e}; "
-        f"at {tuple(map(int, worst))} of the stored slice {got[worst]:.7g}, expected {want[worst]:.7g}"
+        f"at {tuple(map(int, worst))} of the stored slice {got[worst]:.7g}, expected {want[worst]:.7g}",
     )
     if stats is not None:
         found = np.array([full.mean(), full.std(), np.abs(full).max()])
-        assert (np.abs(found - stats) <= tolerance * largest).all(), (
+        within(
+            found - stats,
+            tolerance * largest,
             f"{name}: the slice agrees, but (mean, std, max) of the whole are {found}, "
-            f"expected {stats}, tolerance {tolerance:.0e}"
+            f"expected {stats}, tolerance {tolerance:.0e}",
         )
     return error
+
+
+def within(difference: Any, allowed: Any, label: str) -> None:
+    """Asserts that no element of `difference`, of any sign, is larger than `allowed`, a number or an array.
+
+    The one place where errors meet bounds that are no `np.testing.assert_allclose`: margins.py records both.
+    """
+    assert (np.abs(difference) <= allowed).all(), label

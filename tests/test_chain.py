@@ -4,13 +4,10 @@ Trainings run with fewer steps, a shorter warm-up and smaller batches; nothing e
 """
 
 import json
-import os
 import pathlib
 import re
-import shlex
-import subprocess
-import sys
 
+import command_lines
 import numpy as np
 from PIL import Image
 
@@ -30,18 +27,15 @@ LOSSES = {"vqgan": "reconstruction_loss", "stage1": "total_loss", "stage2": "rec
 
 def test_each_output_is_the_next_ones_input(tmp_path):
     (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/training.md").read_text().split(SECTION)[1], re.DOTALL)
-    for name in ("configs", "titok_jax"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    output = {}
+    lines = []
     for line in block.replace("\\\n", "").splitlines():
         short = {"train": SHORTER, "sample": " --steps 2"}.get(line.split()[2].removeprefix("titok_jax."), "")
         if "stage2.py" in line:
             short += " --config.loss.discriminator_start=5"
-        command = [sys.executable, *shlex.split(line + short)[1:]]
-        run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert run.returncode == 0, f"{line}\n{run.stderr[-3000:]}"
-        output[line.split(":")[0].split()[-1]] = run.stdout
+        lines.append(line + short)
+    output = {
+        line.split(":")[0].split()[-1]: text for line, text in zip(lines, command_lines.run(lines, tmp_path), strict=True)
+    }
 
     chain = tmp_path / "runs/chain"
     for run, name in LOSSES.items():

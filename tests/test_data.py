@@ -221,7 +221,7 @@ def kill_with_workers(process: subprocess.Popen) -> None:
         except FileNotFoundError:
             return False
 
-    deadline = time.monotonic() + 60  # they need milliseconds
+    deadline = time.monotonic() + 600  # they need milliseconds
     while any(map(alive, children)):
         assert time.monotonic() < deadline
         time.sleep(0.01)

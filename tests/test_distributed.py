@@ -263,7 +263,7 @@ from titok_jax import lock, sharding
 sharding.start_processes()
 import jax
 from etils import epath
-lock.is_remote, lock.BEAT = lambda path: True, 1
+lock.is_remote, lock.BEAT = lambda path: True, 20
 workdir = epath.Path(sys.argv[1])
 with lock.lock_workdir(workdir) as held:
     held.check()
@@ -301,7 +301,7 @@ print("reached")
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_process_does_not_wait_for_a_dead_one(which):
     processes = start(ONE_DIES, str(which), processes=2)
-    printed = [process.communicate(timeout=600) for process in processes]
+    printed = [process.communicate(timeout=900) for process in processes]
     assert all(process.returncode != 0 for process in processes)
     assert not any("reached" in out for out, _ in printed)
     assert "process 1 of 2 at localhost:" in printed[1][0]
@@ -312,7 +312,7 @@ def test_a_process_does_not_wait_for_ever_to_start():
     first, second = start(program, processes=2)
     second.kill()
     second.communicate()
-    out, _ = first.communicate(timeout=600)
+    out, _ = first.communicate(timeout=900)
     assert first.returncode != 0
     assert "process 0 of 2 at localhost:" in out
     assert "waiting for the others, 2 s at most; was the command started for all?" in out

@@ -95,7 +95,7 @@ def test_statistics_do_not_depend_on_devices_and_processes(network, tmp_path):
         subprocess.Popen([sys.executable, "-c", code, str(i), str(path)], cwd=ROOT, env=environment)
         for i, path in enumerate(paths)
     ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=900) for process in processes] == [0, 0]
     merged = metrics.FeatureStatistics(64)
     for path in paths:
         merged.merge(metrics.FeatureStatistics.load(path))

@@ -162,7 +162,7 @@ def run(url, home, *steps, **settings):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     arguments = [sys.executable, "-c", CLIENT, *map(json.dumps, steps)]
-    result = subprocess.run(arguments, capture_output=True, text=True, env={**environment, **settings}, timeout=120)
+    result = subprocess.run(arguments, capture_output=True, text=True, env={**environment, **settings}, timeout=900)
     assert result.returncode == 0, result.stderr
     return [tuple(json.loads(line)) for line in result.stdout.splitlines()]
 

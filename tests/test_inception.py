@@ -72,8 +72,8 @@ def test_every_layer_and_output(golden):
         gd.compare(golden, f"256/{name}", gd.nchw(layers[name]), TOLERANCE)
     # Channel 0 of Mixed_6d is that of its first branch.
     spatial, step = np.asarray(found.spatial).reshape(2, 17, 17, 7), int(golden["256/Mixed_6d.stride"][2])
-    error = np.abs(spatial[:, ::step, ::step, 0] - golden["256/Mixed_6d"][:, 0]).max()
-    assert error < TOLERANCE * golden["256/Mixed_6d.stats"][2]
+    error = spatial[:, ::step, ::step, 0] - golden["256/Mixed_6d"][:, 0]
+    gd.within(error, TOLERANCE * golden["256/Mixed_6d.stats"][2], "Mixed_6d")
     assert found.spatial.shape == (2, 2023)
 
 
@@ -81,8 +81,8 @@ def test_every_layer_and_output(golden):
 def test_resize_is_tensorflows(golden, size):
     resized = gd.nchw(inception.resize(jnp.asarray(golden_images(size), jnp.float32), 299))
     # Pixels of 0 .. 255; their places are float32 here, as in the TensorFlow graph: 8e-4.
-    np.testing.assert_allclose(resized[0, :, 7], golden[f"{size}/resized299_row"], atol=2e-3)
-    np.testing.assert_allclose(resized[0, :, -6:, -6:], golden[f"{size}/resized299_last_corner"], atol=2e-3)
+    np.testing.assert_allclose(resized[0, :, 7], golden[f"{size}/resized299_row"], atol=3e-3)
+    np.testing.assert_allclose(resized[0, :, -6:, -6:], golden[f"{size}/resized299_last_corner"], atol=3e-3)
 
 
 def test_resize_by_hand():

@@ -118,8 +118,8 @@ def test_every_block(golden, outputs):
     for name, value in blocks.items():
         compare(golden, name, value, DECODER_TOLERANCE if name.startswith("decoder.") else TOLERANCE)
     # What the modules compute when called is what their blocks give in this order.
-    np.testing.assert_allclose(nchw(whole["z"][:1]), blocks["encoder.conv_out"], atol=1e-6 * np.abs(whole["z"]).max())
-    np.testing.assert_allclose(nchw(whole["raw"][:1]), blocks["decoder.conv_out"], atol=1e-5 * np.abs(whole["raw"]).max())
+    np.testing.assert_allclose(nchw(whole["z"][:1]), blocks["encoder.conv_out"], atol=3e-6 * np.abs(whole["z"]).max())
+    np.testing.assert_allclose(nchw(whole["raw"][:1]), blocks["decoder.conv_out"], atol=4e-5 * np.abs(whole["raw"]).max())
 
 
 def test_quantizer(golden, outputs):

@@ -199,7 +199,7 @@ test.train.train(config, sys.argv[1])
 """
 
 
-def test_an_interrupted_run_and_one_on_a_mesh_end_as_a_straight_one(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_a_straight_one(tmp_path, monkeypatch):
     straight = train.train(small(), tmp_path / "straight")
     real_write = train.MetricLog.write
 
@@ -215,7 +215,18 @@ def test_an_interrupted_run_and_one_on_a_mesh_end_as_a_straight_one(tmp_path, mo
     resumed = train.train(small(), tmp_path / "resumed")  # from the checkpoint of step 2
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    # The result is a model folder with the averaged parameters.
+    loaded, params = pretrained.load(tmp_path / "straight" / "pretrained", MaskgitVQGANConfig)
+    assert loaded.resolution == 32
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(straight["ema"]["vqgan"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    assert nnx.merge(models.abstract(loaded)[0], params).get_codes(images).shape == (1, 16, 16)
 
+
+@pytest.mark.long
+def test_a_run_on_a_mesh_ends_as_one_on_one_device(tmp_path):
+    train.train(small(), tmp_path / "straight")
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(tmp_path / "eight")]
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
@@ -230,11 +241,3 @@ def test_an_interrupted_run_and_one_on_a_mesh_end_as_a_straight_one(tmp_path, mo
             else:
                 # Sums over devices are in another order, and Adam amplifies rounding in its first steps.
                 np.testing.assert_allclose(eight[name], one[name], rtol=1e-3, err_msg=name)
-
-    # The result is a model folder with the averaged parameters.
-    loaded, params = pretrained.load(tmp_path / "straight" / "pretrained", MaskgitVQGANConfig)
-    assert loaded.resolution == 32
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(straight["ema"]["vqgan"]), strict=True):
-        np.testing.assert_array_equal(a, b)
-    images = np.zeros((1, 32, 32, 3), np.float32)
-    assert nnx.merge(models.abstract(loaded)[0], params).get_codes(images).shape == (1, 16, 16)

@@ -120,15 +120,9 @@ def test_a_batch_is_put_whole_on_one_device():
     np.testing.assert_array_equal(placed["label"], batch["label"])
 
 
-# Compiled without optimisation, which takes a fourth of the time and changes nothing between devices.
-FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
-if jax.__version_info__ < (0, 11):  # later ones have no other way, and end at a flag that they do not know
-    FAST["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-
-
 def python_on_eight_devices(*arguments: str) -> subprocess.CompletedProcess:
     """Runs Python, with what is in tests, on 8 simulated devices."""
-    env = {**os.environ, **FAST, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8"}
     run = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return run
@@ -253,36 +247,48 @@ def test_the_first_state_is_made_on_its_shards():
     assert not sent
 
 
-MESHES = ("1,1,1", "8,1,1", "1,8,1", "2,2,2")
-TASKS = pytest.mark.parametrize("task", ["maskgit_vqgan", "stage1", "stage2", "single_stage", "generator"])
+NAMES = ("maskgit_vqgan", "stage1", "stage2", "single_stage", "generator")
+TASKS = pytest.mark.parametrize("task", NAMES)
+# The mesh with all axes always; those along one alone are `long`.
+MESHES = pytest.mark.parametrize(
+    "meshes",
+    [
+        pytest.param(("1,1,1", "2,2,2"), id="all"),
+        pytest.param(("1,1,1", "8,1,1", "1,8,1"), id="one", marks=pytest.mark.long),
+    ],
+)
 
 
 @functools.cache
-def on_meshes(task: str) -> dict:
+def on_meshes(task: str, meshes: tuple[str, ...]) -> dict:
     """{mesh: losses, collectives and placement of a task}: see on_meshes.py."""
-    return json.loads(python_on_eight_devices(str(ROOT / "tests/on_meshes.py"), task, *MESHES).stdout)
+    return json.loads(python_on_eight_devices(str(ROOT / "tests/on_meshes.py"), task, *meshes).stdout)
 
 
 @TASKS
-def test_every_task_gives_the_same_on_every_mesh(task):
+@MESHES
+def test_every_task_gives_the_same_on_every_mesh(task, meshes):
     """Losses, gradient norms, GAN terms, LeCam's averages and the usage of codes, which are of the global batch."""
-    found = on_meshes(task)
-    for mesh in MESHES[1:]:
+    found = on_meshes(task, meshes)
+    for mesh in meshes[1:]:
         for step, (one, other) in enumerate(zip(found["1,1,1"]["metrics"], found[mesh]["metrics"], strict=True)):
             assert one.keys() == other.keys()
             for name, value in one.items():
                 if value is None:
                     assert other[name] is None
                 else:
-                    # A mean of the discriminator's logits, which are of both signs, is small beside them.
-                    atol = 1e-5 if name.endswith("gan_loss") or name.startswith("logits_") else 1e-7
-                    np.testing.assert_allclose(other[name], value, 2e-5, atol, err_msg=f"{name}, step {step}, mesh {mesh}")
+                    # A mean of the discriminator's logits, which are of both signs, is small beside them. Float32, behind
+                    # LeakyReLUs and one step of Adam: 1.3e-5 is seen. In float64 (below) the same agrees to 1e-12.
+                    atol = 3e-5 if name.endswith("gan_loss") or name.startswith("logits_") else 3e-7
+                    np.testing.assert_allclose(other[name], value, 5e-5, atol, err_msg=f"{name}, step {step}, mesh {mesh}")
 
 
 IN_FLOAT64 = "import sys, in_float64, on_meshes; on_meshes.STEPS, on_meshes.BATCH = 3, 4; on_meshes.main(*sys.argv[1:])"
 
 
-@TASKS
+@pytest.mark.parametrize(
+    "task", [pytest.param(name, marks=() if name in ("single_stage", "generator") else pytest.mark.long) for name in NAMES]
+)
 def test_updates_are_the_same_on_every_mesh_in_float64(task):
     """All that three steps log, and the state after them: parameters, moments, averages. In float32 Adam makes full steps of
     gradients that are rounding noise; in float64 these are far below its epsilon."""
@@ -290,6 +296,7 @@ def test_updates_are_the_same_on_every_mesh_in_float64(task):
     assert_same_in_float64(found["1,1,1"], found["2,2,2"])
 
 
+@pytest.mark.long
 def test_accumulated_gradients_are_those_of_the_batch_on_a_mesh():
     code, found = IN_FLOAT64.replace("BATCH = 3, 4", "BATCH, on_meshes.PARTS = 3, 8, {}"), {}
     for mesh, parts in (("1,1,1", 1), ("2,2,2", 2)):
@@ -317,8 +324,9 @@ BATCH = 40  # as in on_meshes.py
 
 
 @TASKS
-def test_devices_send_what_the_docstring_says(task):
-    for mesh, found in on_meshes(task).items():
+@MESHES
+def test_devices_send_what_the_docstring_says(task, meshes):
+    for mesh, found in on_meshes(task, meshes).items():
         data, fsdp, tensor = map(int, mesh.split(","))
         sent = found["collectives"]
         gathered = [shape for dtype, shape in sent.get("all-gather", ()) if dtype.startswith(("f", "bf"))]
@@ -356,8 +364,9 @@ def test_the_forms_that_are_for_tpus_do_not_gather_the_batch():
 
 
 @TASKS
-def test_the_optimizer_and_the_average_are_cut_as_their_parameters(task):
-    for mesh, found in on_meshes(task).items():
+@MESHES
+def test_the_optimizer_and_the_average_are_cut_as_their_parameters(task, meshes):
+    for mesh, found in on_meshes(task, meshes).items():
         axes = dict(zip(sharding.AXES, map(int, mesh.split(",")), strict=True))
         cut = 0
         for side in ("in", "out"):

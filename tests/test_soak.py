@@ -32,7 +32,7 @@ PROGRAM = """
 import sys
 import test_soak
 from titok_jax import sharding, train
-sharding.HEARTBEAT_SECONDS, sharding.START_SECONDS = 5, 60
+sharding.HEARTBEAT_SECONDS, sharding.START_SECONDS = 5, 300
 sharding.start_processes()
 import jax
 import numpy as np
@@ -76,7 +76,7 @@ def kill_at(whom: str, moment: str, draw: random.Random, run: list[subprocess.Po
     for process in victims:
         process.kill()
     for process in run:
-        _, error = process.communicate(timeout=600)
+        _, error = process.communicate(timeout=900)
         assert (process.returncode == -signal.SIGKILL) if process in victims else (process.returncode != 0), error[-2000:]
     print(f"killed {whom} of {len(run)} at step {last_step(workdir)}{', during a save' if saving else ''}", flush=True)
     return saving

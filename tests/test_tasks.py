@@ -5,7 +5,9 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
+import conftest
 import golden_data as gd
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ from titok_jax.optimizer import NO_DECAY_WORDS, ema_decay
 from titok_jax.tasks import accumulate, generator, reconstruction_quality, single_stage, stage1, stage2
 from titok_jax.tasks.perceptual import make_perceptual
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 OPTIMIZER = {
     "learning_rate": 1e-3,
     "end_learning_rate": 1e-4,
@@ -37,23 +41,65 @@ OPTIMIZER = {
 # The recorded runs against the same in float64 differ by 1e-7 relative in losses and 6e-7 in parameters (their .json),
 # so a tenth of what is promised (1e-4) leaves room for another order of summation and for nothing else.
 TOLERANCE = 1e-5
-# From its start on, a discriminator feeds on what it changed, and Adam turns tiny gradients into full steps: seen 4e-4 in
-# logged values and 2e-5 in stored parameters.
-GAN_TOLERANCE, GAN_PARAMETER_TOLERANCE = 1e-3, 1e-4
-# Of stored arrays with pixels on the way: the published gradients are up to 4e-5, its reconstructions 1.2e-5, from float64.
-PIXEL_TOLERANCE = 1e-4
-# The mean of logits of both signs cancels; 5e-3 is seen in stage 2's last step. Float32 does not determine it better: begun
-# from weights that are changed at random by one unit in the last place, eight runs were off by 4e-4 to 6e-3. Where the
-# discriminator first learns, 8 of the values before its LeakyReLUs are so near 0 (1e-5) that the rounding of the
-# reconstruction decides their sign; the gradient of its first kernel is off by 9e-4 there, and Adam makes full steps of it.
-# With the decoder alone computed in float64 it is 6e-5, as with all of it, which is a test at GAN_TOLERANCE below.
+
+
+class Bounds(NamedTuple):
+    """How far a training on pixels may be from the recorded one, relative to a value or to an array's largest magnitude.
+
+    Attributes:
+      logged, logged_gan: of what a step logs, before and from the start of the discriminator on.
+      last_logits: in stage 2's last step, of what the discriminator's mean logits, which have both signs, decide.
+      first_gradient, discriminator_gradient: of the first step, and of the discriminator's first.
+      pictures: of reconstructions, up to the discriminator's start.
+      later_pictures: of those one, two, ... steps later, when it has changed what the decoder learns.
+      parameter, discriminator: of stored parameters after the last step.
+      stats, discriminator_stats: of the mean and the standard deviation of every parameter then.
+    """
+
+    logged: float = 1e-5
+    logged_gan: float = 1e-3
+    last_logits: float = 1e-3
+    first_gradient: float = 1e-4
+    discriminator_gradient: float = 1e-4
+    pictures: float = 1e-4
+    later_pictures: tuple[float, ...] = (1e-4, 1e-4, 1e-4)
+    parameter: float = 1e-4
+    discriminator: float = 1e-4
+    stats: float = 2e-6
+    discriminator_stats: float = 1e-5
+
+
+# Of all in float64. The published runs are float32, which shows: gradients are up to 4e-5, reconstructions 1.2e-5 off, and what
+# follows from them. In stage 2, 8 of the values before the discriminator's LeakyReLUs are so near 0 (1e-5) where it first
+# learns that the rounding of the reconstruction decides their sign, and Adam makes full steps of a gradient of its first kernel
+# that is 3e-4 off.
+STAGE2_SIGNS = {"discriminator_gradient": 5e-4, "later_pictures": (1e-4, 5e-4), "discriminator": 1e-3}
+FLOAT64 = {"single_stage_vq": Bounds(), "single_stage_vae": Bounds(), "stage2": Bounds(**STAGE2_SIGNS)}
+# In float32 the same signs are decided on our side too, and Adam turns tiny gradients into full steps. So these bounds are three
+# times the largest error of 8 runs for stage 2, and of 6 each for the others, that began with every weight changed at random by
+# at most one unit in the last place, and of runs that were compiled with and without LLVM's optimisation, where that is more
+# than the bound in float64.
+FLOAT32 = {
+    "single_stage_vq": Bounds(discriminator_gradient=5e-4, discriminator=2e-4, stats=3e-6, discriminator_stats=5e-5),
+    "single_stage_vae": Bounds(discriminator_gradient=3e-4),
+    "stage2": Bounds(
+        logged=2.5e-5,
+        logged_gan=2.5e-3,
+        last_logits=2e-2,
+        discriminator_gradient=3e-3,
+        later_pictures=(5e-4, 3e-3),
+        parameter=1.5e-4,
+        discriminator=1.5e-3,
+        stats=3e-6,
+    ),
+}
+# What the mean logits, which are of both signs and cancel, decide in stage 2's last step.
 MEAN_LOGITS = {"gan_loss", "weighted_gan_loss", "logits_real", "logits_fake", "lecam_loss"}
-MEAN_LOGITS_TOLERANCE = 1e-2
-# For the same reason that gradient, and the last step's reconstructions: 9e-4 and 7e-4 are seen; in float64 3e-4 and 9e-5.
-SIGNS_TOLERANCE = 2e-3
+# The steps compute for longer than they take to compile: optimised a little more than other tests, see conftest.py.
+LONG_STEPS = {"xla_backend_optimization_level": 1} if os.environ["XLA_FLAGS"] == conftest.FAST_COMPILING else None
 # Of every parameter, stored or not, the mean and the standard deviation relative to the largest magnitude: up to 8e-7 is
-# seen, of discriminators' single numbers 6e-6. Training moved each by 2.4e-6 at least, half of them by more than 1.5e-4.
-STATS_TOLERANCE, DISCRIMINATOR_STATS_TOLERANCE = 2e-6, 1e-5
+# seen, of discriminators' single numbers 1.7e-5. Training moved each by 2.4e-6 at least, half of them by more than 1.5e-4.
+STATS_TOLERANCE = 2e-6
 # What has no gradient but rounding, of which Adam makes steps all the same: the bias of the keys, which cancels in a softmax
 # (the second third where the three are one), and a bias before a GroupNorm with one channel per group, which the small pixel
 # decoder has. As biases do not decay, in exact arithmetic they stay where they began. Up to 2.4e-4 is seen; a gradient moves
@@ -63,7 +109,7 @@ STILL = {
     ".attn.in_proj_bias": slice(64, 128),
     ".up.1.upsample_conv.bias": slice(None),
 }
-STILL_TOLERANCE = 5e-4
+STILL_TOLERANCE = 1e-3
 
 
 def still_part(name: str) -> slice:
@@ -147,17 +193,20 @@ def check_gradients(network, before, after, name, golden, entries, norm, toleran
         if key.endswith(".attn.in_proj_bias"):  # each third for itself: the gradients of values are the largest
             ours, theirs = (x.reshape(3, -1) for x in (grads[key.removeprefix(entries)], golden[key]))
             difference, largest = np.abs(ours - theirs).max(1), np.abs(theirs).max(1)
-            assert (difference[[0, 2]] <= tolerance * largest[[0, 2]]).all(), key
-            assert np.abs(ours[1]).max() <= 1e-6 * largest[2], key
+            gd.within(difference[[0, 2]], tolerance * largest[[0, 2]], f"{key}: of queries and values")
+            gd.within(ours[1], 1e-6 * largest[2], f"{key}: of keys")
     # None is left out, of those that are not stored either.
     reached = golden["log/disc_n_params_with_grad" if name == "discriminator" else "log/n_params_with_grad"]
     assert sum(np.any(grad != 0) for grad in grads.values()) == np.nanmax(reached)
     print(f"{entries}: largest error of a gradient {max(errors):.1e}")
 
 
-def check_final(network, state, name, golden, file, tolerance=TOLERANCE, prefix="", golden_prefix=""):
+def check_final(
+    network, state, name, golden, file, tolerance=TOLERANCE, stats_tolerance=STATS_TOLERANCE, prefix="", golden_prefix=""
+):
     """Stored parameters and averages, the statistics of all of them, and the weight decay groups.
 
+    stats_tolerance: of means and standard deviations.
     prefix: of the names in the file; golden_prefix: of its entries ("disc_" for the discriminator, which has no average).
     """
     table, info = convert.table_for(network.config), gd.load_json(f"training/{file}.json")
@@ -169,7 +218,7 @@ def check_final(network, state, name, golden, file, tolerance=TOLERANCE, prefix=
             value, still, rounded = np.array(value), still_part(key), 0.0
             if value[still].size:
                 start = gd.seeded_array(key, value.shape)[still]
-                assert np.abs(value[still] - start).max() <= STILL_TOLERANCE, f"{kind} {key}"
+                gd.within(value[still] - start, STILL_TOLERANCE, f"{kind} {key}")
                 if len(start) == len(value):
                     continue
                 # The rest is compared as if rounding had moved nothing; how far it moved the published run's is recorded.
@@ -180,16 +229,17 @@ def check_final(network, state, name, golden, file, tolerance=TOLERANCE, prefix=
                 flat = value.reshape(len(value), -1)
                 got = flat[tuple(slice(None, None, max(1, size // 64)) for size in flat.shape)]
                 difference = np.abs(got - golden[entry + ".flat2d"])
-                assert np.quantile(difference, 0.9) <= 0.5 * tolerance * np.abs(got).max(), entry
+                gd.within(np.quantile(difference, 0.9), 0.5 * tolerance * np.abs(got).max(), entry)
             elif entry in golden or entry + ".flat2d" in golden:
                 errors.append(gd.compare(golden, entry, value, tolerance))
             stats = golden[f"{golden_prefix}{kind}_stats"][names.index(prefix + key)]
             found = np.array([value.mean(dtype=np.float64), value.std(dtype=np.float64), np.abs(value).max()])
             error = np.abs(found - stats)
-            allowed = (DISCRIMINATOR_STATS_TOLERANCE if golden_prefix else STATS_TOLERANCE) * stats[2]
+            allowed = stats_tolerance * stats[2]
             # In the mean, 64 elements that went either way, of 192, count a 24th.
-            assert (error[:2] <= allowed + rounded / 24).all(), f"{kind} {key}: {found}, expected {stats}"
-            assert error[2] <= tolerance * stats[2] + rounded, f"{kind} {key}: {found}, expected {stats}"
+            label = f"{kind} {key}: {found}, expected {stats}"
+            gd.within(error[:2], allowed + rounded / 24, label)
+            gd.within(error[2], tolerance * stats[2] + rounded, label)
     assert len(errors) > (2 if golden_prefix else 10)
     decays = convert.flatten(convert.decay_mask(table, network.trainable(network.abstract), NO_DECAY_WORDS))
     groups = {True: set(), False: set()}
@@ -289,9 +339,9 @@ def quantize(network, params, images):
 
 
 def check_margin(margin, golden, step):
-    """How near a code was to being another one: small differences of squared distances, which the published run has to 4e-4
-    (its .json)."""
-    np.testing.assert_allclose(margin, golden["log/min_codebook_margin"][step], rtol=1e-3)
+    """How near a code was to being another one: small differences of squared distances, which the published run itself has
+    to 4e-4 (its .json); 7e-4 is seen."""
+    np.testing.assert_allclose(margin, golden["log/min_codebook_margin"][step], rtol=2.5e-3)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -366,18 +416,27 @@ def check_pictures(pictures, golden, step, tolerance):
         print(f"recon_step{step}: largest error {error:.1e}")
 
 
-@pytest.mark.parametrize(
-    ("name", "perceptual"),
-    [
-        ("single_stage_vq", "lpips-convnext_s-1.0-0.1"),
-        ("single_stage_vae", "lpips-convnext_s-1.0-0.1"),
-        ("stage2", "convnext_s"),
-    ],
-)
-def test_training_on_pixels_equals_the_published_run(name, perceptual):
+PIXEL_RUNS = {
+    "single_stage_vq": "lpips-convnext_s-1.0-0.1",
+    "single_stage_vae": "lpips-convnext_s-1.0-0.1",
+    "stage2": "convnext_s",
+}
+
+
+def pixel_runs(always: str):
+    """The recorded runs on pixels as parameters of a test, all but one of them `long`."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name == always else pytest.mark.long) for name in PIXEL_RUNS]
+    )
+
+
+@pixel_runs(always="single_stage_vae")
+def test_training_on_pixels_equals_the_published_run(name, all_bounds=FLOAT32):
+    perceptual, bounds = PIXEL_RUNS[name], all_bounds[name]
     golden = gd.load(f"training/{name}_steps.npz")
     task = pixel_task(name, seeded_perceptual(perceptual))
-    state, update = seeded_state(task, {"tokenizer": "", "discriminator": "discriminator."}), jax.jit(task.update)
+    state = seeded_state(task, {"tokenizer": "", "discriminator": "discriminator."})
+    update = jax.jit(task.update, compiler_options=LONG_STEPS)
     frozen = jax.tree.map(jnp.asarray, task.frozen)
     first, worst = state["params"]["tokenizer"], 0.0
     logged = [key for key in golden if key.startswith("log/") and not key.startswith("log/lecam_ema")]
@@ -389,7 +448,7 @@ def test_training_on_pixels_equals_the_published_run(name, perceptual):
         draws = {"noise": golden["noise"][step][:, :, 0].transpose(0, 2, 1)} if "noise" in golden else {}
         images, former = gd.images(2, 64, 10 + step), state
         pictures, tokens, margin = forward(state["params"]["tokenizer"], images, draws)
-        tolerance = SIGNS_TOLERANCE if name == "stage2" and step == 5 else PIXEL_TOLERANCE
+        tolerance = bounds.pictures if step <= start else bounds.later_pictures[step - start - 1]
         check_pictures(gd.nchw(pictures), golden, step, tolerance)
         if "indices" in golden:
             np.testing.assert_array_equal(tokens, golden["indices"][step][:, 0])
@@ -399,36 +458,36 @@ def test_training_on_pixels_equals_the_published_run(name, perceptual):
         state, metrics = update(state, frozen, {"image": images}, draws)
         if step == 0:
             checked = networks["tokenizer"], former, state, "tokenizer", golden, "grad_step0/", metrics["grad_norm"]
-            check_gradients(*checked, PIXEL_TOLERANCE)
+            check_gradients(*checked, bounds.first_gradient)
         if step == start:
             entries, norm = f"grad_step{step}/disc_discriminator.", metrics["disc_grad_norm"]
             checked = networks["discriminator"], former, state, "discriminator", golden, entries, norm
-            check_gradients(*checked, SIGNS_TOLERANCE if name == "stage2" else PIXEL_TOLERANCE)
+            check_gradients(*checked, bounds.discriminator_gradient)
         assert set(logged.values()) - set(metrics) == not_ours & set(logged.values())
+        last = name == "stage2" and step == 5
         for key, metric in logged.items():
             if metric in metrics:
-                tolerance = TOLERANCE if step < start else GAN_TOLERANCE
-                if name == "stage2" and step == 5 and metric in MEAN_LOGITS:
-                    tolerance = MEAN_LOGITS_TOLERANCE
+                tolerance = bounds.logged if step < start else bounds.logged_gan
+                if last and metric in MEAN_LOGITS:
+                    tolerance = bounds.last_logits
                 want = golden[key][step]
                 np.testing.assert_allclose(metrics[metric], want, rtol=tolerance, atol=1e-9, err_msg=f"{metric}, {step}")
                 if np.isfinite(want) and want:
                     worst = max(worst, abs(float(metrics[metric]) / want - 1))
         for side in ("real", "fake"):
             want = golden[f"log/lecam_ema_{side}"][step]
-            tolerance = MEAN_LOGITS_TOLERANCE if name == "stage2" and step == 5 else GAN_TOLERANCE
+            tolerance = bounds.last_logits if last else bounds.logged_gan
             np.testing.assert_allclose(getattr(state["lecam"], side), want, rtol=tolerance, atol=1e-9)
     print(f"{name}: largest error of a logged value {worst:.1e}")
-    check_final(networks["tokenizer"], state, "tokenizer", golden, f"{name}_steps", GAN_PARAMETER_TOLERANCE)
-    # Stage 2's discriminator by rounding again: 4e-4 of the largest in single elements.
-    tolerance = 1e-3 if name == "stage2" else GAN_PARAMETER_TOLERANCE
-    discriminator = networks["discriminator"]
-    check_final(discriminator, state, "discriminator", golden, f"{name}_steps", tolerance, "discriminator.", "disc_")
-    last = state["params"]["tokenizer"]
+    file = f"{name}_steps"
+    check_final(networks["tokenizer"], state, "tokenizer", golden, file, bounds.parameter, bounds.stats)
+    final = networks["discriminator"], state, "discriminator", golden, file, bounds.discriminator, bounds.discriminator_stats
+    check_final(*final, "discriminator.", "disc_")
+    last_params = state["params"]["tokenizer"]
     changed = {
         part
         for part in first
-        if any((a != b).any() for a, b in zip(*(jax.tree.leaves(p[part]) for p in (first, last)), strict=True))
+        if any((a != b).any() for a, b in zip(*(jax.tree.leaves(p[part]) for p in (first, last_params)), strict=True))
     }
     assert changed == (set(stage2.TRAINED) if name == "stage2" else set(first))
 
@@ -444,19 +503,19 @@ seeded_state = test_tasks.seeded_state
 def seeded(*args):
     return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == "float32" else x, seeded_state(*args))
 test_tasks.seeded_state = seeded
-test_tasks.MEAN_LOGITS_TOLERANCE = test_tasks.GAN_TOLERANCE
-test_tasks.SIGNS_TOLERANCE = 5e-4
-test_tasks.test_training_on_pixels_equals_the_published_run("stage2", "convnext_s")
+test_tasks.test_training_on_pixels_equals_the_published_run(sys.argv[1], test_tasks.FLOAT64)
 """
 
 
-def test_stage2_in_float64_equals_the_published_run_to_its_end():
-    """Where float32 parts ways over signs of values near 0 (see MEAN_LOGITS), the same code in float64 does not."""
-    root = pathlib.Path(__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, "-c", IN_FLOAT64], cwd=root, env=env, capture_output=True, text=True, timeout=900)
+@pixel_runs(always="stage2")
+def test_training_on_pixels_in_float64_equals_the_published_run_to_its_end(name):
+    """Where float32 parts ways over signs of values near 0 (see FLOAT32), the same code in float64 does not."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if env["XLA_FLAGS"] == conftest.FAST_COMPILING:
+        env["XLA_FLAGS"] = conftest.FAST_LOOPS
+    run = subprocess.run([sys.executable, "-c", IN_FLOAT64, name], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "stage2: largest error of a logged value" in run.stdout
+    assert f"{name}: largest error of a logged value" in run.stdout
 
 
 def test_accumulation_in_gan_training_equals_the_large_batch():
@@ -481,9 +540,10 @@ def test_accumulation_in_gan_training_equals_the_large_batch():
     (metrics, *whole), (metrics_of_parts, *parts) = results
     assert metrics["lecam_loss"] > 0.1
     for key, value in metrics.items():
-        np.testing.assert_allclose(metrics_of_parts[key], value, rtol=1e-5, err_msg=key)
+        np.testing.assert_allclose(metrics_of_parts[key], value, rtol=3e-5, err_msg=key)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_allclose(b, a, atol=2e-5 * max(1e-4, float(jnp.abs(a).max())))
+        # In float32, behind LeakyReLUs: 9e-6 is seen. In float64 the same agrees to 1e-10: tests/test_sharding.py.
+        np.testing.assert_allclose(b, a, atol=5e-5 * max(1e-4, float(jnp.abs(a).max())))
 
 
 @pytest.mark.parametrize("kind", ["stage1", "single_stage"])

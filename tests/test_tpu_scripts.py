@@ -62,7 +62,7 @@ def cloud(tmp_path, monkeypatch):
     (tmp_path / "env").write_text("TOKEN='a secret'\n")
     (tmp_path / "config.sh").write_text(
         "NAME=t PROJECT=p ZONE=z ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-16} PROVISIONING=${PROVISIONING:-spot} "
-        f"POLL_SECONDS=0.01 STOP_SECONDS=30 MAX_FAILURES=2 ENV_FILE={tmp_path}/env\n"
+        f"POLL_SECONDS=0.01 STOP_SECONDS=300 MAX_FAILURES=2 ENV_FILE={tmp_path}/env\n"
     )
     monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path))
@@ -81,7 +81,7 @@ def tpu(cloud, *arguments):
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=900,
     )
 
 
@@ -109,7 +109,7 @@ def beside(cloud, *arguments):
                 return seen
         raise AssertionError(f"ended without {words!r}: {seen}")
 
-    late = threading.Timer(120, end)  # as the timeout of `tpu`
+    late = threading.Timer(900, end)  # as the timeout of `tpu`
     late.start()
     try:
         yield process, until
@@ -182,7 +182,7 @@ def test_maintenance_of_an_on_demand_slice_is_waited_for(cloud, monkeypatch):
         assert "the workers: idle" in until("the workers: running")
         (cloud / "bucket/finish").touch()
         until("exited with 0 on every worker")
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=900) == 0
     # The same machines: nothing is made, deleted or installed again.
     assert [count(cloud, verb) for verb in ("create", "delete")] == [1, 0]
     assert count(cloud, "ssh", "worker.sh setup") == 1
@@ -204,7 +204,7 @@ def test_a_babysit_outlives_a_network_that_is_away(cloud):
         (cloud / "bucket/finish").touch()
         until("exited with 0 on every worker")
         offline(cloud, 2, "UNAVAILABLE: no network")
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=900) == 0
     assert count(cloud, "create") == 1
     assert count(cloud, "ssh", "worker.sh setup") == 1
     assert not (cloud / "slice.json").read_text().count("states")

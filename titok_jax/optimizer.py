@@ -92,7 +92,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Arr
 
     optax divides by the norm alone and so leaves a gradient of exactly `max_norm` alone; torch shrinks it by 1e-6.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda g: g * factor, grads), norm
 

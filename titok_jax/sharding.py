@@ -240,7 +240,12 @@ def start_processes() -> None:
             "no other process hold the chips? To compute on the CPU, set JAX_PLATFORMS=cpu"
         )
     if arguments is not None:
-        multihost_utils.sync_global_devices("started")  # the first exchange of CPUs waits for half a minute only
+        # The first exchange of arrays between CPUs (gloo) waits for half a minute only, which a loaded machine may need to
+        # start the others: so all meet at the coordinator first.
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key="titok_jax_started", timeout_ms=1000 * START_SECONDS)
+        multihost_utils.sync_global_devices("started")
 
 
 def _has_tpu() -> bool:
