@@ -6,12 +6,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test parity soak lint digits digits-features tpu-check clean
+.PHONY: demo test test-all test-machines parity soak lint digits digits-features tpu-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m titok_jax.sample --overwrite
 
-# Two files of tests at a time: much of the time is compiling, which keeps one core busy.
+# Two files of tests at a time: compiling, which takes most of the time, keeps one core busy. 9 minutes on 2 CPU cores.
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -24,6 +24,17 @@ parity: .venv/installed-test
 # is not.
 soak: .venv/installed-test
 	$(BIN)/python -m pytest tests/test_soak.py -m soak -s
+
+# The numeric tests on simulated machines: other instruction sets, one thread, another kernel of numpy's matrix products. An
+# hour on 2 CPU cores.
+test-machines: .venv/installed-test
+	$(BIN)/python tests/machines.py
+
+# Every test, in an environment that also has PyTorch and the TPU compiler, so that none is left out. Two hours on 2 CPU cores.
+test-all: .venv-all/installed
+	$(MAKE) test
+	.venv-all/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not soak"
+	$(MAKE) parity soak test-machines
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -49,7 +60,7 @@ tpu-check: .venv-tpu/installed
 	.venv-tpu/bin/python -m titok_jax.compile --all --results runs/tpu_check.json
 
 clean:
-	rm -rf .venv .venv-tpu .cache build dist *.egg-info
+	rm -rf .venv .venv-tpu .venv-all .cache build dist *.egg-info
 
 .venv/python:
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 on the PATH; set PYTHON=/path/to/python" >&2; exit 1; }
@@ -70,6 +81,16 @@ clean:
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > `.venv-tpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/titok_jax_packages.pth
 	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt libtpu
+	@touch $@
+
+# As above, with PyTorch. On Linux pip takes a build with CUDA, of several GB; PIP_TORCH may name where a build for CPUs is.
+.venv-all/installed: .venv-tpu/installed
+	@echo "Installing PyTorch into .venv-all"
+	$(BIN)/python -m venv .venv-all
+	for packages in `$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'` \
+	  `.venv-tpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`; do echo $$packages; done \
+	  > `.venv-all/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/titok_jax_packages.pth
+	.venv-all/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_TORCH) torch
 	@touch $@
 
 .venv/installed-test: .venv/installed

@@ -1,4 +1,4 @@
-"""Command lines of the documents, run one after the other as their commands would, in one process, which saves their starts."""
+"""Command lines of the documents, run one after the other in one process, which saves the time of their starts."""
 
 import contextlib
 import io
@@ -15,8 +15,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(lines: list[str], folder: pathlib.Path) -> list[str]:
-    """Runs lines like `python -m MODULE ...` and `python tools/FILE.py ...` in a folder, which gets links to the parts of the
-    checkout that they name -> what each printed. The first that fails ends the test, with what it said."""
+    """Runs lines like `python -m MODULE ...` and `python tools/FILE.py ...` in a folder -> what each printed.
+
+    The folder gets links to the parts of the checkout that the lines name. The first line that fails fails the test.
+    """
     for name in ("configs", "titok_jax", "tools"):
         (folder / name).symlink_to(ROOT / name)
     env = {**os.environ, "PYTHONPATH": str(folder)}

@@ -15,8 +15,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Most of the time of these tests is compiling. Without LLVM's optimisation it takes a fourth, and what is compiled computes
-# the same formulas, slower. Whoever sets XLA_FLAGS gets these flags and no others: `make test-machines` does.
+# These tests spend most of their time compiling. Without LLVM's optimisation that takes a fourth of the time; the compiled
+# programs are slower and round otherwise. If XLA_FLAGS is set, nothing is added to it: `make test-machines` sets it.
 FAST_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # The same where a test computes for long: a third of the time to compile, and the usual speed.
 FAST_LOOPS = FAST_COMPILING.replace("level=0", "level=1")
@@ -26,7 +26,8 @@ if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
     FAST_LOOPS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILING)
 
-# Traced programs are many objects that live long: with Python's own numbers a fifth of the time goes into looking for garbage.
+# Traced programs are many objects that live long. With Python's own thresholds a fifth of the time goes into garbage
+# collection.
 gc.set_threshold(100_000, 50, 100)
 
 # The files whose tests take the longest, in this order, so that no worker is left with one of them in the end.

@@ -14,8 +14,8 @@ import sys
 from tqdm import tqdm
 
 TESTS = pathlib.Path(__file__).parent
-# {name: (environment, command in front, processes)}. With XLA_FLAGS set, conftest.py adds none of its own, so that all but the
-# last are optimised as in use.
+# {name: (environment, command in front, processes)}. Where XLA_FLAGS is set, conftest.py adds no flags: all but the last
+# machine run programs that are optimised as in use.
 MACHINES: dict[str, tuple[dict[str, str], list[str], int]] = {
     "this": ({"XLA_FLAGS": ""}, [], 2),
     "one-thread": ({"XLA_FLAGS": ""}, ["taskset", "-c", "0"], 1),

@@ -1,4 +1,4 @@
-"""How near the comparisons of a test run came to their bounds: `pytest -p margins` ends with the nearest, one line per place.
+"""How near the comparisons of a test run came to their bounds: `pytest -p margins` ends with a table, the nearest first.
 
 A bound that one machine meets by luck fails on the next, so a comparison of float32 numbers should leave a factor of 3.
 Recorded are `np.testing.assert_allclose` and `golden_data.within` (which `golden_data.compare` calls), not what tests do in

@@ -69,16 +69,15 @@ class Bounds(NamedTuple):
     discriminator_stats: float = 1e-5
 
 
-# Of all in float64. The published runs are float32, which shows: gradients are up to 4e-5, reconstructions 1.2e-5 off, and what
-# follows from them. In stage 2, 8 of the values before the discriminator's LeakyReLUs are so near 0 (1e-5) where it first
-# learns that the rounding of the reconstruction decides their sign, and Adam makes full steps of a gradient of its first kernel
-# that is 3e-4 off.
+# Our side in float64. The published runs are float32, and it shows: their gradients are up to 4e-5 off, their
+# reconstructions 1.2e-5. In stage 2, where the discriminator first learns, 8 of the values before its LeakyReLUs are so near
+# 0 (1e-5) that the rounding of the reconstruction decides their sign. So the gradient of its first kernel is 3e-4 off there,
+# and Adam makes full steps of it.
 STAGE2_SIGNS = {"discriminator_gradient": 5e-4, "later_pictures": (1e-4, 5e-4), "discriminator": 1e-3}
 FLOAT64 = {"single_stage_vq": Bounds(), "single_stage_vae": Bounds(), "stage2": Bounds(**STAGE2_SIGNS)}
-# In float32 the same signs are decided on our side too, and Adam turns tiny gradients into full steps. So these bounds are three
-# times the largest error of 8 runs for stage 2, and of 6 each for the others, that began with every weight changed at random by
-# at most one unit in the last place, and of runs that were compiled with and without LLVM's optimisation, where that is more
-# than the bound in float64.
+# Our side in float32, where rounding decides such signs too. These bounds are three times the largest error of a number of
+# runs, where that is more than the bound in float64: runs that began with every weight changed at random by at most one unit
+# in the last place (8 of stage 2, 6 each of the others), and runs compiled with and without LLVM's optimisation.
 FLOAT32 = {
     "single_stage_vq": Bounds(discriminator_gradient=5e-4, discriminator=2e-4, stats=3e-6, discriminator_stats=5e-5),
     "single_stage_vae": Bounds(discriminator_gradient=3e-4),
@@ -431,8 +430,12 @@ def pixel_runs(always: str):
 
 
 @pixel_runs(always="single_stage_vae")
-def test_training_on_pixels_equals_the_published_run(name, all_bounds=FLOAT32):
-    perceptual, bounds = PIXEL_RUNS[name], all_bounds[name]
+def test_training_on_pixels_equals_the_published_run(name):
+    check_training_on_pixels(name, FLOAT32[name])
+
+
+def check_training_on_pixels(name: str, bounds: Bounds) -> None:
+    perceptual = PIXEL_RUNS[name]
     golden = gd.load(f"training/{name}_steps.npz")
     task = pixel_task(name, seeded_perceptual(perceptual))
     state = seeded_state(task, {"tokenizer": "", "discriminator": "discriminator."})
@@ -503,7 +506,7 @@ seeded_state = test_tasks.seeded_state
 def seeded(*args):
     return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == "float32" else x, seeded_state(*args))
 test_tasks.seeded_state = seeded
-test_tasks.test_training_on_pixels_equals_the_published_run(sys.argv[1], test_tasks.FLOAT64)
+test_tasks.check_training_on_pixels(sys.argv[1], test_tasks.FLOAT64[sys.argv[1]])
 """
 
 
