@@ -24,11 +24,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from titok_jax.cli import command
 from titok_jax.data.loader import make_loader
 from titok_jax.data.records import image_writer, token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
+from titok_jax.runtime.command import command
 
 AUGMENTATIONS = {
     "random crop, flip": {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256},

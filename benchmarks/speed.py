@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the configurations, from any folder
 
-from titok_jax.cli import check_output, command, new_file, read_config
-from titok_jax.parity import check_clone, reference_environment
+from titok_jax.evaluation.comparison import check_clone, reference_environment
+from titok_jax.runtime.command import command
+from titok_jax.runtime.outputs import check_output, new_file
+from titok_jax.training.recipes import read_config
 
 _EPILOG = """examples:
   python benchmarks/speed.py
@@ -109,11 +111,12 @@ def ours(case: Case, dtype: str, batch: int) -> Callable[[int], None]:
     import jax
     import jax.numpy as jnp
 
-    from titok_jax import inference, models, pretrained
+    from titok_jax import inference, models
+    from titok_jax.weights import known_models
 
     key = jax.random.key(0)
     if case.kind == "train":
-        from titok_jax.compile import training_step
+        from titok_jax.compiler.programs import training_step
 
         task, variant = case.model.split(":")
         config = read_config(str(Path(__file__).parents[1] / "configs" / f"{task}.py") + f":{variant}", [])
@@ -135,7 +138,7 @@ def ours(case: Case, dtype: str, batch: int) -> Callable[[int], None]:
 
         return run
 
-    known = pretrained.known_configs()
+    known = known_models.known_configs()
 
     def load(cls, kind):
         config = known[kind, case.model]
@@ -195,13 +198,13 @@ class Published:
 
     def make(self, case: Case, dtype: str, batch: int, *, compiled: bool) -> None:
         """Begins to prepare a case and to run it once; `made` waits for it."""
-        from titok_jax import pretrained
+        from titok_jax.weights import known_models
 
         request: dict[str, Any] = {"make": batch, "kind": case.kind, "dtype": dtype, "compile": compiled}
         if case.kind == "train":
             request |= {"task": case.model.split(":")[0], "recipe": case.recipe, "changes": case.changes or {}}
         else:
-            known = pretrained.known_configs()
+            known = known_models.known_configs()
             tokenizer = known["tokenizer", case.model]
             request |= {"tokenizer": tokenizer.to_published(), "image_size": tokenizer.image_size}
             if case.kind == "sample":

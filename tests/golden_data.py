@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from titok_jax import convert
+from titok_jax.weights import convert
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SLICE_SUFFIXES = (".stride", ".shape", ".stats")  # what stands beside an array of which a slice is stored, see `compare`

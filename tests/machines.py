@@ -27,12 +27,15 @@ NUMERIC = (
     *("tasks", "perceptual", "discriminator", "titok", "maskgit_vqgan", "maskgit_vqgan_task", "inception", "generator"),
     *("decoding", "layers", "losses", "optimizer", "quantizer", "masking", "metrics", "features", "evaluate", "inference"),
 )
+# In float64 no machine's rounding reaches the bounds; it takes minutes, and `make test` has it.
+DETERMINED = "tests/test_tasks.py::test_training_on_pixels_in_float64_equals_the_published_run_to_its_end"
 
 
 def run(name: str) -> tuple[bool, str]:
     """-> (whether all passed, pytest's last line and the nearest comparisons)."""
     environment, front, processes = MACHINES[name]
     command = [*front, sys.executable, "-m", "pytest", "-p", "margins", "-m", "not parity and not soak", "-rfE"]
+    command += ["--deselect", DETERMINED]
     if processes > 1:
         command += ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
     files = [str(TESTS / f"test_{file}.py") for file in NUMERIC]

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import tiny_models
 
-from titok_jax import sharding, tasks
 from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig, layers, perceptual
-from titok_jax.tasks import generator, jit_step, maskgit_vqgan, single_stage, stage1, stage2
-from titok_jax.tasks.perceptual import make_perceptual
+from titok_jax.runtime import sharding
+from titok_jax.training import tasks
+from titok_jax.training.tasks import generator, jit_step, maskgit_vqgan, single_stage, stage1, stage2
+from titok_jax.weights.perceptual_files import make_perceptual
 
 PARTS = 1  # that a batch is cut into for gradient accumulation
 STEPS = 2  # with the same parameters, as the first has the learning rate 0

@@ -11,9 +11,9 @@ import command_lines
 import numpy as np
 from PIL import Image
 
-from titok_jax import pretrained
 from titok_jax.data.sources import make_source
 from titok_jax.models import MaskgitVQGANConfig, TiTokConfig
+from titok_jax.weights import pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECTION = "## The whole chain, small"

@@ -11,8 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from titok_jax import sharding
-from titok_jax.checkpoint import Checkpoints
+from titok_jax.runtime import sharding
+from titok_jax.training.checkpoint import Checkpoints
 
 CONFIG = {"seed": 0}
 

@@ -14,10 +14,15 @@ import pytest
 import tiny_models as tiny
 from PIL import Image
 
-from titok_jax import cli, evaluate, inference, metrics, parity, pretrained, reconstruct, sample, train, zoo
 from titok_jax import compile as compiling
+from titok_jax import evaluate, inference, parity, reconstruct, sample, train
 from titok_jax.data.transforms import center_crop_torchvision, to_uint8_truncate
+from titok_jax.evaluation import metrics
+from titok_jax.inference import many
 from titok_jax.models import MaskgitVQGANConfig
+from titok_jax.runtime import command, outputs
+from titok_jax.training import recipes
+from titok_jax.weights import pretrained, published_models
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
@@ -85,7 +90,7 @@ def test_a_process_ends_with_one_line_and_status_2(tmp_path):
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert lines[0] == "error: unknown model 'digitz': neither a folder or file, nor hf://owner/name, nor one of"
-    assert [line.split(":")[0].strip() for line in lines[1:]] == zoo.names("generator")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == published_models.names("generator")
     assert not list(tmp_path.iterdir())
 
 
@@ -143,21 +148,25 @@ def test_sample_refuses(arguments, message, model, tmp_path, capsys, no_weights)
 def test_an_output_appears_whole_or_not_at_all(tmp_path):
     def fail_in_the_middle(new, path):
         with new(path) as partial:
-            (partial / "2.txt" if new is cli.new_folder else partial).write_text("half")
+            (partial / "2.txt" if new is outputs.new_folder else partial).write_text("half")
             raise RuntimeError
 
     old = tmp_path / "old.txt"
     old.write_text("old")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "1.txt").write_text("old")
-    for new, path in ((cli.new_file, old), (cli.new_file, tmp_path / "new.txt"), (cli.new_folder, tmp_path / "folder")):
+    for new, path in (
+        (outputs.new_file, old),
+        (outputs.new_file, tmp_path / "new.txt"),
+        (outputs.new_folder, tmp_path / "folder"),
+    ):
         with pytest.raises(RuntimeError):
             fail_in_the_middle(new, path)
     assert files(tmp_path) == {"old.txt": b"old", "folder/1.txt": b"old"}
     assert len(list(tmp_path.iterdir())) == 2
-    with cli.new_folder(tmp_path / "folder") as partial:
+    with outputs.new_folder(tmp_path / "folder") as partial:
         (partial / "2.txt").write_text("new")
-    with cli.new_file(old) as partial:
+    with outputs.new_file(old) as partial:
         partial.write_text("new")
     assert files(tmp_path) == {"old.txt": b"new", "folder/2.txt": b"new"}
     assert len(list(tmp_path.iterdir())) == 2
@@ -213,14 +222,14 @@ def test_outputs_that_cannot_be_replaced(tmp_path, monkeypatch):
         (tmp_path / "nothing" / "a", None, "is not an existing folder"),
     ):
         with pytest.raises((ValueError, OSError), match=rf"^cannot write .*{message}"):
-            cli.check_output(output, True, folder_of=folder_of)
+            outputs.check_output(output, True, folder_of=folder_of)
 
 
 def test_names_as_long_as_can_be(tmp_path):
-    for new, name in ((cli.new_file, "ä" * 125 + ".png"), (cli.new_folder, "ö" * 127)):
-        path = cli.check_output(tmp_path / name, False, folder_of=None if new is cli.new_file else ".*")
+    for new, name in ((outputs.new_file, "ä" * 125 + ".png"), (outputs.new_folder, "ö" * 127)):
+        path = outputs.check_output(tmp_path / name, False, folder_of=None if new is outputs.new_file else ".*")
         with new(path) as partial:
-            (partial if new is cli.new_file else partial / "a").write_text("whole")
+            (partial if new is outputs.new_file else partial / "a").write_text("whole")
     assert [len(path.name.encode()) for path in sorted(tmp_path.iterdir())] == [254, 254]
 
 
@@ -230,7 +239,7 @@ def test_a_folder_is_replaced_where_a_file_system_has_no_locks(tmp_path, monkeyp
 
     monkeypatch.setattr(fcntl, "flock", flock)
     for text in ("old", "new"):
-        with cli.new_folder(tmp_path / "folder") as partial:
+        with outputs.new_folder(tmp_path / "folder") as partial:
             (partial / "file").write_text(text)
     assert files(tmp_path) == {"folder/file": b"new"}
     assert capsys.readouterr().out == ""
@@ -242,10 +251,10 @@ def test_links_stay_links(tmp_path):
     (tmp_path / "disk" / "folder" / "old").write_text("old")
     for link, target in (("folder", "disk/folder"), ("file", "disk/file")):
         (tmp_path / link).symlink_to(target)
-    with cli.new_folder(cli.check_output(tmp_path / "folder", True, folder_of="old")) as partial:
+    with outputs.new_folder(outputs.check_output(tmp_path / "folder", True, folder_of="old")) as partial:
         assert partial.parent == tmp_path / "disk"
         (partial / "new").write_text("new")
-    with cli.new_file(cli.check_output(tmp_path / "file", False)) as partial:
+    with outputs.new_file(outputs.check_output(tmp_path / "file", False)) as partial:
         partial.write_text("new")
     assert (tmp_path / "folder").is_symlink()
     assert (tmp_path / "file").is_symlink()
@@ -306,14 +315,14 @@ def test_a_configuration_is_read_with_its_changes(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT)
     changes = ["--config.num_steps", "7", "--config.data.source.paths='x y'", "--config.remat", "--noconfig.ema_ramp"]
-    config = cli.read_config("configs/stage1.py:b64", [*changes, "--config.mesh.data=-1", "--config.num_steps=8"])
+    config = recipes.read_config("configs/stage1.py:b64", [*changes, "--config.mesh.data=-1", "--config.num_steps=8"])
     assert (config.num_steps, config.data.source.paths, config.remat, config.ema_ramp) == (8, "'x y'", True, False)
     assert config.model.num_latent_tokens == 64
     assert config.is_locked
 
 
 def test_bugs_keep_their_traceback():
-    @cli.command
+    @command.command
     def main(argv):
         raise TypeError("a bug")
 
@@ -354,10 +363,10 @@ def test_the_same_samples_as_npz_and_as_folder(model, pair, tmp_path, capsys):
 
 def test_batches_share_one_program_and_do_not_change_images(pair):
     tokenizer, generator = pair
-    labels = sample.balanced_labels(range(10), 7)
-    ((_, ids, images),) = sample.sample(tokenizer, generator, labels, 0, batch_size=7, num_steps=3)
+    labels = many.balanced_labels(range(10), 7)
+    ((_, ids, images),) = many.sample(tokenizer, generator, labels, 0, batch_size=7, num_steps=3)
     compiled = generator._sample._cache_size()
-    parts = list(sample.sample(tokenizer, generator, labels, 0, batch_size=3, num_steps=3))
+    parts = list(many.sample(tokenizer, generator, labels, 0, batch_size=3, num_steps=3))
     assert generator._sample._cache_size() == compiled + 1
     assert [where for where, _, _ in parts] == [slice(0, 3), slice(3, 6), slice(6, 7)]
     np.testing.assert_array_equal(np.concatenate([part for _, part, _ in parts]), ids)
@@ -379,8 +388,9 @@ TWO_DEVICES = """
 import os, sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 from titok_jax import sample
-truncate = sample.to_uint8_truncate
-sample.to_uint8_truncate = lambda images: print(len(images), len(images.sharding.device_set)) or truncate(images)
+from titok_jax.inference import many
+truncate = many.to_uint8_truncate
+many.to_uint8_truncate = lambda images: print(len(images), len(images.sharding.device_set)) or truncate(images)
 sys.exit(sample.main(sys.argv[1:]))
 """
 
@@ -399,11 +409,11 @@ def test_the_devices_of_a_process_share_a_batch(model, tmp_path):
 
 @pytest.mark.parametrize(("classes", "num"), [([3, 1, 4], 64), (range(10), 64), (range(1000), 64), ([7], 5), ([2, 2, 5], 6)])
 def test_labels_are_balanced_and_take_turns(classes, num):
-    labels = sample.balanced_labels(classes, num).tolist()
+    labels = many.balanced_labels(classes, num).tolist()
     assert len(labels) == num
     counts = [labels.count(label) / list(classes).count(label) for label in classes]
     assert max(counts) - min(counts) <= 1
-    grouped = [labels[place] for place in sample.by_class(np.array(labels))]
+    grouped = [labels[place] for place in many.by_class(np.array(labels))]
     assert grouped == sorted(labels, key=list(classes).index)
     if num >= len(classes):
         assert labels == [classes[i % len(classes)] for i in range(num)]
@@ -411,7 +421,7 @@ def test_labels_are_balanced_and_take_turns(classes, num):
 
 def test_labels_of_the_published_evaluation():
     # The published script's list, `list(range(1000)) * (50000 // 1000)`, which one process takes from the front.
-    assert sample.balanced_labels(range(1000), 50000).tolist() == list(range(1000)) * 50
+    assert many.balanced_labels(range(1000), 50000).tolist() == list(range(1000)) * 50
 
 
 # A process that is killed (SIGKILL) while it writes its fourth piece, half of which is on the disk then.

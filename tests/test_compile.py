@@ -14,8 +14,9 @@ import pytest
 
 from configs import common
 from titok_jax import compile as compiling
-from titok_jax import pretrained
-from titok_jax.tasks.build import build_task
+from titok_jax.compiler import hlo, tables
+from titok_jax.training.build import build_task
+from titok_jax.weights import known_models
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -87,7 +88,7 @@ ENTRY %main (w: bf16[8,4]) -> f32[] {
 
 
 def test_a_programs_cost_counts_loops_as_often_as_they_go_round():
-    cost = compiling.program_cost(HLO)
+    cost = hlo.program_cost(HLO)
     assert cost.cycles == 24 * 100 + 50
     assert cost.count == {"reduce-scatter": 24, "all-gather": 24, "collective-permute": 24 * 4, "all-reduce": 1}
     assert cost.bytes == {
@@ -98,11 +99,11 @@ def test_a_programs_cost_counts_loops_as_often_as_they_go_round():
     }
     assert cost.sent == sum(cost.bytes.values()) + 44
     assert cost.unknown_loops == 0
-    assert compiling.program_cost(HLO.replace("%next = u32[] add", "%next = u32[] multiply")).unknown_loops == 1
+    assert hlo.program_cost(HLO.replace("%next = u32[] add", "%next = u32[] multiply")).unknown_loops == 1
     # What the compiler writes where it has no estimate; inside of a fusion it does not matter.
     none = str(2**63 - 1)
-    assert math.isinf(compiling.program_cost(HLO.replace('"100"', f'"{none}"')).cycles)
-    assert compiling.program_cost(HLO.replace('"999"', f'"{none}"')).cycles == cost.cycles
+    assert math.isinf(hlo.program_cost(HLO.replace('"100"', f'"{none}"')).cycles)
+    assert hlo.program_cost(HLO.replace('"999"', f'"{none}"')).cycles == cost.cycles
 
 
 def test_flops_are_those_of_matmuls_and_convolutions():
@@ -119,10 +120,10 @@ def test_flops_are_those_of_matmuls_and_convolutions():
     shapes = ((3, 5), (7, 5, 5), (2, 8, 8, 4), (3, 3, 4, 6))
     jaxpr = jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr
     convolution = 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
-    assert compiling.matmul_flops(jaxpr) == 7 * 2 * 3 * 5 * 5 + convolution + 2 * 3 * 3 * 5
+    assert hlo.matmul_flops(jaxpr) == 7 * 2 * 3 * 5 * 5 + convolution + 2 * 3 * 3 * 5
     # A layer forward twice (checkpoint) and two products backward.
     only = jax.make_jaxpr(jax.grad(lambda k: jax.lax.scan(layer, jnp.ones((3, 5)), k)[0].sum()))(jnp.zeros((7, 5, 5))).jaxpr
-    assert compiling.matmul_flops(only) == 7 * 4 * 2 * 3 * 5 * 5
+    assert hlo.matmul_flops(only) == 7 * 4 * 2 * 3 * 5 * 5
 
 
 _STEPS = """
@@ -130,7 +131,13 @@ import json, math
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from flax import nnx
-from titok_jax import compile as compiling, models, sharding
+from titok_jax.compiler import hlo
+from titok_jax.compiler import programs
+from titok_jax.compiler import slices
+from titok_jax.compiler import tables
+from titok_jax import compile as compiling
+from titok_jax import models
+from titok_jax.runtime import sharding
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from configs import generator
 
@@ -140,11 +147,11 @@ def look(**mesh):
     config.model.update(num_tokens=8, codebook_size=4096)
     config.tokenizer, config.data.source.name = "", "tokens"
     config.mesh.update(mesh)
-    program = compiling.training_step("step", config, jax.devices())
+    program = programs.training_step("step", config, jax.devices())
     with jax.set_mesh(program.mesh):
         compiled = program.function.trace(*program.args).lower().compile()
-    cost = compiling.program_cost(compiled.as_text())
-    problems = compiling.find_problems(program, cost, 0, compiling.CHIPS["v5e"])
+    cost = hlo.program_cost(compiled.as_text())
+    problems = programs.find_problems(program, cost, 0, slices.CHIPS["v5e"])
     return cost.bytes, problems, compiled.memory_analysis().argument_size_in_bytes, sum(
         x.size for x in jax.tree.leaves(program.args[0]["params"]))
 
@@ -157,7 +164,7 @@ def gathered_by_decoder():
     function = jax.jit(gradient, in_shardings=(places, sharding.batch_sharding(mesh)), out_shardings=places)
     with jax.set_mesh(mesh):
         program = function.lower(params, jax.ShapeDtypeStruct((32, 8, 8, 32), "float32")).compile().as_text()
-    return [dims for _, dims in compiling.program_cost(program).arrays if dims[:1] == (32,) and math.prod(dims) > 2**14]
+    return [dims for _, dims in hlo.program_cost(program).arrays if dims[:1] == (32,) and math.prod(dims) > 2**14]
 
 found = {"data": look(data=8), "fsdp": look(data=1, fsdp=8), "decoder": gathered_by_decoder()}
 sharding.keep_batch = lambda x: x
@@ -223,7 +230,7 @@ def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypat
         calls.append(command[3:])
         if "--config" in command:  # the other dies
             options = dict(zip(command[3::2], command[4::2], strict=False))
-            name = compiling.row_name(options["--config"], command[9:])
+            name = tables.row_name(options["--config"], command[9:])
             named = {"name": name, "slice": options["--slice"], "estimated_seconds": None}
             compiling._write_row(results, row | named | {"problems": ["too large"], "effort": 0})
 
@@ -257,20 +264,20 @@ def test_the_table_has_every_recipe_on_every_slice():
     }
     recipes = [f"configs/{name}.py:{v}" for name, found in variants.items() for v in found if not v.startswith("smoke")]
     large = [recipe for recipe in recipes if "512" in recipe]
-    samplers = [name for kind, name in pretrained.known_configs() if kind == "generator"]
-    compiled = {(what, slice_name) for what, slice_name, _ in compiling.TABLE}
+    samplers = [name for kind, name in known_models.known_configs() if kind == "generator"]
+    compiled = {(what, slice_name) for what, slice_name, _ in tables.TABLE}
     assert len(recipes) == 23
     assert len(samplers) == 3
     for slice_name in ("v4-32", "v5e-16", "v5p-32", "v6e-64", "v6e-256"):
         assert [what for what in {*recipes, *samplers} - {*large} if (what, slice_name) not in compiled] == []
     assert [what for what in large if (what, "v5p-32") not in compiled] == []
-    names = [(compiling.row_name(what, options), slice_name) for what, slice_name, options in compiling.TABLE]
+    names = [(tables.row_name(what, options), slice_name) for what, slice_name, options in tables.TABLE]
     assert len(set(names)) == len(names)
 
 
 def test_what_fits_where_is_one_line_per_program():
     row = {"total_bytes": 2**31, "sent_bytes": 1.26e9, "flops": 1}
-    found = compiling.fits(
+    found = tables.fits(
         [
             row | {"name": "stage1:l32", "slice": "v6e-64"},
             row | {"name": "stage1:l32 remat=True mesh.fsdp=16", "slice": "v4-8"},

@@ -18,14 +18,16 @@ import tiny_models as tiny
 from ml_collections import ConfigDict
 
 from titok_jax import compile as compiling
-from titok_jax import convert, pretrained, train
-from titok_jax.cli import read_config
-from titok_jax.data.sources import make_source
+from titok_jax import train
+from titok_jax.compiler import slices
+from titok_jax.data.sources import make_source, parse_source
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 from titok_jax.models.titok import transformer_size
-from titok_jax.pretokenize import parse_source
-from titok_jax.tasks.build import build_task
-from titok_jax.tasks.perceptual import CONVNEXT_FILE
+from titok_jax.training import loop
+from titok_jax.training.build import build_task
+from titok_jax.training.recipes import read_config
+from titok_jax.weights import convert, known_models, pretrained
+from titok_jax.weights.perceptual_files import CONVNEXT_FILE
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -34,7 +36,7 @@ def config(file: str, variant: str):
     return importlib.import_module(f"configs.{file}").get_config(variant)
 
 
-PUBLISHED = pretrained.known_configs()
+PUBLISHED = known_models.known_configs()
 TWO_STAGE = ("l32", "b64", "s128")
 SINGLE_STAGE = ("bl64_vq8k", "bl128_vq8k", "sl256_vq8k", "ll32_vae", "bl64_vae", "bl128_vae")
 
@@ -214,7 +216,7 @@ def test_the_loss_of_a_small_recipe_falls(file, variant, loss, steps, tmp_path):
     found.optimizer.warmup_steps = 1
     if "discriminator" in found:
         found.loss.discriminator_start = 5
-    train.train(found, tmp_path)
+    loop.train(found, tmp_path)
     log = [json.loads(line)[loss] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sum(log[-(steps // 3) :]) < sum(log[: steps // 3]), log
 
@@ -302,7 +304,7 @@ def test_the_documented_commands_are_understood(page, monkeypatch):
             tool._parser().parse_args(argv)
         elif argv[0] == "titok_jax.compile":
             args, changes = compiling._parser().parse_known_args(argv[1:])
-            assert args.slice in compiling.SLICES
+            assert args.slice in slices.SLICES
             read_config(args.config, changes)
         elif argv[0] == "titok_jax.train":
             args, changes = train._parser().parse_known_args(argv[1:])

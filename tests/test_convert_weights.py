@@ -14,7 +14,8 @@ import tiny_models as tiny
 from flax import serialization
 from test_weights import measures_memory, peak_memory
 
-from titok_jax import convert, models, pretrained, weights
+from titok_jax import models
+from titok_jax.weights import config_files, convert, flax_file, known_models, pretrained, safetensors_file, tensor_files
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"
 VQGAN = models.MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=16)
@@ -27,7 +28,7 @@ def published(config):
 
 
 def read(path):
-    with weights.open_weights(path) as (_, tensors):
+    with tensor_files.open_weights(path) as (_, tensors):
         return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
@@ -61,7 +62,7 @@ def test_the_original_tree_gets_the_published_names(tool, tmp_path):
     """The JAX VQGAN at its full size, as zeros: names and shapes of the PyTorch one, without any configuration."""
     flat = golden_data.load_json("jax_vqgan.json")["tree"]
     tree = {"params": convert.unflatten({name: np.zeros(shape, np.float32) for name, shape in flat.items()})}
-    weights.write_flax(tmp_path / "tokenizer_imagenet256_checkpoint", tree)
+    flax_file.write_flax(tmp_path / "tokenizer_imagenet256_checkpoint", tree)
     output = tmp_path / "maskgit-vqgan.safetensors"
     assert tool.main([str(tmp_path / "tokenizer_imagenet256_checkpoint"), str(output), "--dtype", "bfloat16"]) == 0
     found = {name: array.shape for name, array in read(output).items()}
@@ -118,9 +119,9 @@ def test_refuses(arguments, message, tool, tmp_path, capsys):
     for name, value in (("large", 1e5), ("nan", np.nan)):
         tensors = published(tiny.TOKENIZER)
         tensors["latent_tokens"] = np.full_like(tensors["latent_tokens"], value)
-        weights.write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+        safetensors_file.write_safetensors(tmp_path / f"{name}.safetensors", tensors)
     for name in ("short", "large", "nan"):
-        pretrained.write_config(tmp_path / f"{name}.json", tiny.TOKENIZER)
+        config_files.write_config(tmp_path / f"{name}.json", tiny.TOKENIZER)
         places[name] = tmp_path / f"{name}.safetensors"
     before = sorted(tmp_path.rglob("*"))
     assert tool.main([argument.format(**places) for argument in arguments]) == 2
@@ -143,7 +144,7 @@ def test_a_pytorch_file_is_not_written_without_pytorch(tool, tmp_path, capsys):
 def test_a_write_that_fails_leaves_nothing(tool, tmp_path, capsys, monkeypatch):
     """A disk that returns other bytes than were written is found out."""
     folder = tiny.save(tmp_path / "folder", tiny.TOKENIZER)
-    write = weights.write_safetensors
+    write = safetensors_file.write_safetensors
 
     def bad(path, *rest):
         write(path, *rest)
@@ -151,7 +152,7 @@ def test_a_write_that_fails_leaves_nothing(tool, tmp_path, capsys, monkeypatch):
             file.seek(-1, 2)
             file.write(b"\x55")
 
-    monkeypatch.setattr(weights, "write_safetensors", bad)
+    monkeypatch.setattr(safetensors_file, "write_safetensors", bad)
     for output in ("a.safetensors", "a/"):
         assert tool.main([str(folder), f"{tmp_path}/{output}"]) == 2
         assert "is not what was written" in capsys.readouterr().err
@@ -161,7 +162,7 @@ def test_a_write_that_fails_leaves_nothing(tool, tmp_path, capsys, monkeypatch):
 def test_a_discriminator_keeps_its_constants(tool, tmp_path):
     """As the published training code saves it; they are in its state dict."""
     shapes = golden_data.published_shapes("shapes/discriminator.json")
-    constants = pretrained.buffers(models.DiscriminatorConfig())
+    constants = known_models.buffers(models.DiscriminatorConfig())
     tensors = {name: constants.get(name, np.ones(shape, np.float32)) for name, shape in shapes.items()}
     safetensors.numpy.save_file(tensors, tmp_path / "discriminator.safetensors")
     assert tool.main([str(tmp_path / "discriminator.safetensors"), str(tmp_path / "new.safetensors")]) == 0
@@ -215,7 +216,7 @@ def test_pytorch_files_of_the_published_shapes(name, kind, tool, tmp_path):
     torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     config = config_of_tiny(name, kind)
     for file in ("published", "old"):
-        pretrained.write_config(tmp_path / f"{file}.json", config)
+        config_files.write_config(tmp_path / f"{file}.json", config)
         folder = tmp_path / f"folder_{file}"
         assert tool.main([str(tmp_path / f"{file}.bin"), f"{folder}/"]) == 0
         assert tool.main([str(folder), str(tmp_path / f"{file}_back.bin")]) == 0
@@ -249,7 +250,7 @@ def test_the_published_trainers_folder_and_half_precision(tool, tmp_path):
     folder.mkdir()
     state = {name: torch.from_numpy(array).bfloat16() for name, array in published(tiny.TOKENIZER).items()}
     torch.save(state, folder / "pytorch_model.bin")
-    pretrained.write_config(folder / "config.json", tiny.TOKENIZER)
+    config_files.write_config(folder / "config.json", tiny.TOKENIZER)
     params = convert.flatten(pretrained.load(folder, models.TiTokConfig)[1])
     wanted = convert.flatten(tiny.params(tiny.TOKENIZER))
     for path, array in params.items():
@@ -296,7 +297,7 @@ def test_mutated_pytorch_files(tmp_path):
     path = tmp_path / "model" / "pytorch_model.bin"
     path.parent.mkdir()
     torch.save({name: torch.from_numpy(array) for name, array in published(tiny.TOKENIZER).items()}, path)
-    pretrained.write_config(path.with_name("config.json"), tiny.TOKENIZER)
+    config_files.write_config(path.with_name("config.json"), tiny.TOKENIZER)
     original = path.read_bytes()
     wanted = convert.flatten(tiny.params(tiny.TOKENIZER))
     rng = random.Random(3)
@@ -322,8 +323,8 @@ def test_peak_memory_of_loading_a_pytorch_file(tmp_path):
     import torch
 
     path = tmp_path / "tokenizer_titok_s128.bin"
-    config = dict(pretrained.known_configs(models.TiTokConfig))["tokenizer", "titok_s128"]
-    torch.save({name: torch.ones(shape) for name, shape in pretrained.published_shapes(config).items()}, path)
+    config = dict(known_models.known_configs(models.TiTokConfig))["tokenizer", "titok_s128"]
+    torch.save({name: torch.ones(shape) for name, shape in known_models.published_shapes(config).items()}, path)
     assert 0.9 < peak_memory(path, models.TiTokConfig) < 1.3
 
 

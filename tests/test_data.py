@@ -18,7 +18,7 @@ from PIL import Image
 
 from titok_jax.data import loader, records, sources, transforms
 from titok_jax.data.digits import load_digits
-from titok_jax.pretokenize import parse_source
+from titok_jax.data.sources import parse_source
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/training/transforms.json").read_text())
 

@@ -11,8 +11,9 @@ from flax import nnx
 from golden_data import load, load_json, seeded_model
 from scipy import stats
 
-from titok_jax import convert, decoding
-from titok_jax.models.generator import GeneratorConfig, make_generator
+from titok_jax.inference import decoding
+from titok_jax.models.generator import GUIDANCE_SCHEDULES, GeneratorConfig, make_generator
+from titok_jax.weights import convert
 
 K, CLASSES = 20, 5
 
@@ -132,7 +133,7 @@ def assert_trace(golden, case, out):
 
 
 @pytest.mark.parametrize("annealing", ["annealing", "plain"])
-@pytest.mark.parametrize("schedule", decoding.GUIDANCE_SCHEDULES)
+@pytest.mark.parametrize("schedule", GUIDANCE_SCHEDULES)
 def test_golden_traces(generator, schedule, annealing):
     """The ids after every step of 1, 4 and 8, exactly; the closest choice in these runs had a margin of 6e-3. Only
     the forward is compiled here: 36 compiled loops would take minutes."""
@@ -155,7 +156,7 @@ def test_golden_trace_compiled(generator):
     assert_trace(golden, "trace.linear.annealing.8", out)
 
 
-@pytest.mark.parametrize("schedule", decoding.GUIDANCE_SCHEDULES)
+@pytest.mark.parametrize("schedule", GUIDANCE_SCHEDULES)
 @pytest.mark.parametrize(("num_tokens", "num_steps", "annealing"), [(12, 5, True), (4, 9, False), (1, 2, True)])
 def test_against_numpy(schedule, num_tokens, num_steps, annealing):
     """Three images; fewer and more steps than tokens; guidance on and off."""

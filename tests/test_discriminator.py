@@ -10,13 +10,8 @@ import pytest
 from flax import nnx
 from golden_data import abstract_model, compare, images, load, load_json, nchw, published_shapes, seeded_model
 
-from titok_jax import convert
-from titok_jax.models.discriminator import (
-    DiscriminatorConfig,
-    NLayerDiscriminator,
-    adaptive_max_pool,
-    blur_downsample,
-)
+from titok_jax.models.discriminator import DiscriminatorConfig, NLayerDiscriminator, adaptive_max_pool, blur_downsample
+from titok_jax.weights import convert
 
 TABLE = convert.discriminator_table()
 TOLERANCE = 2e-5  # 3.8e-6 is seen, of the logits

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import test_train
 
-from titok_jax import sharding, train
+from titok_jax.runtime import processes
+from titok_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -54,8 +55,9 @@ def finish(*runs: list[subprocess.Popen]) -> list[str]:
 CONFIG = """
 import sys
 import test_train
-from titok_jax import sharding, train
-sharding.start_processes()
+from titok_jax.runtime import processes, sharding
+from titok_jax.training import loop
+processes.start_processes()
 sharding.SMALLEST_SHARDED = 64
 workdir = sys.argv[1]
 config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoints=9)
@@ -76,12 +78,14 @@ sources.DigitsSource.__getitem__ = getitem
 def what_was_read(command):
     pathlib.Path(f"{workdir}/{command}.{jax.process_index()}.json").write_text(json.dumps(read))
     read.clear()
-train.train(config, workdir + "/run")
+loop.train(config, workdir + "/run")
 what_was_read("train")
 import numpy as np
 from titok_jax import evaluate, inference, pretokenize, reconstruct, sample
+from titok_jax.data import token_shards
+from titok_jax.inference import generator
 shared = []
-for owner, name in ((inference.Tokenizer, "encode"), (inference.Tokenizer, "decode"), (inference, "generate")):
+for owner, name in ((inference.Tokenizer, "encode"), (inference.Tokenizer, "decode"), (generator, "generate")):
     def recorded(*arguments, real=getattr(owner, name), **options):
         result = real(*arguments, **options)
         rows = {part.device: part.data.shape[0] for part in result.addressable_shards}
@@ -93,11 +97,11 @@ samples = ["--num", "30", "--steps", "2", "--batch-size", "8", "--out", workdir 
 generated = ["--reference", "digits:test", "--num", "40", "--steps", "2", "--batch-size", "8"]
 generated += ["--json", workdir + "/generated.json"]
 figures = ["--reconstruct", "digits:test", "--features", "digits", "--json", workdir + "/figures.json"]
-records = pretokenize.records
+records = token_shards.records
 def late(*arguments, **options):
     time.sleep(3 * jax.process_index())
     return records(*arguments, **options)
-pretokenize.records = late
+token_shards.records = late
 for command, arguments in ((pretokenize, tokens), (sample, samples), (evaluate, generated), (evaluate, figures)):
     assert command.main(arguments) == 0
     what_was_read(command.__name__)
@@ -114,18 +118,18 @@ STOPPED = (
 import os, signal
 import jax, pytest
 from etils import epath
-with train.lock_workdir(epath.Path(workdir)):
+with loop.lock_workdir(epath.Path(workdir)):
     with pytest.raises(ValueError, match="another run"):
-        with train.lock_workdir(epath.Path(workdir)):
+        with loop.lock_workdir(epath.Path(workdir)):
             pass
-real, steps = train.sharding.put_batch, iter(range(100))
+real, steps = loop.sharding.put_batch, iter(range(100))
 def put_batch(mesh, batch):
     if next(steps) == 2 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return real(mesh, batch)
-train.sharding.put_batch = put_batch
+loop.sharding.put_batch = put_batch
 config.mesh.update({"data": 1, "tensor": 2})
-assert train.train(config, workdir) is None
+assert loop.train(config, workdir) is None
 """
 )
 
@@ -207,22 +211,23 @@ def test_a_run_changes_its_mesh_and_its_number_of_processes(runs, tmp_path):
     assert "Continuing at step 3 of 16" in printed[0]
     assert "Stopped by SIGTERM after step" in printed[0]
     config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoints=9)
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     assert_same_training(tmp_path, one / "run")
 
 
 # A part of the newest checkpoint that one of two processes alone reads is damaged, as by a disk of one host.
 ONE_CANNOT_READ = """
 import pathlib, sys
-from titok_jax import sharding
-sharding.start_processes()
+from titok_jax.runtime import processes
+from titok_jax.runtime import sharding
+processes.start_processes()
 sharding.SMALLEST_SHARDED = 64
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from titok_jax.checkpoint import Checkpoints
+from titok_jax.training.checkpoint import Checkpoints
 folder, which = epath.Path(sys.argv[1]) / "checkpoints", int(sys.argv[2])
 def begin():
     return {"kernel": jnp.arange(256.0 * 128).reshape(256, 128)}
@@ -259,8 +264,10 @@ def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(which, tmp
 # The bucket is a folder here. The first process alone looks into it.
 LOST = """
 import sys
-from titok_jax import lock, sharding
-sharding.start_processes()
+from titok_jax.training import lock
+from titok_jax.runtime import processes
+from titok_jax.runtime import sharding
+processes.start_processes()
 import jax
 from etils import epath
 lock.is_remote, lock.BEAT = lambda path: True, 20
@@ -285,9 +292,10 @@ def test_of_a_run_that_lost_its_workdir_all_processes_end(tmp_path):
 
 ONE_DIES = """
 import os, sys
-from titok_jax import sharding
-sharding.HEARTBEAT_SECONDS = 3
-sharding.start_processes()
+from titok_jax.runtime import processes
+from titok_jax.runtime import sharding
+processes.HEARTBEAT_SECONDS = 3
+processes.start_processes()
 import jax
 from jax.experimental import multihost_utils
 multihost_utils.sync_global_devices("started")
@@ -308,7 +316,7 @@ def test_a_process_does_not_wait_for_a_dead_one(which):
 
 
 def test_a_process_does_not_wait_for_ever_to_start():
-    program = "from titok_jax import sharding; sharding.START_SECONDS = 2; sharding.start_processes()"
+    program = "from titok_jax.runtime import processes; processes.START_SECONDS = 2; processes.start_processes()"
     first, second = start(program, processes=2)
     second.kill()
     second.communicate()
@@ -319,14 +327,14 @@ def test_a_process_does_not_wait_for_ever_to_start():
 
 
 def test_what_the_environment_says_is_checked(monkeypatch):
-    sharding.start_processes()  # nothing is said, so nothing is done
+    processes.start_processes()  # nothing is said, so nothing is done
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
     with pytest.raises(ValueError, match="found JAX_COORDINATOR_ADDRESS=host:1234, JAX_NUM_PROCESSES=, JAX_PROCESS_ID="):
-        sharding.start_processes()
+        processes.start_processes()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID is 2, expected 0 to 1"):
-        sharding.start_processes()
+        processes.start_processes()
 
 
 @pytest.mark.parametrize(
@@ -343,14 +351,14 @@ def test_the_hosts_of_a_pod_are_joined_and_a_single_one_is_not(monkeypatch, caps
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sharding, "_has_tpu", lambda: True)
-    monkeypatch.setattr(sharding, "_metadata", lambda name: metadata)
-    monkeypatch.setattr(sharding.jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
+    monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+    monkeypatch.setattr(processes, "_metadata", lambda name: metadata)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
     # The tests have no TPU, so that JAX falls back to the CPU, which nobody has asked for.
     with pytest.raises(ValueError, match=r"this machine has TPU chips, but JAX found the CPU only.*JAX_PLATFORMS=cpu"):
-        sharding.start_processes()
+        processes.start_processes()
     assert len(joined) == (hosts > 1)
     assert (f"a host of {hosts} with TPU chips: waiting" in capsys.readouterr().out) == (hosts > 1)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    sharding.start_processes()
+    processes.start_processes()
     assert len(joined) == (hosts > 1)

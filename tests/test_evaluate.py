@@ -25,10 +25,16 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from test_inception import golden_weights
 
-from titok_jax import decoding, evaluate, evaluation, features, inference, metrics, pretrained, sample
+from titok_jax import evaluate, inference, sample
 from titok_jax.data.digits import load_digits
 from titok_jax.data.transforms import center_crop_adm, center_crop_torchvision, to_uint8_round, to_uint8_truncate
+from titok_jax.evaluation import digits, features, image_sources, jobs, metrics, pieces, references, scores, sweep
+from titok_jax.inference import decoding, many
+from titok_jax.inference import generator as generator_module
 from titok_jax.models import MaskgitVQGANConfig
+from titok_jax.runtime import outputs
+from titok_jax.runtime.shards import Shards
+from titok_jax.weights import pretrained
 
 # Fewer images than features; the metrics know how to deal with it.
 pytestmark = pytest.mark.filterwarnings("ignore:Matrix is singular")
@@ -114,7 +120,7 @@ def main(*arguments):
     ("num", "name"), [(50_000, "FID"), (5_000, "FID-5K"), (360, "FID-360"), (1_000, "FID-1K"), (100_000, "FID-100K")]
 )
 def test_names_say_of_how_many_images(num, name):
-    assert evaluation.metric_name("FID", num) == name
+    assert scores.metric_name("FID", num) == name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +173,7 @@ def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
         assert result["metrics"][name] == pytest.approx(value, rel=2e-3), name  # single pixels round differently by batch
     assert ("perplexity" in result["metrics"]) == (kind != "vae")
     assert (result["crop"], result["num_images"], result["features"]["network"]) == ("torchvision", 7, "inception")
-    assert result["sha256"]["tokenizer"] == sample.sha256(pretrained.locate(folder, type(tokenizer.config)).weights)
+    assert result["sha256"]["tokenizer"] == outputs.sha256(pretrained.locate(folder, type(tokenizer.config)).weights)
     assert result["features"]["sha256"] == features.INCEPTION_SHA256
     assert "rFID-7" in capsys.readouterr().out
     assert not (tmp_path / "r.json.shards").exists()
@@ -241,8 +247,8 @@ def test_generation_figures_and_references(model, pair, networks, loaded_once, t
         **{"source": "digits:test", "crop": "adm", "image_size": 32},
         **{"num_images": 360, "network": "projection", "neighbourhoods": 360},
     }
-    assert results[1]["reference"]["sha256"] == sample.sha256(tmp_path / "ref.npz")
-    assert results[2]["samples_sha256"] == sample.sha256(tmp_path / "samples.npz")
+    assert results[1]["reference"]["sha256"] == outputs.sha256(tmp_path / "ref.npz")
+    assert results[2]["samples_sha256"] == outputs.sha256(tmp_path / "samples.npz")
     assert {path.name for path in tmp_path.iterdir()} == {*("a.json", "b.json", "c.json", "ref.npz", "samples.npz")}
 
 
@@ -278,7 +284,7 @@ def test_references_of_images_have_the_crop_of_adm(networks, tmp_path):
     main(*options, "--reference", tmp_path / "photos")
     network, found = Projection("inception", (7, 4, 10)), read(tmp_path / "a.json")["metrics"]["FID-30"]
     fake = network(rgb("test")[:30]).pool
-    crops = {crop: network(np.stack([crop(array, 32) for array in arrays])).pool for crop in evaluation.CROPS.values()}
+    crops = {crop: network(np.stack([crop(array, 32) for array in arrays])).pool for crop in image_sources.CROPS.values()}
     assert found == pytest.approx(frechet(crops[center_crop_adm], fake), rel=1e-6)
     assert found != pytest.approx(frechet(crops[center_crop_torchvision], fake), rel=1e-4)
 
@@ -295,7 +301,7 @@ def test_the_whole_path_with_inception(tmp_path, monkeypatch, capsys):
 
     weights = tmp_path / "inception.safetensors"
     safetensors.numpy.save_file(golden_weights(), weights)
-    monkeypatch.setattr(features, "INCEPTION_SHA256", sample.sha256(weights))
+    monkeypatch.setattr(features, "INCEPTION_SHA256", outputs.sha256(weights))
     monkeypatch.setattr(features, "verify_inception", lambda path: None)
     monkeypatch.setenv("TITOK_JAX_INCEPTION", str(weights))
     found = features.load_inception(batch_size=6)(images)
@@ -309,7 +315,7 @@ def test_the_whole_path_with_inception(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "frechet_distance", distance)
     main(*options, "--batch-size", 6)
     result = read(tmp_path / "a.json")
-    assert result["features"] == {"network": "inception-2015-12-05", "sha256": sample.sha256(weights)}
+    assert result["features"] == {"network": "inception-2015-12-05", "sha256": outputs.sha256(weights)}
     for (samples, reference), name in zip(compared, ("pool", "spatial"), strict=True):
         expected = getattr(found, name).astype(np.float64)
         for mean, rows in ((samples, expected[:6]), (reference, expected[6:])):
@@ -325,12 +331,12 @@ def test_the_whole_path_with_inception(tmp_path, monkeypatch, capsys):
 
 
 def test_neighbourhoods_are_spread_over_a_large_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "MOST_NEIGHBOURHOODS", 5)
-    shards = evaluation.Shards(tmp_path / "s", {}, 13, 4)
+    monkeypatch.setattr(references, "MOST_NEIGHBOURHOODS", 5)
+    shards = Shards(tmp_path / "s", {}, 13, 4)
     pool = np.random.default_rng(0).random((13, 3)).astype(np.float32)
     for number in range(4):
         shards.write(number, pool=pool[shards.items(number)])
-    reference = evaluation.make_reference(shards, "n", {})
+    reference = references.make_reference(shards, "n", {})
     np.testing.assert_array_equal(reference.neighbourhoods, pool[[0, 3, 6, 9, 12]])
     np.testing.assert_allclose(reference.pool.covariance, np.cov(pool.astype(np.float64), rowvar=False))
     assert reference.spatial is None
@@ -340,17 +346,17 @@ def test_images_in_a_file_are_read_in_any_order(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (9, 5, 5, 3), np.uint8)
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", images, labels=np.repeat([1, 2, 3], 3))
-        found = evaluation.NpzImages(tmp_path / "a.npz")
+        found = image_sources.NpzImages(tmp_path / "a.npz")
         assert (len(found), found.size, found.sorted_by_class) == (9, 5, True)
         for items in (slice(0, 4), slice(7, 9), slice(2, 3)):
             np.testing.assert_array_equal(found.read(items), images[items])
     np.savez(tmp_path / "b.npz", images, labels=np.arange(9) % 3)
-    assert not evaluation.NpzImages(tmp_path / "b.npz").sorted_by_class
-    assert not evaluation.NpzImages(tmp_path / "b.npz").sorted_by_class
+    assert not image_sources.NpzImages(tmp_path / "b.npz").sorted_by_class
+    assert not image_sources.NpzImages(tmp_path / "b.npz").sorted_by_class
 
 
 def test_samples_sorted_by_class_are_noted(networks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "ADM_SPLIT", 10)
+    monkeypatch.setattr(scores, "ADM_SPLIT", 10)
     np.savez(tmp_path / "s.npz", arr_0=rgb("test")[:20], labels=np.repeat([0, 1], 10))
     main("--samples", tmp_path / "s.npz", "--reference", "digits:test", "--json", tmp_path / "s.json")
     assert "note: the samples are sorted by class" in capsys.readouterr().out
@@ -360,7 +366,7 @@ def test_samples_sorted_by_class_are_noted(networks, tmp_path, monkeypatch, caps
 def test_a_killed_evaluation_goes_on(model, networks, loaded_once, tmp_path, monkeypatch):
     arguments = ["--model", model, "--reference", "digits:test", "--num", 30, "--steps", 3, "--batch-size", 8]
     main(*arguments, "--json", tmp_path / "whole.json")
-    write, written = evaluation.Shards.write, []
+    write, written = Shards.write, []
 
     def dies(self, number, **arrays):
         if len(written) == 47:  # 45 pieces of the reference, 4 of the samples
@@ -368,7 +374,7 @@ def test_a_killed_evaluation_goes_on(model, networks, loaded_once, tmp_path, mon
         written.append((self.folder.name, number))
         write(self, number, **arrays)
 
-    monkeypatch.setattr(evaluation.Shards, "write", dies)
+    monkeypatch.setattr(Shards, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         main(*arguments, "--json", tmp_path / "killed.json")
     assert not (tmp_path / "killed.json").exists()
@@ -378,7 +384,7 @@ def test_a_killed_evaluation_goes_on(model, networks, loaded_once, tmp_path, mon
         calls.append((self.folder.name, number))
         write(self, number, **arrays)
 
-    monkeypatch.setattr(evaluation.Shards, "write", counts)
+    monkeypatch.setattr(Shards, "write", counts)
     main(*arguments, "--json", tmp_path / "killed.json")
     assert before[-2:] + calls == [("generated", number) for number in range(4)]
     assert read(tmp_path / "killed.json") == read(tmp_path / "whole.json")
@@ -392,14 +398,14 @@ def test_processes_share_an_evaluation(model, networks, loaded_once, tmp_path, m
     process, barrier, made = threading.local(), threading.Barrier(3), {}
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "process_index", lambda: process.index)
-    monkeypatch.setattr(evaluation.Shards, "wait", lambda self, event: barrier.wait(300))
-    write = evaluation.Shards.write
+    monkeypatch.setattr(Shards, "wait", lambda self, event: barrier.wait(300))
+    write = Shards.write
 
     def counts(self, number, **arrays):
         made.setdefault((self.folder.name, number), []).append(process.index)
         write(self, number, **arrays)
 
-    monkeypatch.setattr(evaluation.Shards, "write", counts)
+    monkeypatch.setattr(Shards, "write", counts)
 
     def start(index):
         process.index = index
@@ -421,9 +427,9 @@ def test_a_sweep_is_continued_and_drawn(model, networks, loaded_once, tmp_path, 
     options = ["--model", model, "--num", 20, "--steps", 3, "--json", out]
     generated = []
     monkeypatch.setattr(
-        evaluation,
+        pieces,
         "sample",
-        lambda *a, **k: generated.append((k["guidance_scale"], k["temperature"])) or sample.sample(*a, **k),
+        lambda *a, **k: generated.append((k["guidance_scale"], k["temperature"])) or many.sample(*a, **k),
     )
     main(*options, "--guidance-scale", "0,3", "--temperature", "2,1")
     assert generated == [(0, 2), (0, 1), (3, 2), (3, 1)]
@@ -456,7 +462,7 @@ def test_a_sweep_is_continued_and_drawn(model, networks, loaded_once, tmp_path, 
 
 
 def settings_of(*arguments):
-    (settings,) = evaluate._grid(evaluate._parser().parse_args(arguments), tiny.GENERATOR.sampling)
+    (settings,) = sweep.settings_grid(evaluate._parser().parse_args(arguments), tiny.GENERATOR.sampling)
     return settings
 
 
@@ -515,11 +521,11 @@ def test_figures_of_a_model_that_copies(tmp_path, monkeypatch):
         ids = np.array([np.flatnonzero(labels == label)[1] for label in given])  # always the same digit of a class
         return ids[:, None].astype(np.int32)
 
-    monkeypatch.setattr(inference, "generate", generate)
+    monkeypatch.setattr(generator_module, "generate", generate)
     generator = SimpleNamespace(config=tiny.GENERATOR)
-    work = evaluate.Work(tmp_path / "work", batch_size=64, quiet=True)
+    work = jobs.Work(tmp_path / "work", batch_size=64, quiet=True)
     options = {"num": 150, "seed": 0, "settings": {"num_steps": 3}, "identity": {}}
-    result = evaluate.evaluate_digits(tokenizer, generator, Projection(), work, **options)
+    result = digits.evaluate_digits(tokenizer, generator, Projection(), work, **options)
     assert calls == [(0, 3), (64, 3), (128, 3)]
     assert result["generated_accuracy"] == pytest.approx(0.8)
     assert result["generation"] == {"num_images": 150, "distinct_tokens": 10, "seen_tokens": 1.0}
@@ -629,7 +635,7 @@ def test_evaluate_refuses(arguments, message, model, networks, tmp_path, capsys,
     np.savez(places["small"], images[:, ::2, ::2])
     np.savez(places["misfit"], arr_0=images, mu=np.zeros(5), sigma=np.eye(5))
     stats = metrics.FeatureStatistics(7, "another").update(np.random.default_rng(0).random((9, 7)))
-    evaluation.Reference(stats, None, np.zeros((9, 7), np.float32), {"image_size": 32}).save(places["other"])
+    references.Reference(stats, None, np.zeros((9, 7), np.float32), {"image_size": 32}).save(places["other"])
     places["broken"].write_bytes(b"PK\x03\x04 half")
     places["there"] = tmp_path / "there.json"
     places["there"].write_text("{}")

@@ -13,10 +13,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from titok_jax import convert, features, metrics, models, weights
+from titok_jax import models
 from titok_jax.data.digits import load_digits
+from titok_jax.evaluation import features, metrics
 from titok_jax.models import DigitsNetConfig
 from titok_jax.models.perceptual import VGG_LEVELS, PerceptualConfig
+from titok_jax.weights import convert, tensor_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "train_digits_features.py"
@@ -63,7 +65,7 @@ def test_distance_grows_with_what_is_done_to_the_images(network):
 def test_features_do_not_depend_on_batches(network):
     images = rgb(load_digits("test", 32)[0])[:100]
     graphdef, abstract = models.abstract(DigitsNetConfig())
-    with weights.open_weights(features.DIGITS_WEIGHTS) as (_, tensors):
+    with tensor_files.open_weights(features.DIGITS_WEIGHTS) as (_, tensors):
         params = convert.from_published(convert.table_for(DigitsNetConfig()), abstract, tensors, source="embedded")
     pool, logits = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))(params, images)
     for found in (network(images), features.load_digits_features(batch_size=7)(images)):
@@ -82,7 +84,7 @@ def test_statistics_do_not_depend_on_devices_and_processes(network, tmp_path):
         "import sys, numpy as np, jax\n"
         f"jax.distributed.initialize('localhost:{port}', 2, int(sys.argv[1]))\n"
         "assert (jax.device_count(), jax.local_device_count()) == (8, 4)\n"
-        "from titok_jax import features, metrics\n"
+        "from titok_jax.evaluation import features, metrics\n"
         "from titok_jax.data.digits import load_digits\n"
         "network = features.load_digits_features(batch_size=50)\n"
         "images = load_digits('test', 32)[0][int(sys.argv[1])::2]\n"
@@ -127,7 +129,7 @@ def test_training_repeats_itself_and_learns(tool, tmp_path, capsys):
     accuracy = float(capsys.readouterr().out.split('"test": ')[1].split("}")[0])
     assert accuracy > 0.4  # 0.1 by chance
     again = convert.to_published(convert.table_for(DigitsNetConfig()), tool.train(25, seed=0))
-    with weights.open_weights(output) as (_, tensors):
+    with tensor_files.open_weights(output) as (_, tensors):
         assert tensors.keys() == again.keys()
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(tensor, again[name])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from titok_jax import convert, models, pretrained
+from titok_jax import models
 from titok_jax.models.generator import GeneratorConfig, with_class
+from titok_jax.weights import config_files, convert
 
 TOLERANCE = 1e-5  # relative to the largest magnitude; float32 against float64 of the published code is 1e-6
 NAMES = ["tiny_vit_generator", "tiny_uvit_generator"]
@@ -126,7 +127,7 @@ def test_remat_and_bfloat16_change_no_result_beyond_rounding(case):
 )
 def test_published_configurations_are_read(path):
     published = gd.load_json(f"configs/{path}")
-    resolved = pretrained.resolve_interpolations(published, source=path)
+    resolved = config_files.resolve_interpolations(published, source=path)
     assert resolved == gd.load_json(f"configs/{path.removesuffix('.json')}.resolved.json")
     config = GeneratorConfig.from_published(resolved)
     assert config.num_tokens == resolved["model"]["vq_model"]["num_latent_tokens"]

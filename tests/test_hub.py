@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 import tiny_models as tiny
 
-from titok_jax import convert, inference
+from titok_jax import inference
+from titok_jax.weights import convert
 
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
 PUBLIC, PRIVATE = "yucornetto/tokenizer_titok_l32_imagenet", "someone/private"
@@ -24,7 +25,8 @@ CLIENT = """
 import hashlib, json, sys
 import huggingface_hub.constants
 import numpy as np
-from titok_jax import convert, inference
+from titok_jax.weights import convert
+from titok_jax import inference
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096  # it writes 10 MB at a time, the files here are smaller
 for step in sys.argv[1:]:
     step = json.loads(step)

@@ -12,10 +12,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from titok_jax import convert, features, models
-from titok_jax.convert import WeightsError
+from titok_jax import models
+from titok_jax.evaluation import features
 from titok_jax.models import inception
 from titok_jax.models.inception import InceptionConfig
+from titok_jax.weights import convert
+from titok_jax.weights.convert import WeightsError
 
 # Float32 against float64, through 48 layers: 1e-6 measured for features and logits, 3e-6 for single activations.
 TOLERANCE = 1e-5

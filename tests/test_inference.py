@@ -8,9 +8,11 @@ import tiny_models
 from flax import nnx
 
 import titok_jax
-from titok_jax import convert, pretrained, weights
-from titok_jax.inference import Generator, Tokenizer, check_pair
-from titok_jax.models import MaskgitVQGAN, MaskgitVQGANConfig
+from titok_jax.inference.generator import Generator
+from titok_jax.inference.loading import check_pair
+from titok_jax.inference.tokenizer import Tokenizer
+from titok_jax.models import GeneratorConfig, MaskgitVQGAN, MaskgitVQGANConfig
+from titok_jax.weights import config_files, convert, flax_file, pretrained
 
 VQGAN_CONFIG = MaskgitVQGANConfig(hidden_channels=32, resolution=64)
 
@@ -167,8 +169,8 @@ def test_the_vqgan_in_each_of_its_forms(tmp_path):
     )
     folder = pretrained.save(tmp_path / "folder", VQGAN_CONFIG, params)
     tensors = convert.to_published(convert.table_for(VQGAN_CONFIG), params)
-    weights.write_flax(tmp_path / "checkpoint", convert.published_to_jax_vqgan(tensors, config=VQGAN_CONFIG))
-    pretrained.write_config(tmp_path / "checkpoint.json", VQGAN_CONFIG)
+    flax_file.write_flax(tmp_path / "checkpoint", convert.published_to_jax_vqgan(tensors, config=VQGAN_CONFIG))
+    config_files.write_config(tmp_path / "checkpoint.json", VQGAN_CONFIG)
     images = golden_data.images(2, 64, 0)
     for source in (folder, folder / "model.safetensors", tmp_path / "checkpoint"):
         vqgan = titok_jax.load_vqgan(source)
@@ -200,7 +202,7 @@ def test_pairs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="VAE"):
         check_pair(tiny_models.VAE, tiny_models.GENERATOR)
     with pytest.raises(ValueError, match="codebook size 64 against 4096"):
-        check_pair(tiny_models.TOKENIZER, titok_jax.inference.GeneratorConfig(num_tokens=8))
+        check_pair(tiny_models.TOKENIZER, GeneratorConfig(num_tokens=8))
 
 
 def test_unknown_names_list_the_known_ones():

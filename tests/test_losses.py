@@ -8,7 +8,7 @@ import scipy.special
 import scipy.stats
 from golden_data import compare, load
 
-from titok_jax import losses
+from titok_jax.training import losses
 
 # Values and gradients are sums of at most a few thousand float32 terms whose order differs: up to 1.6e-6 was seen.
 TOLERANCE = 5e-6

@@ -19,8 +19,8 @@ from golden_data import (
     seeded_weights,
 )
 
-from titok_jax import convert
 from titok_jax.models.maskgit_vqgan import Decoder, MaskgitVQGAN, MaskgitVQGANConfig, VQGANQuantizer
+from titok_jax.weights import convert
 
 TABLE = convert.maskgit_vqgan_table()
 TOLERANCE = 1e-5

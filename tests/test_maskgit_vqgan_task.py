@@ -14,10 +14,12 @@ import pytest
 from flax import nnx
 
 from configs import maskgit_vqgan as recipe
-from titok_jax import losses, models, pretrained, train
+from titok_jax import models
 from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig
-from titok_jax.tasks import adversarial, maskgit_vqgan
-from titok_jax.tasks.perceptual import Perceptual
+from titok_jax.training import loop, losses
+from titok_jax.training.tasks import adversarial, maskgit_vqgan
+from titok_jax.weights import pretrained
+from titok_jax.weights.perceptual_files import Perceptual
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = MaskgitVQGANConfig(
@@ -194,25 +196,25 @@ import sys
 import test_maskgit_vqgan_task as test
 config = test.small()
 config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
-test.train.sharding.SMALLEST_SHARDED = 64
-test.train.train(config, sys.argv[1])
+test.loop.sharding.SMALLEST_SHARDED = 64
+test.loop.train(config, sys.argv[1])
 """
 
 
 def test_an_interrupted_run_ends_as_a_straight_one(tmp_path, monkeypatch):
-    straight = train.train(small(), tmp_path / "straight")
-    real_write = train.MetricLog.write
+    straight = loop.train(small(), tmp_path / "straight")
+    real_write = loop.MetricLog.write
 
     def crash(self, step, metrics, **options):
         real_write(self, step, metrics, **options)
         if step == 3:
             raise InterruptedError
 
-    monkeypatch.setattr(train.MetricLog, "write", crash)
+    monkeypatch.setattr(loop.MetricLog, "write", crash)
     with pytest.raises(InterruptedError):
-        train.train(small(), tmp_path / "resumed")
+        loop.train(small(), tmp_path / "resumed")
     monkeypatch.undo()
-    resumed = train.train(small(), tmp_path / "resumed")  # from the checkpoint of step 2
+    resumed = loop.train(small(), tmp_path / "resumed")  # from the checkpoint of step 2
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
     # The result is a model folder with the averaged parameters.
@@ -226,7 +228,7 @@ def test_an_interrupted_run_ends_as_a_straight_one(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_run_on_a_mesh_ends_as_one_on_one_device(tmp_path):
-    train.train(small(), tmp_path / "straight")
+    loop.train(small(), tmp_path / "straight")
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(tmp_path / "eight")]
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from golden_data import load
 
-from titok_jax import masking
+from titok_jax.training import masking
 
 
 @pytest.fixture(scope="module")

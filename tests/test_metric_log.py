@@ -8,14 +8,14 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from titok_jax import pictures
-from titok_jax.metric_log import MetricLog
+from titok_jax.pictures import plots
+from titok_jax.training.log import MetricLog
 
 
 @pytest.fixture
 def charts(monkeypatch):
     """What is drawn: y label -> (points, x label, picture) in the order of the charts; emptied by whoever draws again."""
-    drawn, real = {}, pictures.curve
+    drawn, real = {}, plots.curve
 
     def curve(lines, *, x_label, y_label, **options):
         (points,) = lines.values()
@@ -24,7 +24,7 @@ def charts(monkeypatch):
         drawn[y_label] = (points, x_label, picture)
         return picture
 
-    monkeypatch.setattr(pictures, "curve", curve)
+    monkeypatch.setattr(plots, "curve", curve)
     return drawn
 
 
@@ -89,7 +89,7 @@ def test_a_line_is_drawn_where_its_values_are(tmp_path):
     log.close()
     with Image.open(tmp_path / "curves.png") as picture:
         pixels = np.asarray(picture).astype(int)
-    blue = np.abs(pixels - pictures._COLOURS[0]).max(-1) < 40
+    blue = np.abs(pixels - plots._COLOURS[0]).max(-1) < 40
     falling, constant = (np.argwhere(blue[:280, left : left + 440]) for left in (0, 440))
     for line in (falling, constant):
         assert np.ptp(line[:, 1]) > 250  # from one side of the chart to the other

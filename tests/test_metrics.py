@@ -7,9 +7,9 @@ import scipy.linalg
 import scipy.ndimage
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from titok_jax import metrics
 from titok_jax.data.digits import load_digits
-from titok_jax.metrics import FeatureStatistics, InceptionScore
+from titok_jax.evaluation import metrics
+from titok_jax.evaluation.metrics import FeatureStatistics, InceptionScore
 
 
 def image_pairs(shape=(3, 40, 37, 3), noise=0.1):

@@ -7,7 +7,8 @@ import optax
 import pytest
 from golden_data import compare, load, load_json, published_shapes
 
-from titok_jax import convert, optimizer
+from titok_jax.training import optimizer
+from titok_jax.weights import convert
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,8 @@ def test_no_command_needs_torch_or_tensorflow():
 def test_the_benchmark_measures_models_and_recipes_that_there_are():
     code = (
         "import speed\n"
-        "from titok_jax import pretrained\n"
-        "from titok_jax.cli import read_config\n"
+        "from titok_jax.weights.known_models import known_configs\n"
+        "from titok_jax.training.recipes import read_config\n"
         "for case in speed.CASES:\n"
         "    if case.kind == 'train':\n"
         "        task, variant = case.model.split(':')\n"
@@ -69,7 +69,7 @@ def test_the_benchmark_measures_models_and_recipes_that_there_are():
         "    else:\n"
         "        kinds = ['tokenizer', 'generator'] if case.kind == 'sample' else ['tokenizer']\n"
         "        for kind in kinds:\n"
-        "            assert (kind, case.model) in pretrained.known_configs(), case.name\n"
+        "            assert (kind, case.model) in known_configs(), case.name\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)

@@ -12,9 +12,11 @@ import pytest
 import tiny_models as tiny
 from PIL import Image
 
-from titok_jax import inference, parity, pretrained
+from titok_jax import inference, parity
 from titok_jax.data.transforms import to_uint8_truncate
+from titok_jax.evaluation import comparison
 from titok_jax.models import TiTokConfig
+from titok_jax.weights import config_files
 
 STEM = "ILSVRC2012_val_00010240"
 
@@ -232,7 +234,7 @@ def test_close_calls_may_fall_either_way():
     def tokens_pass(wrong):
         tokens = np.zeros(400, np.int32)
         theirs = {"encoder_output": z, "image": image, "tokens": np.where(np.isin(np.arange(400), wrong), 1, 0)}
-        return parity.check_reference("x", parity.Result(z, tokens, margin, tokens, image), theirs)[1].passed
+        return comparison.check_reference("x", comparison.Result(z, tokens, margin, tokens, image), theirs)[1].passed
 
     assert tokens_pass([])
     assert tokens_pass([0, 1])
@@ -242,8 +244,8 @@ def test_close_calls_may_fall_either_way():
 
 def test_not_a_number_fails():
     nan = np.full((4, 2), np.nan, np.float32)
-    checks = parity.check_reference(
-        "x", parity.Result(nan, nan, None, nan, nan), {"encoder_output": nan, "tokens": nan[:3], "image": nan + 1}
+    checks = comparison.check_reference(
+        "x", comparison.Result(nan, nan, None, nan, nan), {"encoder_output": nan, "tokens": nan[:3], "image": nan + 1}
     )
     assert [check.passed for check in checks] == [False] * 3
 
@@ -251,7 +253,7 @@ def test_not_a_number_fails():
 @pytest.mark.parametrize("precision", ["highest", "default"])
 def test_precision(precision, models, images, monkeypatch):
     seen = []
-    real = parity.run
+    real = comparison.run
 
     def spy(*args):
         seen.append(jax.config.jax_default_matmul_precision)
@@ -290,12 +292,12 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_read(models, imag
 
 
 def test_the_published_tokens_are_those_of_titok_l32():
-    published = pretrained.resolve_interpolations(gd.load_json("configs/tokenizer_titok_l32.json"), source="l32")
-    tokens = parity.published_tokens(TiTokConfig.from_published(published))
+    published = config_files.resolve_interpolations(gd.load_json("configs/tokenizer_titok_l32.json"), source="l32")
+    tokens = comparison.published_tokens(TiTokConfig.from_published(published))
     assert set(tokens) == {"ILSVRC2012_val_00010240", "ILSVRC2012_val_00008636"}
     for ids in tokens.values():
         assert len(ids) == 32
         assert all(0 <= i < 4096 for i in ids)
     for name in ("tokenizer_titok_b64", "tokenizer_titok_bl64_vq8k", "tokenizer_titok_ll32_vae_c16"):
-        published = pretrained.resolve_interpolations(gd.load_json(f"configs/{name}.json"), source=name)
-        assert not parity.published_tokens(TiTokConfig.from_published(published))
+        published = config_files.resolve_interpolations(gd.load_json(f"configs/{name}.json"), source=name)
+        assert not comparison.published_tokens(TiTokConfig.from_published(published))

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from titok_jax import convert, decoding, models, pretrained
+from titok_jax import models
+from titok_jax.inference import decoding
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.weights import config_files, convert
 
 ENCODER = 5e-6
 LOGITS = 5e-6  # of generators, and of legacy decoders
@@ -119,7 +121,7 @@ def names_in(golden: Mapping[str, np.ndarray]) -> set[str]:
 
 @pytest.mark.parametrize("name", cases(TOKENIZERS))
 def test_tokenizer(name):
-    published = pretrained.resolve_interpolations(gd.load_json(f"configs/{name}.json"), source=name)
+    published = config_files.resolve_interpolations(gd.load_json(f"configs/{name}.json"), source=name)
     config = TiTokConfig.from_published(published)
     graphdef, params = seeded(config)
     golden = gd.load(f"tokenizers/{name}.npz")
@@ -181,7 +183,7 @@ def test_tokenizer(name):
 
 @pytest.mark.parametrize("name", cases(GENERATORS))
 def test_generator(name):
-    published = pretrained.resolve_interpolations(gd.load_json(f"configs/{name}.json"), source=name)
+    published = config_files.resolve_interpolations(gd.load_json(f"configs/{name}.json"), source=name)
     config = GeneratorConfig.from_published(published)
     graphdef, params = seeded(config, attention_output_scale=0.3)
     golden = gd.load(f"generators/{name}.npz")

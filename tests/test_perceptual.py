@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from titok_jax import convert, models
+from titok_jax import models
 from titok_jax.models import perceptual
 from titok_jax.models.perceptual import PerceptualConfig
+from titok_jax.weights import convert
 
 # 36 blocks of LayerNorm and matmuls, or 13 convolutions, summed in another order than torch sums them.
 TOLERANCE = 2e-5

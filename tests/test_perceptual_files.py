@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from titok_jax import convert, models
-from titok_jax.convert import WeightsError
+from titok_jax import models
 from titok_jax.models.perceptual import VGG_LEVELS, PerceptualConfig
-from titok_jax.tasks.perceptual import load_perceptual
+from titok_jax.weights import convert
+from titok_jax.weights.convert import WeightsError
+from titok_jax.weights.perceptual_files import load_perceptual
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"
 NAME = "lpips-convnext_s-1.0-0.1"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from titok_jax import pictures
+from titok_jax.pictures import grids, plots
 
 
 def coloured(count, size=8):
@@ -36,7 +36,7 @@ def test_images_stand_in_rows_unchanged(kind):
     images = coloured(5)
     texts = {"labels": ["a", "b", "c", "d", "e"], "row_labels": ["one", "two"]}
     options = {kind: texts[kind]} if kind in texts else {}
-    picture = pictures.grid(images, 3, scale=2, **options)
+    picture = grids.grid(images, 3, scale=2, **options)
     places = [find(picture, image, 2) for image in images]
     xs, ys = [x for x, _ in places], [y for _, y in places]
     assert xs[:2] == xs[3:]
@@ -53,7 +53,7 @@ def ink(picture, left, top, right, bottom):
 
 def test_captions_are_under_their_images_and_empty_ones_take_no_room():
     images = coloured(4, 16)
-    picture = pictures.grid(images, 2, ["", "", "8", ""], scale=4)
+    picture = grids.grid(images, 2, ["", "", "8", ""], scale=4)
     (_, y0), _, (x2, y2), (x3, y3) = [find(picture, image, 4) for image in images]
     assert y2 - y0 < 64 + 10
     assert ink(picture, x2, y2 + 64, x2 + 64, picture.height)
@@ -62,7 +62,7 @@ def test_captions_are_under_their_images_and_empty_ones_take_no_room():
 
 def test_row_labels_and_title():
     images = coloured(4, 16)
-    picture = pictures.grid(images, 2, scale=4, row_labels=["3", ""], title="digits")
+    picture = grids.grid(images, 2, scale=4, row_labels=["3", ""], title="digits")
     (x0, y0), _, (_, y2), _ = [find(picture, image, 4) for image in images]
     assert ink(picture, 0, y0, x0, y0 + 64)
     assert not ink(picture, 0, y2, x0, y2 + 64)
@@ -71,23 +71,23 @@ def test_row_labels_and_title():
 
 def test_scale_is_chosen_for_small_images_and_floats_are_rounded():
     digit = coloured(1, 32)
-    assert pictures.grid(digit).width == pictures.grid(digit, scale=2).width
+    assert grids.grid(digit).width == grids.grid(digit, scale=2).width
     large = coloured(1, 256)
-    assert find(pictures.grid(large), large[0], 1)
+    assert find(grids.grid(large), large[0], 1)
     as_floats = (digit / 255.0 + 0.4 / 255).astype(np.float32)
-    assert find(pictures.grid(as_floats), digit[0], 2)
+    assert find(grids.grid(as_floats), digit[0], 2)
 
 
 def test_a_caption_that_does_not_fit_is_cut():
     images = coloured(2, 16)
-    long = pictures.grid(images, 2, ["W" * 200, ""], scale=4)
+    long = grids.grid(images, 2, ["W" * 200, ""], scale=4)
     x1, y1 = find(long, images[1], 4)
     assert not ink(long, x1 + 2, y1 + 64, x1 + 64, long.height)  # does not run under its neighbour
 
 
 def test_side_by_side():
     images = coloured(2, 32)
-    picture = pictures.side_by_side(images[0], images[1], "cat.png")
+    picture = grids.side_by_side(images[0], images[1], "cat.png")
     (x0, y0), (x1, y1) = find(picture, images[0], 4), find(picture, images[1], 4)
     assert x0 + 128 <= x1
     assert y0 == y1
@@ -96,7 +96,7 @@ def test_side_by_side():
 
 def test_comparison_puts_each_reconstruction_under_its_original():
     images = coloured(10, 16)
-    picture = pictures.comparison(images[:5], images[5:], 3, ["1", "2", "3", "4", "5"], 4)
+    picture = grids.comparison(images[:5], images[5:], 3, ["1", "2", "3", "4", "5"], 4)
     for original, reconstruction in zip(images[:5], images[5:], strict=True):
         (x0, y0), (x1, y1) = find(picture, original, 4), find(picture, reconstruction, 4)
         assert x0 == x1
@@ -113,9 +113,9 @@ def test_comparison_puts_each_reconstruction_under_its_original():
 )
 def test_arguments_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        pictures.grid(coloured(4), **options)
+        grids.grid(coloured(4), **options)
     with pytest.raises(ValueError, match="at least one"):
-        pictures.grid(coloured(0))
+        grids.grid(coloured(0))
 
 
 def markers(picture, colour):
@@ -129,9 +129,9 @@ def markers(picture, colour):
 def test_curves_pass_through_their_points():
     lines = {"one": [(10, 1.0), (20, 2.0), (40, 9.0)], "two": [(15, 8.0)]}
     names = {"one": ["a", "b", "c"], "two": ["d"]}
-    picture = pictures.curve(lines, x_label="IS", y_label="FID", title="a title", names=names)
+    picture = plots.curve(lines, x_label="IS", y_label="FID", title="a title", names=names)
     assert picture.size == (720, 540)
-    one, two = (markers(picture, colour) for colour in pictures._COLOURS[:2])
+    one, two = (markers(picture, colour) for colour in plots._COLOURS[:2])
     assert len(one) == 3
     assert len(two) == 1
     # One scale for each axis, y upwards.
@@ -141,7 +141,7 @@ def test_curves_pass_through_their_points():
     np.testing.assert_allclose(two[0], one[0] + (5 * x_scale, 7 * y_scale), atol=1)
     for x, y in one.astype(int):  # the words
         assert ink(picture, x + 5, y - 16, x + 16, y - 6)
-    assert markers(pictures.curve({"one": lines["one"]}, x_label="", y_label=""), pictures._COLOURS[0]).size == 0
+    assert markers(plots.curve({"one": lines["one"]}, x_label="", y_label=""), plots._COLOURS[0]).size == 0
 
 
 @pytest.mark.parametrize(
@@ -155,18 +155,18 @@ def test_curves_pass_through_their_points():
     ],
 )
 def test_axes_have_round_numbers(values, expected):
-    assert [text for _, text in pictures._ticks(np.array(values, float))] == expected
+    assert [text for _, text in plots._ticks(np.array(values, float))] == expected
 
 
 def test_curves_need_points():
     for lines in ({}, {"one": []}, {"one": [(0, np.nan)]}):
         with pytest.raises(ValueError, match="expected at least one, and all finite"):
-            pictures.curve(lines, x_label="", y_label="")
+            plots.curve(lines, x_label="", y_label="")
 
 
 def test_tables_and_curves_stand_side_by_side():
-    picture = pictures.table([["a", "FID"], ["1", "12.34"], ["200", "5.67"]])
+    picture = grids.table([["a", "FID"], ["1", "12.34"], ["200", "5.67"]])
     assert ink(picture, 0, picture.height - 30, 40, picture.height)  # the last row
-    whole = pictures.beside(picture, picture.resize((300, 200)))
+    whole = grids.beside(picture, picture.resize((300, 200)))
     assert whole.size == (picture.width + 300, 200)
     find(whole, np.asarray(picture), 1)

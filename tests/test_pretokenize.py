@@ -14,9 +14,11 @@ import pytest
 import tiny_models
 from PIL import Image
 
-from titok_jax import pretokenize, pretrained
+from titok_jax import pretokenize
+from titok_jax.data import token_shards
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import center_crop_adm, random_resize_crop_flip, ten_crop
+from titok_jax.weights import pretrained
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def read(folder):
 @pytest.mark.parametrize("crops", ["center", "flip", "ten"])
 def test_records_are_the_tokens_of_the_published_crops(tokenizer, photos, tmp_path, crops):
     source = make_source({"name": "folder", "path": str(photos)})
-    assert pretokenize.pretokenize(tokenizer, source, tmp_path, settings=settings(crops=crops), batch_size=4) == (3, 0)
+    assert token_shards.pretokenize(tokenizer, source, tmp_path, settings=settings(crops=crops), batch_size=4) == (3, 0)
     expected = []
     for i in range(len(source)):
         image = source[i]["image"]
@@ -79,7 +81,7 @@ def test_random_crops_are_those_of_the_published_augmentation(tokenizer, photos,
     wide = [photos[i] for i in range(len(photos))]
     source = wide + [example | {"image": np.ascontiguousarray(example["image"].swapaxes(0, 1))} for example in wide]  # tall
     options = settings(crops="random", passes=2, seed=4)
-    pretokenize.pretokenize(tokenizer, source, tmp_path, settings=options, batch_size=4)
+    token_shards.pretokenize(tokenizer, source, tmp_path, settings=options, batch_size=4)
     expected, mirrored, places = [], 0, set()
     for epoch, index in itertools.product(range(2), range(len(source))):
         picture = Image.fromarray(source[index]["image"])
@@ -104,11 +106,11 @@ def test_random_crops_are_those_of_the_published_augmentation(tokenizer, photos,
 def test_form_shards_processes_and_batches_do_not_change_the_records(tokenizer, photos, tmp_path):
     source = make_source({"name": "folder", "path": str(photos)})
     random = settings(crops="random", passes=2)
-    pretokenize.pretokenize(tokenizer, source, tmp_path / "a", settings=random, batch_size=4)
+    token_shards.pretokenize(tokenizer, source, tmp_path / "a", settings=random, batch_size=4)
     other = random | {"shards": 5, "format": "jsonl"}
     for process in (1, 0):
         options = {"settings": other, "process_index": process, "process_count": 2, "batch_size": 3}
-        pretokenize.pretokenize(tokenizer, source, tmp_path / "b", **options)
+        token_shards.pretokenize(tokenizer, source, tmp_path / "b", **options)
     assert read(tmp_path / "a") == read(tmp_path / "b")
     assert len(read(tmp_path / "a")) == 14
     first, second = read(tmp_path / "a")[:7], read(tmp_path / "a")[7:]
@@ -119,7 +121,7 @@ def test_form_shards_processes_and_batches_do_not_change_the_records(tokenizer, 
 
 def test_a_crash_loses_and_doubles_nothing(tokenizer, photos, tmp_path):
     source = make_source({"name": "folder", "path": str(photos)})
-    pretokenize.pretokenize(tokenizer, source, tmp_path / "straight", settings=settings(), batch_size=4)
+    token_shards.pretokenize(tokenizer, source, tmp_path / "straight", settings=settings(), batch_size=4)
     calls = []
 
     class Failing:
@@ -133,14 +135,14 @@ def test_a_crash_loses_and_doubles_nothing(tokenizer, photos, tmp_path):
             return tokenizer.encode(images)
 
     with pytest.raises(KeyboardInterrupt):
-        pretokenize.pretokenize(Failing, source, tmp_path / "killed", settings=settings(), batch_size=4)
+        token_shards.pretokenize(Failing, source, tmp_path / "killed", settings=settings(), batch_size=4)
     done = sorted(p.name for p in (tmp_path / "killed").glob("*.array_record"))
     assert done == ["tokens-00000-of-00003.array_record"]
-    result = pretokenize.pretokenize(tokenizer, source, tmp_path / "killed", settings=settings(), batch_size=4)
+    result = token_shards.pretokenize(tokenizer, source, tmp_path / "killed", settings=settings(), batch_size=4)
     assert result == (2, 1)
     assert read(tmp_path / "killed") == read(tmp_path / "straight")
     with pytest.raises(ValueError, match=r"crops: 'flip' there, 'ten' now"):
-        pretokenize.pretokenize(tokenizer, source, tmp_path / "killed", settings=settings(crops="ten"))
+        token_shards.pretokenize(tokenizer, source, tmp_path / "killed", settings=settings(crops="ten"))
 
 
 def test_the_command_goes_on_after_sigkill(tmp_path):

@@ -13,8 +13,10 @@ import pytest
 import safetensors.numpy
 import tiny_models as tiny
 
-from titok_jax import cli, convert, inference, pretrained
+from titok_jax import inference
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.runtime import outputs
+from titok_jax.weights import convert, pretrained
 
 STAGE_2 = dataclasses.replace(
     tiny.STAGE_1,
@@ -221,7 +223,8 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path):
 SAVER = """
 import dataclasses, sys
 import jax, numpy as np
-from titok_jax import models, pretrained
+from titok_jax import models
+from titok_jax.weights import pretrained
 import tiny_models as tiny
 
 config = dataclasses.replace(tiny.TOKENIZER, codebook_size=200_000)  # a few MB, so that most of the time is in writing
@@ -260,7 +263,7 @@ def test_a_save_killed_at_any_time_leaves_no_half_folder(delay, tmp_path):
 STEPWISE = """
 import os, shutil, signal, sys
 import tiny_models as tiny
-from titok_jax import cli
+from titok_jax.runtime import outputs
 
 steps = 0
 
@@ -275,7 +278,7 @@ def killing(function, last):
 
 tiny.save(f"{sys.argv[1]}/original")
 tiny.params(tiny.VAE)  # not in each fork anew
-exchange = cli._exchange
+exchange = outputs._exchange
 for kind in ("new", "over", "no-exchange"):
     for last in range(1, 100):
         folder = f"{sys.argv[1]}/{kind}_{last}"
@@ -285,7 +288,7 @@ for kind in ("new", "over", "no-exchange"):
         if child == 0:
             os.fsync, os.replace = killing(os.fsync, last), killing(os.replace, last)
             shutil.rmtree = killing(shutil.rmtree, last)
-            cli._exchange = killing(exchange, last) if kind == "over" else lambda one, two: False
+            outputs._exchange = killing(exchange, last) if kind == "over" else lambda one, two: False
             tiny.pretrained.save(folder, tiny.VAE, tiny.params(tiny.VAE), overwrite=kind != "new")
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
@@ -323,9 +326,9 @@ def test_a_save_killed_in_each_of_its_steps_leaves_no_half_folder(tmp_path):
 
 
 def test_a_writer_at_work_is_not_disturbed(tmp_path):
-    with cli.new_folder(tmp_path / "model") as first:
+    with outputs.new_folder(tmp_path / "model") as first:
         (first / "a").write_text("first")
-        with cli.new_folder(tmp_path / "model") as second:
+        with outputs.new_folder(tmp_path / "model") as second:
             (second / "a").write_text("second")
         assert (first / "a").read_text() == "first"
     assert (tmp_path / "model" / "a").read_text() == "first"

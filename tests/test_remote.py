@@ -18,26 +18,18 @@ from PIL import Image
 from test_distributed import log_of
 
 import titok_jax
-from titok_jax import (
-    cli,
-    evaluate,
-    evaluation,
-    features,
-    lock,
-    parity,
-    pretokenize,
-    pretrained,
-    reconstruct,
-    sample,
-    storage,
-    train,
-    zoo,
-)
-from titok_jax.checkpoint import Checkpoints
+from titok_jax import evaluate, parity, pretokenize, reconstruct, sample
+from titok_jax.data import token_shards
 from titok_jax.data.records import image_writer, token_writer
 from titok_jax.data.sources import make_source
-from titok_jax.shards import Shards
-from titok_jax.tasks import perceptual
+from titok_jax.evaluation import features, references
+from titok_jax.runtime import outputs
+from titok_jax.runtime import paths as storage
+from titok_jax.runtime.shards import Shards
+from titok_jax.training import lock, loop
+from titok_jax.training.checkpoint import Checkpoints
+from titok_jax.weights import perceptual_files as perceptual
+from titok_jax.weights import pretrained, published_models
 
 TOOL = test_train.ROOT / "tools" / "convert_weights.py"
 # Of reads that go on when the first has failed, TensorStore answers to an event loop that is closed.
@@ -162,10 +154,10 @@ def google(bucket, server, monkeypatch):
 def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, capsys):
     """Interrupted, and with a server that fails once, it ends as the same run in a folder."""
     config = test_train.small("tokenizer", checkpoint_every=2, preview_every=3)
-    straight = train.train(config, tmp_path / "folder")
+    straight = loop.train(config, tmp_path / "folder")
     monkeypatch.chdir(tmp_path / "folder")
     before = sorted((tmp_path / "folder").rglob("*"))
-    real_write = train.MetricLog.write
+    real_write = loop.MetricLog.write
 
     def crash(self, step, metrics, **options):
         real_write(self, step, metrics, **options)
@@ -175,11 +167,11 @@ def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, c
     failures = [503]
     google.refuse = lambda method, name: failures.pop() if failures and method == "POST" else None
     with monkeypatch.context() as patch:
-        patch.setattr(train.MetricLog, "write", crash)
+        patch.setattr(loop.MetricLog, "write", crash)
         with pytest.raises(test_train.Stopped):
-            train.train(config, "gs://bucket/runs/one")
+            loop.train(config, "gs://bucket/runs/one")
     assert not failures
-    test_train.assert_same_state(straight, train.train(config, "gs://bucket/runs/one"))
+    test_train.assert_same_state(straight, loop.train(config, "gs://bucket/runs/one"))
     assert "Continuing at step 2 of 6 from gs://bucket/runs/one/checkpoints" in capsys.readouterr().out
     run = bucket / "runs/one"
     assert sorted({name.split("/")[2] for name in objects("runs/one/")}) == sorted(
@@ -189,7 +181,7 @@ def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, c
     assert any("/checkpoints/6/state/" in name for _, name in google.asked)
     assert [line["step"] for line in log_of(run)] == [2, 4, 6]
     assert sorted(path.name for path in (run / "previews").iterdir()) == ["0000003.png", "0000006.png"]
-    train.train(config, "gs://bucket/runs/one")  # at its end already; the log stays
+    loop.train(config, "gs://bucket/runs/one")  # at its end already; the log stays
     assert [line["step"] for line in log_of(run)] == [2, 4, 6]
     assert titok_jax.load_tokenizer(str(run / "pretrained")).config.codebook_size == config.model.codebook_size
     assert sorted((tmp_path / "folder").rglob("*")) == before  # in the current folder, no folder "gs:"
@@ -314,11 +306,11 @@ def test_a_bucket_whose_metadata_may_not_be_read_is_told(bucket, google, monkeyp
 
 
 def test_a_second_run_is_refused_while_the_first_lives(bucket, clock):
-    with train.lock_workdir(bucket / "run") as first:
+    with loop.lock_workdir(bucket / "run") as first:
         clock += [lambda: None, first.beat]
         with (
             pytest.raises(ValueError, match="another run is training in gs://bucket/run"),
-            train.lock_workdir(bucket / "run"),
+            loop.lock_workdir(bucket / "run"),
         ):
             pass
         assert not clock
@@ -332,7 +324,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(bucket, clock, capsys):
     (bucket / "run/.lock").write_text("host-3, process 17, 0123\n5\n")
     looked = []
     clock += [lambda: looked.append((bucket / "run/.lock").read_text())] * 3
-    with train.lock_workdir(bucket / "run") as now:
+    with loop.lock_workdir(bucket / "run") as now:
         assert len(looked) == 3
         assert "a run (host-3, process 17, 0123) began here and has not ended in order" in capsys.readouterr().out
         now.beat()
@@ -344,7 +336,7 @@ def test_a_lock_that_is_given_back_meanwhile_is_free(bucket, clock):
     first = lock.BucketLock(bucket / "run/.lock")
     assert first.acquire()
     clock += [first.release]
-    with train.lock_workdir(bucket / "run"):
+    with loop.lock_workdir(bucket / "run"):
         assert objects() == ["run/.lock"]
 
 
@@ -357,7 +349,7 @@ def test_of_two_runs_that_begin_in_the_same_moment_one_goes_on(bucket, clock):
 
 
 def test_who_lost_the_lock_writes_nothing_more(bucket, clock, tmp_path, monkeypatch):
-    with train.lock_workdir(bucket / "run") as first:
+    with loop.lock_workdir(bucket / "run") as first:
         (bucket / "run/.lock").write_text("host-3, process 17, 0123\n1\n")
         with pytest.raises(OSError, match=r"another run \(host-3, process 17, 0123\) has taken gs://bucket/run over"):
             first.check()
@@ -442,11 +434,11 @@ def test_what_needs_a_mounted_bucket_says_so(bucket):
 
 def test_a_file_appears_whole_or_not_at_all(bucket):
     path = bucket / "folder/a.txt"
-    with cli.new_file(path) as partial:
+    with outputs.new_file(path) as partial:
         partial.write_text("one")
         assert objects() == []
     assert objects() == ["folder/a.txt"]
-    with interrupted(), cli.new_file(path) as partial:
+    with interrupted(), outputs.new_file(path) as partial:
         partial.write_text("two")
         raise KeyboardInterrupt
     assert objects() == ["folder/a.txt"]
@@ -464,7 +456,7 @@ def test_an_interrupted_upload_changes_nothing(bucket, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(type(path), "copy", copy)
-    with interrupted(), cli.new_file(path) as partial:
+    with interrupted(), outputs.new_file(path) as partial:
         partial.write_text("two")
     assert objects() == ["a.txt"]
     assert path.read_text() == "one"
@@ -482,7 +474,7 @@ def test_a_folder_is_whole_when_it_holds_its_last_file(bucket, monkeypatch):
         return copy(self, place, overwrite)
 
     monkeypatch.setattr(type(folder), "copy", recorded)
-    with cli.new_folder(folder, last="last.txt") as partial:
+    with outputs.new_folder(folder, last="last.txt") as partial:
         for name in ("a.txt", "last.txt", "z.txt"):
             (partial / name).write_text("new")
     assert objects() == ["folder/a.txt", "folder/last.txt", "folder/z.txt"]
@@ -495,15 +487,15 @@ def test_outputs_there_are_refused_as_here(bucket, monkeypatch):
     (bucket / "a.png").write_text("mine")
     (bucket / "folder/mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"gs://bucket/a\.png exists and nothing was overwritten"):
-        cli.check_output("gs://bucket/a.png", False)
-    assert cli.check_output("gs://bucket/a.png", True) == bucket / "a.png"
+        outputs.check_output("gs://bucket/a.png", False)
+    assert outputs.check_output("gs://bucket/a.png", True) == bucket / "a.png"
     with pytest.raises(ValueError, match="it is a folder, expected a file"):
-        cli.check_output("gs://bucket/folder", True)
+        outputs.check_output("gs://bucket/folder", True)
     with pytest.raises(ValueError, match="it is a file, not a folder"):
-        cli.check_output("gs://bucket/a.png", True, folder_of="x")
+        outputs.check_output("gs://bucket/a.png", True, folder_of="x")
     with pytest.raises(FileExistsError, match=r"files of other origin \(mine\.txt\)"):
-        cli.check_output("gs://bucket/folder", True, folder_of="x")
-    assert cli.check_output("gs://bucket/b.png", False) == bucket / "b.png"
+        outputs.check_output("gs://bucket/folder", True, folder_of="x")
+    assert outputs.check_output("gs://bucket/b.png", False) == bucket / "b.png"
     assert objects() == ["a.png", "folder/mine.txt"]
 
     def denied(self, *args, **kwargs):
@@ -513,7 +505,7 @@ def test_outputs_there_are_refused_as_here(bucket, monkeypatch):
     with pytest.raises(
         PermissionError, match=r"cannot write gs://bucket/b\.png: Forbidden: no storage\.objects\.create; does"
     ):
-        cli.check_output("gs://bucket/b.png", False)
+        outputs.check_output("gs://bucket/b.png", False)
 
 
 def test_without_what_reaches_it_the_error_says_what_to_install(monkeypatch, capsys):
@@ -527,7 +519,7 @@ def test_without_what_reaches_it_the_error_says_what_to_install(monkeypatch, cap
     )
     assert message in capsys.readouterr().err
     with pytest.raises(OSError, match=r"gs://bucket/run cannot be reached"):
-        train.train(test_train.small("tokenizer"), "gs://bucket/run")
+        loop.train(test_train.small("tokenizer"), "gs://bucket/run")
     with pytest.raises(ValueError, match="ftp://host/x: unknown storage ftp://, expected a path of this machine or gs://"):
         storage.as_path("ftp://host/x")
 
@@ -633,7 +625,7 @@ def test_pretokenizing_goes_on(model, photos, bucket, tmp_path, monkeypatch, cap
     options = ("--model", model, "--shards", 3, "--batch-size", 4)
     run(pretokenize, local, *options, "--out", tmp_path / "tokens")
     encoded = []
-    records = pretokenize.records
+    records = token_shards.records
 
     def stopped_in_the_second(source, positions, **options):
         for record in records(source, positions, **options):
@@ -643,7 +635,7 @@ def test_pretokenizing_goes_on(model, photos, bucket, tmp_path, monkeypatch, cap
             yield record
 
     with monkeypatch.context() as patch, interrupted():
-        patch.setattr(pretokenize, "records", stopped_in_the_second)
+        patch.setattr(token_shards, "records", stopped_in_the_second)
         run(pretokenize, remote, *options, "--out", "gs://bucket/tokens")
     first = "tokens/tokens-00000-of-00003.array_record"
     assert objects("tokens/") == ["tokens/pretokenize.json", first]
@@ -687,7 +679,7 @@ def test_evaluations(model, photos, bucket, tmp_path, capsys):
     arguments = ("--samples", bucket / "bad.npz", "--reference", bucket / "reference.npz")
     assert "gs://bucket/bad.npz is not an .npz file of images" in refused(capsys, evaluate, *arguments)
     with pytest.raises(ValueError, match=r"gs://bucket/bad\.npz is not a file of reference statistics"):
-        evaluation.read_reference(bucket / "bad.npz", "digits", 32)
+        references.read_reference(bucket / "bad.npz", "digits", 32)
 
 
 def test_weights_are_converted(tool, bucket, capsys):
@@ -732,6 +724,6 @@ def test_a_copy_is_made_again_when_the_file_has_changed(bucket):
 
 def test_a_model_there_is_known_before_jax_is_imported(bucket):
     (bucket / "model/config.json").write_text("{}")
-    assert zoo.find("gs://bucket/model") == bucket / "model"
+    assert published_models.find("gs://bucket/model") == bucket / "model"
     with pytest.raises(ValueError, match="unknown model 'gs://bucket/no'"):
-        zoo.find("gs://bucket/no")
+        published_models.find("gs://bucket/no")

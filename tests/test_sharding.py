@@ -15,10 +15,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import titok_jax
-from titok_jax import models, sharding
+from titok_jax import models
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.titok import TRANSFORMER_SIZES, TiTokConfig
-from titok_jax.tasks import stage1
+from titok_jax.runtime import sharding
+from titok_jax.training.tasks import stage1
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESH = {"data": 1, "fsdp": 4, "tensor": 2}
@@ -132,7 +133,7 @@ ON_EIGHT_DEVICES = """
 import json
 import jax, numpy as np, titok_jax
 import on_meshes
-from titok_jax import sharding
+from titok_jax.runtime import sharding
 results = []
 for shape in ((2, 2, 2), (1, 8, 1)):
     tokenizer, generator = titok_jax.load_pair("digits", mesh=sharding.make_mesh(*shape))
@@ -223,8 +224,8 @@ INIT_ON_EIGHT_DEVICES = """
 import json, sys
 import jax
 import test_sharding
-from titok_jax import sharding
-from titok_jax.tasks import stage1
+from titok_jax.runtime import sharding
+from titok_jax.training.tasks import stage1
 task = stage1.make_task(
     test_sharding.STAGE_1_L32, stage1.LossConfig(), optimizer=test_sharding.OPTIMIZER, num_steps=10, vqgan=None
 )

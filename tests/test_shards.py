@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from titok_jax.shards import Shards
+from titok_jax.runtime.shards import Shards
 
 SETTINGS = {"seed": 1, "temperature": 2.0}
 

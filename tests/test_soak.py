@@ -31,12 +31,14 @@ def gan() -> ConfigDict:
 PROGRAM = """
 import sys
 import test_soak
-from titok_jax import sharding, train
-sharding.HEARTBEAT_SECONDS, sharding.START_SECONDS = 5, 300
-sharding.start_processes()
+from titok_jax.runtime import processes
+from titok_jax.training import loop
+from titok_jax import train
+processes.HEARTBEAT_SECONDS, processes.START_SECONDS = 5, 300
+processes.start_processes()
 import jax
 import numpy as np
-state = train.train(test_soak.gan(), sys.argv[1])
+state = loop.train(test_soak.gan(), sys.argv[1])
 if jax.process_index() == 0:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     np.savez(sys.argv[1] + "/final.npz", **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})

@@ -14,17 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from titok_jax import convert, masking, metrics, models
+from titok_jax import models
 from titok_jax.data.transforms import center_crop_torchvision
-from titok_jax.losses import LeCamEma
+from titok_jax.evaluation import metrics
 from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.layers import float_images
 from titok_jax.models.quantizer import restart_codes
 from titok_jax.models.titok import TiTokConfig, TransformerSize
-from titok_jax.optimizer import NO_DECAY_WORDS, ema_decay
-from titok_jax.tasks import accumulate, generator, reconstruction_quality, single_stage, stage1, stage2
-from titok_jax.tasks.perceptual import make_perceptual
+from titok_jax.training import masking
+from titok_jax.training.losses import LeCamEma
+from titok_jax.training.optimizer import NO_DECAY_WORDS, ema_decay
+from titok_jax.training.tasks import accumulate, generator, reconstruction_quality, single_stage, stage1, stage2
+from titok_jax.weights import convert
+from titok_jax.weights.perceptual_files import make_perceptual
 
 ROOT = pathlib.Path(__file__).parents[1]
 

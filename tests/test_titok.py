@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 from test_maskgit_vqgan import decoder_blocks
 
-from titok_jax import convert, models
+from titok_jax import models
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.quantizer import DiagonalGaussian
 from titok_jax.models.titok import TRANSFORMER_SIZES, TiTokConfig, TransformerSize, legacy_reshape, patchify, unpatchify
+from titok_jax.weights import convert
 
 TINY_SIZES = {"small": TransformerSize(64, 2, 2), "base": TransformerSize(96, 3, 3), "large": TransformerSize(128, 4, 4)}
 NAMES = ["tiny_vq_stage1", "tiny_vq_stage2", "tiny_vq8k", "tiny_vae"]

@@ -25,13 +25,16 @@ from orbax.checkpoint._src.serialization import serialization
 from test_data import kill_with_workers
 
 import titok_jax
-from titok_jax import metrics, pretrained, train
+from titok_jax import models
 from titok_jax.data.loader import make_loader
 from titok_jax.data.records import token_writer
 from titok_jax.data.sources import make_source
-from titok_jax.losses import LeCamEma, masked_token_loss
-from titok_jax.masking import mask_tokens
-from titok_jax.tasks.build import build_task
+from titok_jax.evaluation import metrics
+from titok_jax.training import loop
+from titok_jax.training.build import build_task
+from titok_jax.training.losses import LeCamEma, masked_token_loss
+from titok_jax.training.masking import mask_tokens
+from titok_jax.weights import pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -97,22 +100,22 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(kind, tmp_path, monkeyp
     else:
         config = small("generator")
         tokenizer = small("tokenizer", num_steps=1)
-        train.train(tokenizer, tmp_path / "tokenizer")
+        loop.train(tokenizer, tmp_path / "tokenizer")
         config.tokenizer = str(tmp_path / "tokenizer" / "pretrained")
-    straight = train.train(config, tmp_path / "straight")
+    straight = loop.train(config, tmp_path / "straight")
 
-    real_write = train.MetricLog.write
+    real_write = loop.MetricLog.write
 
     def crash(self, step, metrics, **options):
         real_write(self, step, metrics, **options)
         if step == 4:
             raise Stopped
 
-    monkeypatch.setattr(train.MetricLog, "write", crash)
+    monkeypatch.setattr(loop.MetricLog, "write", crash)
     with pytest.raises(Stopped):
-        train.train(config, tmp_path / "resumed")
+        loop.train(config, tmp_path / "resumed")
     monkeypatch.undo()
-    resumed = train.train(config, tmp_path / "resumed")  # from the checkpoint of step 3
+    resumed = loop.train(config, tmp_path / "resumed")  # from the checkpoint of step 3
     assert_same_state(straight, resumed)
     # Each step is logged once, and the logs agree.
     logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("straight", "resumed")]
@@ -173,29 +176,27 @@ def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
 
 
 def test_a_changed_configuration_is_refused_and_names_the_fields(tmp_path):
-    train.train(small("tokenizer", num_steps=2), tmp_path)
+    loop.train(small("tokenizer", num_steps=2), tmp_path)
     changed = small("tokenizer", num_steps=2)
     changed.optimizer.learning_rate = 5e-4
     changed.model.codebook_size = 64
     with pytest.raises(
         ValueError, match=r"(?s)model.codebook_size: 128 .* 64 now.*optimizer.learning_rate: 0.001 .* 0.0005 now"
     ):
-        train.train(changed, tmp_path)
+        loop.train(changed, tmp_path)
     # What does not touch the result may change.
-    train.train(
-        small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat=True), tmp_path
-    )
+    loop.train(small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat=True), tmp_path)
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, capsys):
     config = small("tokenizer")
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
     expected = weights(tmp_path)
     shutil.rmtree(tmp_path / "pretrained")
     for file in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    train.train(config, tmp_path)  # from step 3
+    loop.train(config, tmp_path)  # from step 3
     out = capsys.readouterr().out
     assert "the checkpoint of step 6 cannot be read" in out
     assert "Continuing at step 3 of 6" in out
@@ -206,28 +207,28 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_
 
 def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     config = small("tokenizer")
-    straight = train.train(config, tmp_path / "straight")
-    real_write = train.MetricLog.write
+    straight = loop.train(config, tmp_path / "straight")
+    real_write = loop.MetricLog.write
 
     def write(self, step, metrics, **options):
         real_write(self, step, metrics, **options)
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train.MetricLog, "write", write)
-    train.train(config, tmp_path / "stopped")
+    monkeypatch.setattr(loop.MetricLog, "write", write)
+    loop.train(config, tmp_path / "stopped")
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) is before
     assert "Stopped by SIGTERM after step 2" in capsys.readouterr().out
     assert not (tmp_path / "stopped" / "pretrained").exists()
-    assert_same_state(straight, train.train(config, tmp_path / "stopped"))
+    assert_same_state(straight, loop.train(config, tmp_path / "stopped"))
     assert "Continuing at step 2" in capsys.readouterr().out
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """No array of the checkpoint of step 3 is written before step 4 is done, to which the state of step 3 was donated."""
     config, done, waited = small("tokenizer"), threading.Event(), []
-    real_write, real_serialize = train.MetricLog.write, serialization.async_serialize_from_host
+    real_write, real_serialize = loop.MetricLog.write, serialization.async_serialize_from_host
 
     def write(self, step, metrics, **options):
         real_write(self, step, metrics, **options)
@@ -239,14 +240,14 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         waited.append(done.wait(900))
         await real_serialize(*arguments, **options)
 
-    monkeypatch.setattr(train.MetricLog, "write", write)
+    monkeypatch.setattr(loop.MetricLog, "write", write)
     monkeypatch.setattr(serialization, "async_serialize_from_host", serialize)
-    state = train.train(config, tmp_path)
+    state = loop.train(config, tmp_path)
     monkeypatch.undo()
     assert waited
     assert all(waited)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
-    assert_same_state(train.train(config, tmp_path), state)  # from what was written of step 3
+    assert_same_state(loop.train(config, tmp_path), state)  # from what was written of step 3
 
 
 def test_the_command_saves_at_sigterm_and_exits_with_0_and_a_full_disk_leaves_what_it_saved(tmp_path):
@@ -316,7 +317,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
 
 def test_a_run_of_steps_that_are_not_finite_ends_before_a_bad_checkpoint(tmp_path, monkeypatch, capsys):
     config = small("tokenizer", max_nonfinite_steps=2)
-    real = train.make_loader
+    real = loop.make_loader
 
     def broken_from(first):
         class Broken:
@@ -334,17 +335,17 @@ def test_a_run_of_steps_that_are_not_finite_ends_before_a_bad_checkpoint(tmp_pat
             loader = real(*arguments, **options)
             return Broken(loader, options["start_step"]) if "start_step" in options else loader
 
-        monkeypatch.setattr(train, "make_loader", make)
+        monkeypatch.setattr(loop, "make_loader", make)
 
     broken_from(4)
     with pytest.raises(FloatingPointError, match="2 steps in a row, of the 6 until now"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["3"]
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["nonfinite_steps"] for line in logged] == [1, 1, 3]
     assert logged[0]["total_loss"] is None
     broken_from(100)  # mended: the run goes on from before
-    state = train.train(config, tmp_path)
+    state = loop.train(config, tmp_path)
     assert "Continuing at step 3" in capsys.readouterr().out
     assert state["nonfinite"] == {"total": 1, "in_row": 0, "longest": 1}
     assert state["opt"]["tokenizer"][0].count == 5
@@ -397,13 +398,13 @@ def test_changed_weights_of_a_frozen_network_are_refused(tmp_path):
     folder = tmp_path / "tokenizer"
     shutil.copytree(ROOT / "titok_jax/embedded/digits/tokenizer", folder)
     config = small("generator", num_steps=1, tokenizer=str(folder))
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     file = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     tensors["latent_tokens"] = tensors["latent_tokens"] + 1
     safetensors.numpy.save_file(tensors, file)
     with pytest.raises(ValueError, match=r"the frozen weights of config.tokenizer \(.*tokenizer\) are not those"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
 
 
 def test_held_out_loss_of_a_generator_is_that_of_its_examples():
@@ -424,8 +425,8 @@ def test_held_out_loss_of_a_generator_is_that_of_its_examples():
 
 
 def test_a_second_run_on_one_workdir_is_refused(tmp_path):
-    with train.lock_workdir(epath.Path(tmp_path)), pytest.raises(ValueError, match="another run"):
-        train.train(small("tokenizer"), tmp_path)
+    with loop.lock_workdir(epath.Path(tmp_path)), pytest.raises(ValueError, match="another run"):
+        loop.train(small("tokenizer"), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -434,7 +435,7 @@ def test_where_a_file_system_has_no_locks_a_run_warns_and_goes_on(tmp_path, monk
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with train.lock_workdir(epath.Path(tmp_path)):
+    with loop.lock_workdir(epath.Path(tmp_path)):
         assert f"warning: {tmp_path} cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
 
 
@@ -461,7 +462,7 @@ def test_bad_configurations_are_refused_before_anything_is_written(section, chan
         (config if section is None else config[section]).update(change)
     config.eval_every = 3
     with pytest.raises(ValueError, match=message):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -475,14 +476,14 @@ def test_generator_from_token_records_needs_no_tokenizer(tmp_path):
         config.data.source = ConfigDict({"name": "tokens", "paths": str(tmp_path / "tokens.array_record")})
         config.data.transform = None
         config.model.update({"num_tokens": 6, "codebook_size": 50})
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     generator = titok_jax.load_generator(tmp_path / "run" / "pretrained")
     ids = titok_jax.generate(generator, [1, 2], jax.random.key(0), num_steps=3)
     assert ids.shape == (2, 6)
     assert 0 <= ids.min() <= ids.max() < 50
     config.model.codebook_size = 40
     with pytest.raises(ValueError, match="the codebook has 40"):
-        train.train(config, tmp_path / "other")
+        loop.train(config, tmp_path / "other")
 
 
 def test_a_run_leaves_model_curves_and_pictures(tmp_path, capsys):
@@ -490,7 +491,7 @@ def test_a_run_leaves_model_curves_and_pictures(tmp_path, capsys):
         "tokenizer", preview_every=3, eval_every=4, eval_images=20, gradient_accumulation=2, compute_dtype="bfloat16"
     )
     config.data.batch_size = 24
-    state = train.train(config, tmp_path / "run")
+    state = loop.train(config, tmp_path / "run")
     run = tmp_path / "run"
     out = capsys.readouterr().out
     for part in ("learning_rate: 0.001", "encoder/transformer/attn/qkv/kernel", "Global batch 24 x 6 steps", "'fsdp': 1",
@@ -500,7 +501,7 @@ def test_a_run_leaves_model_curves_and_pictures(tmp_path, capsys):
     assert sorted(p.name for p in (run / "previews").iterdir()) == ["0000003.png", "0000006.png"]
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state["params"]))
-    loaded, params = pretrained.load(run / "pretrained", titok_jax.inference.TiTokConfig)
+    loaded, params = pretrained.load(run / "pretrained", models.TiTokConfig)
     assert loaded.codebook_size == 128
     assert_same_state(params, state["ema"]["tokenizer"])
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -523,7 +524,8 @@ MESH_PROGRAM = """
 import json, pathlib, sys
 import jax
 import on_meshes, test_train
-from titok_jax import sharding, train
+from titok_jax.runtime import sharding
+from titok_jax.training import loop
 shape, workdir = json.loads(sys.argv[1]), sys.argv[2]
 config = test_train.small("tokenizer", log_every=1, eval_every=6, eval_images=20, preview_every=6)
 config.data.batch_size = 56  # no other size in this model is a multiple of 7
@@ -541,7 +543,7 @@ def jit_on(mesh, function, **options):
         return jitted(*arguments)
     return call
 sharding.jit_on = jit_on
-train.train(config, workdir)
+loop.train(config, workdir)
 pathlib.Path(workdir, "sent.json").write_text(json.dumps(sent))
 """
 

@@ -19,8 +19,9 @@ import safetensors.numpy
 import tiny_models as tiny
 from flax import serialization
 
-from titok_jax import convert, inference, pretrained, weights
+from titok_jax import inference
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.weights import config_files, convert, flax_file, known_models, pretrained, safetensors_file, tensor_files
 
 VQGAN = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=16)
 
@@ -53,10 +54,10 @@ def test_safetensors_are_written_as_by_their_own_library(tmp_path):
         f"ü{i}": np.asarray(10 * rng.standard_normal(shape)).astype(dtype)
         for i, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True))
     }
-    weights.write_safetensors(tmp_path / "ours", tensors)
+    safetensors_file.write_safetensors(tmp_path / "ours", tensors)
     safetensors.numpy.save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     for name in ("ours", "theirs"):
-        with weights.open_weights(tmp_path / name) as (form, read):
+        with tensor_files.open_weights(tmp_path / name) as (form, read):
             assert form == "safetensors"
             assert read.keys() == tensors.keys()
             for key, tensor in read.items():
@@ -64,7 +65,7 @@ def test_safetensors_are_written_as_by_their_own_library(tmp_path):
                 assert (tensor.shape, tensor.dtype) == (array.shape, array.dtype) == (tensors[key].shape, tensors[key].dtype)
                 np.testing.assert_array_equal(array, tensors[key])
     same_dtype = {name: rng.standard_normal((2, 3)).astype(np.float32) for name in "cab"}
-    weights.write_safetensors(tmp_path / "ours", same_dtype)
+    safetensors_file.write_safetensors(tmp_path / "ours", same_dtype)
     safetensors.numpy.save_file(same_dtype, tmp_path / "theirs", {"format": "pt"})
     header, data = split(tmp_path / "ours")
     checksums = header["__metadata__"].pop("crc32").split()
@@ -84,7 +85,7 @@ def split(path):
 def test_half_precision_is_read_into_float32(dtype, tmp_path):
     folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
     half = {name: array.astype(dtype) for name, array in published(tiny.TOKENIZER).items()}
-    weights.write_safetensors(folder / "model.safetensors", half)
+    safetensors_file.write_safetensors(folder / "model.safetensors", half)
     expected = convert.from_published(
         convert.table_for(tiny.TOKENIZER),
         tiny.params(tiny.TOKENIZER),
@@ -113,7 +114,7 @@ def test_a_file_finds_its_configuration(tmp_path):
 def test_a_published_file_needs_no_configuration(tmp_path):
     """The smallest published model, as zeros that take no space on the disk."""
     name = tmp_path / "maskgit-vqgan-imagenet-f16-256.safetensors"
-    shapes = pretrained.published_shapes(MaskgitVQGANConfig())
+    shapes = known_models.published_shapes(MaskgitVQGANConfig())
     sparse_zeros(name, shapes)
     config, params = load_numpy(name, MaskgitVQGANConfig)
     assert config == MaskgitVQGANConfig()
@@ -137,14 +138,17 @@ def sparse_zeros(path, shapes):
 MEMORY = """
 import sys
 import numpy as np
-from titok_jax import models, pretrained
+from titok_jax import models
+from titok_jax.weights import config_files
+from titok_jax.weights import known_models
+from titok_jax.weights import pretrained
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 source, kind = sys.argv[1], getattr(models, sys.argv[2])
 files = pretrained.locate(source, kind)
-pretrained.published_shapes(pretrained.load_config(source, kind))
+known_models.published_shapes(pretrained.load_config(source, kind))
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 _, params = pretrained.load(source, kind)
@@ -167,11 +171,11 @@ def peak_memory(path, kind):
 @measures_memory
 def test_peak_memory_of_loading(tmp_path):
     """Of TiTok-S-128, 335 MB, and of the MaskGIT-VQGAN as Flax writes it, 218 MB."""
-    config = dict(pretrained.known_configs(TiTokConfig))["tokenizer", "titok_s128"]
-    sparse_zeros(tmp_path / "tokenizer_titok_s128.safetensors", pretrained.published_shapes(config))
+    config = dict(known_models.known_configs(TiTokConfig))["tokenizer", "titok_s128"]
+    sparse_zeros(tmp_path / "tokenizer_titok_s128.safetensors", known_models.published_shapes(config))
     assert 0.9 < peak_memory(tmp_path / "tokenizer_titok_s128.safetensors", TiTokConfig) < 1.3
-    zeros = {n: np.zeros(shape, np.float32) for n, shape in pretrained.published_shapes(MaskgitVQGANConfig()).items()}
-    weights.write_flax(tmp_path / "tokenizer_imagenet256_checkpoint", convert.published_to_jax_vqgan(zeros))
+    zeros = {n: np.zeros(shape, np.float32) for n, shape in known_models.published_shapes(MaskgitVQGANConfig()).items()}
+    flax_file.write_flax(tmp_path / "tokenizer_imagenet256_checkpoint", convert.published_to_jax_vqgan(zeros))
     assert 0.9 < peak_memory(tmp_path / "tokenizer_imagenet256_checkpoint", MaskgitVQGANConfig) < 1.3
 
 
@@ -190,7 +194,7 @@ def test_the_jax_checkpoint_of_the_vqgan(tmp_path):
     (tmp_path / "tokenizer_imagenet256_checkpoint.json").unlink()
     with pytest.raises(ValueError, match="is a Flax checkpoint; of these only the MaskGIT-VQGAN's is read"):
         pretrained.load(checkpoint, TiTokConfig)
-    pretrained.write_config(tmp_path / "tokenizer_imagenet256_checkpoint.json", VQGAN)
+    config_files.write_config(tmp_path / "tokenizer_imagenet256_checkpoint.json", VQGAN)
     del tree["params"]["encoder"]["Conv_0"]
     checkpoint.write_bytes(serialization.to_bytes(tree))
     with pytest.raises(
@@ -203,14 +207,14 @@ def test_position_ids_are_dropped(tmp_path):
     folder = tiny.save(tmp_path / "model", tokenizer=None)
     name = "model.embeddings.position_ids"
     tensors = {**published(tiny.GENERATOR), name: np.arange(tiny.GENERATOR.num_tokens + 1)[None]}
-    weights.write_safetensors(folder / "model.safetensors", tensors)
+    safetensors_file.write_safetensors(folder / "model.safetensors", tensors)
     assert_equal(load_numpy(folder, GeneratorConfig)[1], tiny.params(tiny.GENERATOR))
-    weights.write_safetensors(folder / "model.safetensors", {**tensors, name: tensors[name] + 1})
+    safetensors_file.write_safetensors(folder / "model.safetensors", {**tensors, name: tensors[name] + 1})
     with pytest.raises(convert.WeightsError, match=f"{name} is not the constant"):
         load_numpy(folder, GeneratorConfig)
     uvit = dataclasses.replace(tiny.GENERATOR, model_type="UViT", num_layers=4)
     folder = tiny.save(tmp_path / "uvit", uvit, tokenizer=None)
-    weights.write_safetensors(folder / "model.safetensors", {**published(uvit), name: tensors[name]})
+    safetensors_file.write_safetensors(folder / "model.safetensors", {**published(uvit), name: tensors[name]})
     with pytest.raises(convert.WeightsError, match=f"surplus: {name}"):
         load_numpy(folder, GeneratorConfig)
 
@@ -450,7 +454,7 @@ def test_mutated_flax_checkpoints(in_time, tmp_path):
     """Their form has no checksums, so a changed number is a number."""
     path = tmp_path / "checkpoint.msgpack"
     path.write_bytes(serialization.to_bytes(convert.published_to_jax_vqgan(published(VQGAN), config=VQGAN)))
-    pretrained.write_config(tmp_path / "checkpoint.json", VQGAN)
+    config_files.write_config(tmp_path / "checkpoint.json", VQGAN)
 
     def read(data):
         return {k: np.asarray(v) for k, v in convert.flatten(serialization.msgpack_restore(data)).items()}
@@ -484,7 +488,7 @@ def test_numbers_that_are_none(value, tmp_path):
     folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
     tensors = published(tiny.TOKENIZER)
     tensors["decoder.transformer.1.ln_2.bias"] = np.full(32, value, np.float64 if value == 1e300 else np.float32)
-    weights.write_safetensors(folder / "model.safetensors", tensors)
+    safetensors_file.write_safetensors(folder / "model.safetensors", tensors)
     with pytest.raises(
         convert.WeightsError, match=r"model\.safetensors: tensor decoder\.transformer\.1\.ln_2\.bias holds a NaN, an inf"
     ):
@@ -595,7 +599,7 @@ def test_every_value_of_a_wrong_type_is_named(tmp_path):
                 section[key] = value
                 path.write_text(json.dumps(published_form))
                 with pytest.raises(convert.WeightsError) as error:
-                    pretrained.read_config_as(path, type(config))
+                    config_files.read_config_as(path, type(config))
                 assert str(error.value).startswith(f"{path}: "), error.value
                 assert key in str(error.value), (key, value, error.value)
                 values += 1
@@ -614,7 +618,7 @@ def leaves(tree):
 def test_a_configuration_of_another_model_is_refused(tmp_path):
     """Same shapes, other heads: saved here, the weights know; and they know that one is missing."""
     folder = tiny.save(tmp_path / "model", tokenizer=None)
-    pretrained.write_config(folder / "config.json", dataclasses.replace(tiny.GENERATOR, num_heads=4))
+    config_files.write_config(folder / "config.json", dataclasses.replace(tiny.GENERATOR, num_heads=4))
     with pytest.raises(
         convert.WeightsError, match=r"config\.json is not the configuration that model\.safetensors was saved"
     ):
@@ -627,11 +631,11 @@ def test_a_configuration_of_another_model_is_refused(tmp_path):
 def test_a_published_architecture_with_another_configuration(tmp_path):
     """Without its configuration it would be taken for the published one, which has the same tensors."""
     config, other = MaskgitVQGANConfig(), MaskgitVQGANConfig(resolution=128)
-    tensors = {n: np.broadcast_to(np.float16(0), shape) for n, shape in pretrained.published_shapes(config).items()}
+    tensors = {n: np.broadcast_to(np.float16(0), shape) for n, shape in known_models.published_shapes(config).items()}
     pretrained.write_weights(tmp_path / "a.safetensors", tensors, other)
     with pytest.raises(convert.WeightsError, match=r"a\.safetensors was saved with a configuration that is not beside it"):
         pretrained.load_config(tmp_path / "a.safetensors", MaskgitVQGANConfig)
-    pretrained.write_config(tmp_path / "a.json", other)
+    config_files.write_config(tmp_path / "a.json", other)
     assert pretrained.load_config(tmp_path / "a.safetensors", MaskgitVQGANConfig) == other
 
 

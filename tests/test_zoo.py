@@ -1,14 +1,16 @@
 """The table of published models against the names, shapes, counts and configurations of the published code."""
 
 import json
+from pathlib import Path
 
 import golden_data
 import numpy as np
 import pytest
 
-from titok_jax import models, pretrained, zoo
+from titok_jax import models, zoo
+from titok_jax.weights import config_files, known_models, pretrained, published_models
 
-PUBLISHED = [model for model in zoo.MODELS if model.architecture is not None]
+PUBLISHED = [model for model in published_models.MODELS if model.architecture is not None]
 CLASSES = {"tokenizer": models.TiTokConfig, "generator": models.GeneratorConfig, "vqgan": models.MaskgitVQGANConfig}
 
 
@@ -23,7 +25,7 @@ def test_names_shapes_and_count_are_the_published_ones(model):
     published = golden_data.load_json(f"shapes/{golden_name(model)}.json")
     config = CLASSES[model.kind].from_published(model.published_config)
     expected = {name: tuple(shape) for name, shape in published["tensors"].items()}
-    assert pretrained.published_shapes(config) == expected
+    assert known_models.published_shapes(config) == expected
     assert model.num_params == published["num_params"] == sum(int(np.prod(shape)) for shape in expected.values())
 
 
@@ -38,52 +40,52 @@ def test_configurations_are_the_published_ones(model):
     assert model.checkpoint == published["experiment"][f"{model.kind}_checkpoint"]
     raw = golden_data.load_json(f"{name}.json")  # as it lies on the hub
     cls = CLASSES[model.kind]
-    read = cls.from_published(pretrained.resolve_interpolations(raw, source=name))
+    read = cls.from_published(config_files.resolve_interpolations(raw, source=name))
     assert read == cls.from_published(model.published_config)
 
 
-@pytest.mark.parametrize("model", [model for model in zoo.MODELS if model.folder], ids=lambda m: m.kind)
+@pytest.mark.parametrize("model", [model for model in published_models.MODELS if model.folder], ids=lambda m: m.kind)
 def test_the_embedded_models_are_what_the_table_says(model):
     config = pretrained.load_config(model.name, CLASSES[model.kind])
-    assert model.num_params == sum(int(np.prod(shape)) for shape in pretrained.published_shapes(config).values())
+    assert model.num_params == sum(int(np.prod(shape)) for shape in known_models.published_shapes(config).values())
     assert getattr(config, "image_size", model.image_size) == model.image_size
     assert model.cached()
 
 
 def test_all_published_models_are_there():
     assert len(PUBLISHED) == 13
-    assert len({(model.kind, model.name) for model in zoo.MODELS}) == len(zoo.MODELS)
+    assert len({(model.kind, model.name) for model in published_models.MODELS}) == len(published_models.MODELS)
     # Every generator has the tokenizer of its name, and fits it.
     for model in PUBLISHED:
         if model.kind == "generator":
-            tokenizer = zoo.find(model.name, "tokenizer")
+            tokenizer = published_models.find(model.name, "tokenizer")
             assert tokenizer.architecture["vq_model"] == model.architecture["vq_model"]
 
 
 def test_a_file_without_configuration_is_told_by_its_tensors():
     """No two known models have the same tensors, and each finds itself."""
-    for (kind, name), config in pretrained.known_configs().items():
-        shapes = {n: np.broadcast_to(np.float32(0), shape) for n, shape in pretrained.published_shapes(config).items()}
-        assert pretrained.match(shapes, type(config), source="a") == config, (kind, name)
+    for (kind, name), config in known_models.known_configs().items():
+        shapes = {n: np.broadcast_to(np.float32(0), shape) for n, shape in known_models.published_shapes(config).items()}
+        assert known_models.match(shapes, type(config), source="a") == config, (kind, name)
     shapes = {
         name: np.broadcast_to(np.float32(0), shape)
-        for name, shape in pretrained.published_shapes(models.DiscriminatorConfig()).items()
+        for name, shape in known_models.published_shapes(models.DiscriminatorConfig()).items()
     }
     with pytest.raises(ValueError, match="a is the discriminator discriminator, expected a tokenizer"):
-        pretrained.match(shapes, models.TiTokConfig, source="a")
+        known_models.match(shapes, models.TiTokConfig, source="a")
     del shapes["block_in.0.bias"]
     with pytest.raises(
         ValueError, match=r"(?s)no known model\. Put one .*discriminator: 1 tensors differ, the first is block_in"
     ):
-        pretrained.match(shapes, None, source="a")
+        known_models.match(shapes, None, source="a")
 
 
 def test_find(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    assert zoo.find("mine", "tokenizer") == zoo.Path("mine")
-    assert zoo.find("titok_l32", "generator").kind == "generator"
-    assert zoo.find("hf://owner/name") == "owner/name"
+    assert published_models.find("mine", "tokenizer") == Path("mine")
+    assert published_models.find("titok_l32", "generator").kind == "generator"
+    assert published_models.find("hf://owner/name") == "owner/name"
     for wrong, message in (
         ("titok_l33", r"(?s)unknown model 'titok_l33': neither .*\n  titok_l32: .*\n  titok_b64: "),
         ("titok_bl64_vae", "'titok_bl64_vae' is a tokenizer, not a generator; of this kind there are: digits, titok_l32"),
@@ -91,7 +93,7 @@ def test_find(tmp_path, monkeypatch):
         ("hf://a/b/c", "expected hf://owner/name"),
     ):
         with pytest.raises(ValueError, match=message):
-            zoo.find(wrong, "generator")
+            published_models.find(wrong, "generator")
 
 
 def test_the_printed_table(capsys, monkeypatch, tmp_path):
@@ -106,8 +108,8 @@ def test_the_printed_table(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert zoo.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * (1 + len(zoo.MODELS)) + 1
-    details = {tuple(line.split()[:2]): line for line in lines[2 + len(zoo.MODELS) :]}
+    assert len(lines) == 2 * (1 + len(published_models.MODELS)) + 1
+    details = {tuple(line.split()[:2]): line for line in lines[2 + len(published_models.MODELS) :]}
     for model in PUBLISHED:
         assert details[model.name, model.kind].endswith(f"  {model.checkpoint}")
     for name, kind, words in (
@@ -124,7 +126,7 @@ def test_the_printed_table(capsys, monkeypatch, tmp_path):
         ("titok_s128", "generator", "UViT, 20 layers, width 1024, MLP 4096, 16 heads, 128 tokens"),
     ):
         assert words in details[name, kind]
-    rows = {tuple(line.split()[:2]): line for line in lines[: 1 + len(zoo.MODELS)]}
+    rows = {tuple(line.split()[:2]): line for line in lines[: 1 + len(published_models.MODELS)]}
     l32 = rows["titok_l32", "generator"]
     assert "177,202,432" in l32
     assert "gFID 2.77" in l32

@@ -5,9 +5,10 @@ import functools
 import jax
 import numpy as np
 
-from titok_jax import models, pretrained
+from titok_jax import models
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.titok import TiTokConfig, TransformerSize
+from titok_jax.weights import pretrained
 
 _SIZE = TransformerSize(width=32, num_layers=2, num_heads=2)
 TOKENIZER = TiTokConfig(

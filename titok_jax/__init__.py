@@ -9,16 +9,10 @@ images = tokenizer.decode(ids)  # [3, 32, 32, 3] float32 in [0, 1]
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titok_jax.inference import (
-        VQGAN,
-        Generator,
-        Tokenizer,
-        generate,
-        load_generator,
-        load_pair,
-        load_tokenizer,
-        load_vqgan,
-    )
+    from titok_jax.inference.generator import Generator, generate
+    from titok_jax.inference.loading import load_generator, load_pair, load_tokenizer, load_vqgan
+    from titok_jax.inference.tokenizer import Tokenizer
+    from titok_jax.inference.vqgan import VQGAN
 
 __version__ = "0.1.0"
 __all__ = ["VQGAN", "Generator", "Tokenizer", "generate", "load_generator", "load_pair", "load_tokenizer", "load_vqgan"]

@@ -14,10 +14,24 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from titok_jax import convert, features, models, pretrained, weights, zoo
-from titok_jax.cli import check_output, command, new_file, new_folder
-from titok_jax.storage import as_path
-from titok_jax.tasks import perceptual
+from titok_jax import models
+from titok_jax.evaluation import features
+from titok_jax.runtime.command import command
+from titok_jax.runtime.outputs import check_output, new_file, new_folder
+from titok_jax.runtime.paths import as_path
+from titok_jax.weights import (
+    config_files,
+    convert,
+    flax_file,
+    hub,
+    known_models,
+    pretrained,
+    published_models,
+    safetensors_file,
+    tensor_files,
+    torch_file,
+)
+from titok_jax.weights import perceptual_files as perceptual
 
 _EPILOG = """examples:
   python tools/convert_weights.py tokenizer_titok_l32.bin titok_l32/
@@ -76,14 +90,14 @@ def config_of(files: pretrained.Source, kind: type | None) -> models.Config | No
     configs, errors = [], []
     for cls in _KINDS.values() if kind is None else [kind]:
         try:
-            configs.append(pretrained.read_config_as(files.config, cls))
+            configs.append(config_files.read_config_as(files.config, cls))
         except convert.WeightsError as error:
             errors.append(error)
     if not configs:
         raise errors[0]
-    with weights.open_weights(files.weights) as (_, tensors):
+    with tensor_files.open_weights(files.weights) as (_, tensors):
         # The check of what is read says later what does not fit.
-        return max(configs, key=lambda config: len(tensors.keys() & pretrained.published_shapes(config).keys()))
+        return max(configs, key=lambda config: len(tensors.keys() & known_models.published_shapes(config).keys()))
 
 
 @contextlib.contextmanager
@@ -91,7 +105,7 @@ def open_input(files: pretrained.Source, kind: type | None) -> Iterator[tuple[mo
     """(configuration, tensors) of the input; of a file of a perceptual network no configuration."""
     with contextlib.ExitStack() as stack:
         if files.config is None and kind is None:
-            used = perceptual.used_tensors(stack.enter_context(weights.open_weights(files.weights)).tensors)
+            used = perceptual.used_tensors(stack.enter_context(tensor_files.open_weights(files.weights)).tensors)
             if used is not None:
                 yield None, used
                 return
@@ -112,22 +126,22 @@ def write(path: Path, form: str, tensors: Mapping[str, Any], config: models.Conf
     """Writes {published name: tensor} in a form, not a folder."""
     bare = config is None or isinstance(config, models.DiscriminatorConfig)  # has no configuration file
     if isinstance(config, models.DiscriminatorConfig):
-        tensors = {**tensors, **pretrained.buffers(config)}  # a published state dict has them
+        tensors = {**tensors, **known_models.buffers(config)}  # a published state dict has them
     if isinstance(config, models.InceptionConfig):
-        weights.write_safetensors(path, tensors, features.CONVERTED_FROM_PUBLISHED)
+        safetensors_file.write_safetensors(path, tensors, features.CONVERTED_FROM_PUBLISHED)
     elif form == "safetensors" and bare:
-        weights.write_safetensors(path, tensors)
+        safetensors_file.write_safetensors(path, tensors)
     elif form == "safetensors":
         pretrained.write_weights(path, tensors, config)
     elif form == "torch":
-        weights.write_torch(path, tensors)
+        torch_file.write_torch(path, tensors)
     else:
-        weights.write_flax(path, convert.published_to_jax_vqgan(tensors, config=config))
+        flax_file.write_flax(path, convert.published_to_jax_vqgan(tensors, config=config))
 
 
 def compare(path: Path, tensors: Mapping[str, Any], config: models.Config | None) -> None:
     """Reads a written file; raises WeightsError unless it holds exactly these tensors."""
-    opened = weights.open_weights(path) if config is None else pretrained.open_model(path, type(config), config)
+    opened = tensor_files.open_weights(path) if config is None else pretrained.open_model(path, type(config), config)
     with opened as (_, written):
         for name, tensor in tensors.items():
             wanted, found = np.ascontiguousarray(tensor), np.ascontiguousarray(written[name])
@@ -160,15 +174,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{output}: unknown ending {output.suffix}; expected one of {', '.join(filter(None, _ENDINGS))}, or /"
         )
     if form == "torch" and not args.dry_run:
-        weights.import_torch(output, "write")
+        torch_file.import_torch(output, "write")
     kind = None if args.kind is None else _KINDS[args.kind]
-    if kind is None and args.input in zoo.names("generator") and args.input in zoo.names("tokenizer"):
+    if (
+        kind is None
+        and args.input in published_models.names("generator")
+        and args.input in published_models.names("tokenizer")
+    ):
         raise ValueError(f"{args.input} is a tokenizer and a generator; add --kind tokenizer or --kind generator")
     files = pretrained.locate(args.input, kind, revision=args.revision)
-    pretrained.check_download(files.weights)
+    hub.check_download(files.weights)
     pretrained.check_config(files)
     with open_input(files, kind) as (config, found):
-        known = config is None or config in pretrained.known_configs().values()
+        known = config is None or config in known_models.known_configs().values()
         if form == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
             raise ValueError(f"{output}: only the MaskGIT-VQGAN has a Flax form")
         if isinstance(config, models.InceptionConfig):
@@ -195,13 +213,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 folder = stack.enter_context(new_folder(output, last=pretrained.CONFIG_FILE))
                 write(folder / pretrained.WEIGHTS_FILE, "safetensors", tensors, config)
                 compare(folder / pretrained.WEIGHTS_FILE, tensors, config)
-                pretrained.write_config(folder / pretrained.CONFIG_FILE, config)
+                config_files.write_config(folder / pretrained.CONFIG_FILE, config)
             else:
                 partial = stack.enter_context(new_file(output))
                 write(partial, form, tensors, config)
                 compare(partial, tensors, config)
                 if beside is not None:
-                    pretrained.write_config(stack.enter_context(new_file(beside)), config)
+                    config_files.write_config(stack.enter_context(new_file(beside)), config)
         count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
         done = "dry run, nothing written" if args.dry_run else "read again and equal"
         names = sorted({dtype.name for dtype in dtypes.values()})

@@ -27,12 +27,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from titok_jax.cli import check_output, command, file_lock, new_file
 from titok_jax.data.records import image_writer
 from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource, WebDatasetSource, find_files, tar_files
 from titok_jax.data.transforms import decode_image
-from titok_jax.shards import Shards
-from titok_jax.storage import is_remote
+from titok_jax.runtime.command import command
+from titok_jax.runtime.locks import file_lock
+from titok_jax.runtime.outputs import check_output, new_file
+from titok_jax.runtime.paths import is_remote
+from titok_jax.runtime.shards import Shards
 
 _EPILOG = """examples:
   python tools/prepare_imagenet.py ILSVRC2012_img_train.tar --split train --out imagenet

@@ -12,10 +12,13 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from titok_jax import convert, features, models, weights
-from titok_jax.cli import check_output, command, new_file
+from titok_jax import models
 from titok_jax.data.digits import load_digits
+from titok_jax.evaluation import features
 from titok_jax.models.digits_net import IMAGE_SIZE, NUM_CLASSES, DigitsNetConfig
+from titok_jax.runtime.command import command
+from titok_jax.runtime.outputs import check_output, new_file
+from titok_jax.weights import convert, safetensors_file
 
 _EPILOG = """examples:
   python tools/train_digits_features.py runs/digits_features.safetensors
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = check_output(args.output, args.overwrite)
     params = train(args.steps, args.seed)
     with new_file(output) as partial:
-        weights.write_safetensors(partial, convert.to_published(convert.table_for(DigitsNetConfig()), params))
+        safetensors_file.write_safetensors(partial, convert.to_published(convert.table_for(DigitsNetConfig()), params))
     network = features.load_digits_features(output)
     accuracy = {}
     for split in ("train", "test"):

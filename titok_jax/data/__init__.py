@@ -1,1 +1,4 @@
-"""Data: random-access sources, transforms in numpy and Pillow, and the loader. Imports no model."""
+"""Data: random-access sources, transforms in numpy and Pillow, token records and shards, and the loader.
+
+May import: runtime.
+"""

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from titok_jax.cli import new_file
 from titok_jax.data.transforms import Example, decode_image
-from titok_jax.storage import as_path
+from titok_jax.runtime.outputs import new_file
+from titok_jax.runtime.paths import as_path
 
 _HEADER = struct.Struct("<HiH")
 _TOKENS, _IMAGE = 1, 2

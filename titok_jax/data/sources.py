@@ -22,7 +22,7 @@ import numpy as np
 from titok_jax.data.digits import load_digits
 from titok_jax.data.records import decode_json_tokens, decode_record
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_image, image_files
-from titok_jax.storage import as_path, is_remote, local_copy, needs_mount, read_bytes
+from titok_jax.runtime.paths import as_path, is_remote, local_copy, needs_mount, read_bytes
 
 Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or pattern (`find_files`), or several
 
@@ -381,3 +381,22 @@ _SOURCES = {
     "array_record": ArrayRecordSource,
     "tokens": tokens_source,
 }
+
+
+def parse_source(text: str) -> dict[str, str]:
+    """What `DATA` means, for `make_source`.
+
+    Raises:
+      ValueError: a known prefix without what must follow it.
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "digits" and rest:
+        return {"name": "digits", "split": rest}
+    if kind == "tfds":
+        dataset, _, split = rest.rpartition(":")
+        if not dataset or not split:
+            raise ValueError(f"{text!r}: expected tfds:NAME:SPLIT, e.g. tfds:imagenet2012:train")
+        return {"name": "tfds", "dataset": dataset, "split": split}
+    if kind in ("webdataset", "array_record") and rest:
+        return {"name": kind, "paths": rest}
+    return {"name": "folder", "path": text}

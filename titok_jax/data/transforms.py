@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from titok_jax.storage import files_below
+from titok_jax.runtime.paths import files_below
 
 Example = dict[str, Any]  # "image": uint8 [H, W, 3] or "tokens": int32 [N]; "label": int32 []
 

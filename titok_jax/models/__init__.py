@@ -1,4 +1,7 @@
-"""The models. `create` builds one from its configuration; the rest of the library handles parameters as nested dicts."""
+"""The networks. `create` builds one from its configuration; the rest of the library handles parameters as nested dicts.
+
+May import: runtime.
+"""
 
 from typing import Any
 

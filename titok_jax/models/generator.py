@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from titok_jax.decoding import GUIDANCE_SCHEDULES
 from titok_jax.models import published
 from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, run_stack, trunc_normal
-from titok_jax.sharding import keep_batch
+from titok_jax.runtime.sharding import keep_batch
+
+GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 
 
 @dataclasses.dataclass(frozen=True)

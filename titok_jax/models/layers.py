@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from titok_jax import sharding
+from titok_jax.runtime import sharding
 
 # The published models draw every Linear, Conv and Embedding from this.
 trunc_normal = nnx.initializers.truncated_normal(stddev=0.02)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from titok_jax import sharding
 from titok_jax.models.layers import MLP, LayerNorm, make_stack, run_stack, target_platform, trunc_normal
 from titok_jax.models.maskgit_vqgan import conv
+from titok_jax.runtime import sharding
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The same of images in [-1, 1], rounded as LPIPS has them.

@@ -18,7 +18,7 @@ from titok_jax.models.layers import LayerNorm, PreNormBlock, make_stack, normal_
 from titok_jax.models.maskgit_vqgan import Decoder as PixelDecoder
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.quantizer import DiagonalGaussian, QuantizerOutput, VectorQuantizer
-from titok_jax.sharding import keep_batch
+from titok_jax.runtime.sharding import keep_batch
 
 PROXY_CODES = 1024  # codebook of the MaskGIT-VQGAN that legacy decoders predict
 

@@ -1,0 +1,70 @@
+"""The rooms: which may import which, what lies in the top folder, how long things may be. See docs/design.md."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "titok_jax"
+# A room may import those before it.
+ROOMS = ("runtime", "data", "pictures", "models", "weights", "inference", "evaluation", "training", "compiler")
+COMMANDS = ("train", "sample", "reconstruct", "pretokenize", "evaluate", "parity", "compile", "zoo")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: pathlib.Path) -> set[tuple[str, ...]]:
+    """What of the package a module imports, anywhere in it: ("models", "titok"), ("models",), ...; () is the public API."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {tuple(name.split(".")[1:]) for name in names if name.split(".")[0] == "titok_jax"}
+    return found
+
+
+def test_the_top_folder_holds_commands_and_the_public_api():
+    files = {path.stem for path in PACKAGE.glob("*.py")}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert files == {"__init__", *COMMANDS}
+    assert folders == {*ROOMS, "embedded"}
+    for name in COMMANDS:
+        text = (PACKAGE / f"{name}.py").read_text()
+        assert 'if __name__ == "__main__":' in text, name
+        assert len(text.splitlines()) <= 250, name
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_rooms_before_it(room):
+    allowed = {*ROOMS[: ROOMS.index(room) + 1], "__version__"}
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        for name in imports(path):
+            assert name
+            assert name[0] in allowed, f"{path.relative_to(ROOT)} imports titok_jax.{'.'.join(name)}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_holds_and_what_it_may_import(room):
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+    assert len(text.splitlines()) <= 5
+    named = next(line for line in text.splitlines() if "import" in line)
+    for other in ROOMS:
+        if ROOMS.index(other) > ROOMS.index(room):
+            assert other not in named.replace(":", " ").replace(",", " ").split(), f"{room} may not import {other}"
+
+
+def test_no_command_imports_a_command():
+    for name in COMMANDS:
+        for imported in imports(PACKAGE / f"{name}.py"):
+            assert imported
+            assert imported[0] not in COMMANDS, f"{name} imports {'.'.join(imported)}"
+
+
+def test_no_module_imports_a_private_name():
+    for path in MODULES:
+        for name in imports(path):
+            assert not any(part.startswith("_") and not part.startswith("__") for part in name), f"{path.name}: {name}"

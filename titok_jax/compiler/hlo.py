@@ -1,0 +1,175 @@
+"""What the compiler made: operations, estimated cycles and collectives, read from the text of a program."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one run of a computation takes on one device.
+
+    Attributes:
+      cycles: as the TPU compiler estimates them, without waiting for other devices; infinite if it says so of something.
+      bytes: {kind of collective: bytes of the arrays that it makes}; those of an all-gather are whole on every device, an
+        all-reduce sends them about twice.
+      count: {kind of collective: how many are run}.
+      arrays: the shapes that collectives make, each once.
+      unknown_loops: loops whose number of rounds could not be told; they count as one round.
+    """
+
+    cycles: float = 0.0
+    bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    count: dict[str, float] = dataclasses.field(default_factory=dict)
+    arrays: set[tuple[str, tuple[int, ...]]] = dataclasses.field(default_factory=set)
+    unknown_loops: int = 0
+
+    def add(self, other: "Cost", times: float = 1.0, cycles: bool = True) -> None:
+        self.cycles += other.cycles * times if cycles else 0.0
+        for mine, theirs in ((self.bytes, other.bytes), (self.count, other.count)):
+            for kind, value in theirs.items():
+                mine[kind] = mine.get(kind, 0.0) + value * times
+        self.arrays |= other.arrays
+        self.unknown_loops += other.unknown_loops
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, about: an all-reduce is a reduce-scatter and an all-gather."""
+        return sum(value * (2 if kind == "all-reduce" else 1) for kind, value in self.bytes.items())
+
+
+class _Instruction(NamedTuple):
+    name: str
+    opcode: str
+    shapes: list[tuple[str, tuple[int, ...]]]  # (type, dimensions) of the result, flat if it is a tuple
+    text: str
+
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
+
+
+def num_bytes(shape: tuple[str, tuple[int, ...]]) -> float:
+    kind, dims = shape
+    bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
+    return math.prod(dims) * bits / 8
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """The instructions of each computation of an HLO module's text, and the name of the first one."""
+    found: dict[str, list[_Instruction]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            current = found.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+            continue
+        instruction = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(", line)
+        if instruction and current is not None:
+            shapes = [
+                (kind, tuple(int(n) for n in dims.split(",") if n))
+                for kind, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", instruction[2])
+            ]
+            current.append(_Instruction(instruction[1], instruction[3], shapes, line))
+    return found, entry
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    inside = instruction.text.split(f" {instruction.opcode}(", 1)[1].split(")", 1)[0]
+    return re.findall(r"%([\w.\-]+)", inside)
+
+
+def _rounds(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> float | None:
+    """How often a `while` that counts up from 0 goes round; None if it is of another kind."""
+    known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
+    if known:
+        return float(known[1])
+    names = {key: re.search(rf"{key}=%([\w.\-]+)", loop.text)[1] for key in ("condition", "body")}
+    condition, body = ({i.name: i for i in computations[names[key]]} for key in ("condition", "body"))
+
+    def constant(name: str, of: Mapping[str, _Instruction]) -> int | None:
+        value = name in of and re.search(r" constant\((\d+)\)", of[name].text)
+        return int(value[1]) if value else None
+
+    test = next((i for i in reversed(condition.values()) if i.text.lstrip().startswith("ROOT")), None)
+    if test is None or test.opcode != "compare" or "direction=LT" not in test.text:
+        return None
+    counter, limit = _operands(test)
+    limit = constant(limit, condition)
+    index = counter in condition and re.search(r"index=(\d+)", condition[counter].text)
+    result = next(i for i in reversed(body.values()) if i.text.lstrip().startswith("ROOT"))
+    if limit is None or not index or result.opcode != "tuple":
+        return None
+    step = body.get(_operands(result)[int(index[1])])
+    while step is not None and step.opcode in ("copy", "bitcast"):
+        step = body.get(_operands(step)[0])
+    if step is None or step.opcode != "add":
+        return None
+    increment = next((n for n in (constant(name, body) for name in _operands(step)) if n is not None), None)
+    return None if not increment else math.ceil(limit / increment)
+
+
+def program_cost(hlo: str) -> Cost:
+    """The cost of a TPU program from the text of its optimised HLO, loops counted as often as they go round and of
+    branches the dearest."""
+    computations, entry = _computations(hlo)
+    costs: dict[str, Cost] = {}
+
+    def cost(name: str) -> Cost:
+        if name in costs:
+            return costs[name]
+        total = costs[name] = Cost()
+        for instruction in computations[name]:
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
+            total.cycles += (math.inf if int(cycles[1]) >= 2**63 - 1 else float(cycles[1])) if cycles else 0.0
+            opcode, text = instruction.opcode, instruction.text
+            kind = opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                shapes = instruction.shapes
+                if opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, two counters)
+                    shapes = [shape for shape in shapes if shape != ("u32", ())]
+                    shapes = shapes[len(shapes) // 2 :]
+                total.add(Cost(bytes={kind: sum(map(num_bytes, shapes))}, count={kind: 1}, arrays=set(shapes)))
+            elif opcode == "while":
+                rounds = _rounds(instruction, computations)
+                total.unknown_loops += rounds is None
+                total.add(cost(re.search(r"body=%([\w.\-]+)", text)[1]), times=rounds or 1)
+            elif opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", text)
+                names = branches[1] if branches else " ".join(re.findall(r"(?:true|false)_computation=%[\w.\-]+", text))
+                found = [cost(branch) for branch in re.findall(r"%([\w.\-]+)", names)]
+                total.add(max(found, key=lambda branch: branch.cycles))
+            elif opcode in ("fusion", "call", "async-start"):
+                called = re.search(r"(?:calls|to_apply)=%([\w.\-]+)", text)
+                if called:  # a fusion has its own estimate
+                    total.add(cost(called[1]), cycles=opcode != "fusion")
+        return total
+
+    return cost(entry)
+
+
+def matmul_flops(jaxpr) -> float:
+    """Floating point operations of all matrix products and convolutions of a traced program, for all devices together;
+    of branches the dearest. Loops without a fixed length are not expected."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, shapes = equation.primitive.name, [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            numbers = equation.params["dimension_numbers"]
+            outputs = shapes[1][numbers.rhs_spec[0]]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[1]) / outputs
+        elif name == "cond":
+            total += max(matmul_flops(branch.jaxpr) for branch in equation.params["branches"])
+        else:
+            inner = [v for v in equation.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+            times = equation.params["length"] if name == "scan" else 1
+            total += times * sum(matmul_flops(getattr(v, "jaxpr", v)) for v in inner)
+    return total

@@ -1,0 +1,66 @@
+"""Image files and folders of them that a user names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from titok_jax.data.transforms import IMAGE_SUFFIXES, center_crop_torchvision, decode_image, image_files
+from titok_jax.runtime.paths import as_path
+
+
+def find_images(arguments: Sequence[str]) -> list[tuple[str, Path | epath.Path]]:
+    """(name, file) of image files and of all images in folders and below, sorted there; the name is the path as given.
+
+    Raises:
+      FileNotFoundError: no such file or folder.
+      ValueError: a folder without images.
+    """
+    files: list[tuple[str, Path | epath.Path]] = []
+    for argument in arguments:
+        path = as_path(argument)
+        if not path.exists():
+            raise FileNotFoundError(f"{argument}: no such file or folder")
+        found = [path]
+        if path.is_dir():
+            found = [path.joinpath(*names) for names in image_files(path)]
+            if not found:
+                suffixes = ", ".join(IMAGE_SUFFIXES)
+                raise ValueError(f"{argument}: no images in this folder or below; expected {suffixes} files")
+        files += [(str(file), file) for file in found]
+    return files
+
+
+class ImageFiles:
+    """Images as the published reconstruction score takes them: shorter side to `size`, then the centre.
+
+    `files[a:b]` decodes some, uint8 [b - a, size, size, 3]; `len(files)` is their number. All are decoded once at the start,
+    and none is kept but the last that were asked for.
+
+    Raises:
+      ValueError: naming every file that cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path | epath.Path], size: int):
+        self._paths, self._size, self._last = list(paths), size, (slice(0, 0), None)
+        problems = []
+        for path in self._paths:
+            try:
+                self._read(path)
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("unreadable images, nothing was written:\n  " + "\n  ".join(problems))
+
+    def _read(self, path: Path | epath.Path) -> np.ndarray:
+        return center_crop_torchvision(decode_image(path.read_bytes(), str(path)), self._size)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        where = slice(*where.indices(len(self)))
+        if self._last[0] != where:
+            self._last = where, np.stack([self._read(path) for path in self._paths[where]])
+        return self._last[1]

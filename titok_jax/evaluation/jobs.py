@@ -1,0 +1,89 @@
+"""Where the pieces of an evaluation are kept, what its jobs share, and how its result is written."""
+
+import contextlib
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from titok_jax import __version__
+from titok_jax.evaluation import pieces
+from titok_jax.runtime.outputs import new_file
+from titok_jax.runtime.paths import as_path
+from titok_jax.runtime.sharding import whole_batch
+from titok_jax.runtime.shards import Shards
+
+
+class Work:
+    """Where the pieces of an evaluation are kept, and what all of its jobs share."""
+
+    def __init__(self, folder: Path | epath.Path, *, batch_size: int, restart: bool = False, quiet: bool = False):
+        import jax
+
+        self.folder, self.batch_size, self.quiet = folder, batch_size, quiet
+        self._options = {"restart": restart, "process_index": jax.process_index(), "process_count": jax.process_count()}
+        self.first = jax.process_index() == 0
+        self.jobs: list[Shards] = []
+
+    def job(self, name: str, length: int, settings: dict[str, Any]) -> Shards:
+        """The pieces of one job, begun or continued."""
+        size = whole_batch(self.batch_size, length)
+        shards = Shards(self.folder / name, settings, length, size, **self._options)
+        self.jobs.append(shards)
+        return shards
+
+    def make(self, shards: Shards, make_pieces: pieces.Pieces) -> None:
+        """Makes what is missing of a job."""
+        shards.make(make_pieces, name=shards.folder.name, quiet=self.quiet)
+
+    def remove(self) -> None:
+        """Removes the pieces of all jobs, once no process reads them any more."""
+        for shards in self.jobs:
+            shards.wait("used")
+        if self.first:
+            for shards in self.jobs:
+                shards.remove()
+            with contextlib.suppress(OSError, ValueError):  # the latter from etils
+                self.folder.rmdir()
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on, and the kind of device."""
+    import flax
+    import jax
+    import jaxlib
+
+    return {
+        "titok_jax": __version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def write_json(path: str, result: dict[str, Any]) -> None:
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def work_folder(json_file: str | None) -> Iterator[Path | epath.Path]:
+    if json_file:
+        yield as_path(f"{json_file}.shards")
+        return
+    import jax
+
+    if jax.process_count() > 1:
+        raise ValueError(
+            "several processes need --json FILE, in a folder that all of them reach: they share their work there"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "shards"

@@ -1,0 +1,117 @@
+"""Statistics of real images that generated ones are compared with."""
+
+import dataclasses
+import json
+import os
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from titok_jax.evaluation import metrics
+from titok_jax.evaluation.image_sources import NpzImages
+from titok_jax.evaluation.pieces import blocks, statistics
+from titok_jax.runtime.outputs import new_file
+from titok_jax.runtime.paths import as_path
+from titok_jax.runtime.shards import Shards
+
+MOST_NEIGHBOURHOODS = 10_000  # reference images of precision and recall, as in ADM's references
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Real images that generated ones are compared with.
+
+    Attributes:
+      pool: statistics of the pooled features, of FID.
+      spatial: those of the spatial features, of sFID; None if the network has none.
+      neighbourhoods: pooled features float32 [m, D] of up to 10,000 of the images, for precision and recall.
+      about: source, num_images (None: unknown, of ADM's), image_size, crop, network and what else says where it is from.
+    """
+
+    pool: metrics.FeatureStatistics
+    spatial: metrics.FeatureStatistics | None
+    neighbourhoods: np.ndarray
+    about: dict[str, Any]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes an .npz file that is complete or absent: what `FeatureStatistics.save` writes, `neighbourhoods`, and
+        `about` as JSON."""
+        arrays: dict[str, np.ndarray] = {"network": np.asarray(self.pool.network)}
+        for suffix, stats in (("", self.pool), ("_s", self.spatial)):
+            if stats is not None:
+                arrays |= {f"mu{suffix}": stats.mean, f"sigma{suffix}": stats.covariance, f"count{suffix}": stats.count}
+        with new_file(path) as partial, open(partial, "wb") as file:
+            np.savez(file, neighbourhoods=self.neighbourhoods, about=json.dumps(self.about), **arrays)
+
+
+def read_reference(path: str | os.PathLike, network: str, image_size: int) -> Reference | NpzImages:
+    """A reference file: one that `Reference.save` wrote; or ADM's, whose images `arr_0` still have to become features.
+
+    Args:
+      network: the name of the network that the others' features are of.
+      image_size: of the images that it is to be compared with.
+
+    Raises:
+      ValueError: it is neither, of another feature network, or of images of another size.
+    """
+    try:
+        with as_path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            about = json.loads(str(file["about"])) if "about" in file.files else None
+            neighbourhoods = file["neighbourhoods"] if about else None
+            spatial = "mu_s" in file.files
+    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a file of reference statistics: {error}") from None
+    images = None if about else NpzImages(path)
+    size = images.size if images else about["image_size"]
+    if size != image_size:
+        raise ValueError(
+            f"{path} is of images of {size}x{size} pixels, those to compare with it have {image_size}x{image_size}: a "
+            "distance between them would be one of sizes"
+        )
+    if images:
+        return images
+    stats = metrics.FeatureStatistics.load(path)
+    if stats.network != network:
+        raise ValueError(
+            f"{path} holds features of {stats.network}, but this evaluation is in those of {network}: distances between the "
+            "two mean nothing; choose the network with --features, or another reference"
+        )
+    return Reference(stats, metrics.FeatureStatistics.load(path, spatial=True) if spatial else None, neighbourhoods, about)
+
+
+def make_reference(
+    shards: Shards, network: str, about: dict[str, Any], adm: NpzImages | None = None, *, features: str = ""
+) -> Reference:
+    """The reference made of the pieces of `image_pieces`.
+
+    Args:
+      network: the name of the network.
+      about: source, image_size, crop; the rest is added.
+      adm: the images are those of this file. Statistics in it, usually of more images, then take the place of theirs.
+      features: in front of the names of the arrays in the pieces.
+
+    Raises:
+      ValueError: statistics in the file do not fit the network.
+    """
+    chosen = np.zeros(shards.length, bool)
+    chosen[np.linspace(0, shards.length - 1, min(shards.length, MOST_NEIGHBOURHOODS)).round().astype(int)] = True
+    kept, start = [], 0
+    for block in blocks(shards, f"{features}pool"):
+        kept.append(block[chosen[start : start + len(block)]])
+        start += len(block)
+    neighbourhoods = np.concatenate(kept)
+    about = about | {"num_images": shards.length, "network": network, "neighbourhoods": len(neighbourhoods)}
+    stats: dict[str, metrics.FeatureStatistics | None] = {}
+    for name, suffix in (("pool", ""), ("spatial", "_s")):
+        has = features + name in shards.read(0)
+        stats[name] = statistics(shards, features + name, network) if has else None
+        if has and adm is not None and f"mu{suffix}.npy" in adm.names:
+            given = metrics.FeatureStatistics.load(adm.path, spatial=name == "spatial")
+            if given.dim != stats[name].dim:
+                raise ValueError(
+                    f"{adm.path}: mu{suffix} has {given.dim} features, those of {network} are {stats[name].dim}; is it of "
+                    "another network?"
+                )
+            stats[name], about["num_images"] = given, given.count or None
+    return Reference(stats["pool"], stats["spatial"], neighbourhoods, about)

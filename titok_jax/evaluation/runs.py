@@ -1,0 +1,178 @@
+"""One evaluation: its work in pieces, its reference, its result."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from titok_jax.evaluation import image_sources, pieces, references, scores
+from titok_jax.evaluation.digits import DIGITS_SIZE, NEIGHBOURS, evaluate_digits
+from titok_jax.evaluation.jobs import Work, versions
+from titok_jax.inference.many import MATMUL_PRECISION, balanced_labels
+from titok_jax.runtime.outputs import sha256
+from titok_jax.runtime.paths import as_path
+from titok_jax.runtime.sharding import local_mesh
+from titok_jax.runtime.shards import Shards
+from titok_jax.weights.pretrained import weights_sha256
+
+
+class Evaluation:
+    """One call of the command: what its modes share.
+
+    Attributes:
+      result: what goes into the JSON, whatever the mode.
+    """
+
+    def __init__(self, args: argparse.Namespace, mode: str, image_size: int, work: Work):
+        from titok_jax.evaluation import features
+
+        self.args, self.work, self.image_size = args, work, image_size
+        data = args.reconstruct or args.reference or ("digits:" if mode in ("digits", "sweep") else "")
+        digits = args.features == "digits" or (args.features is None and data.startswith("digits:"))
+        if digits:
+            if image_size != DIGITS_SIZE:
+                raise ValueError(
+                    f"--features digits is for {DIGITS_SIZE}x{DIGITS_SIZE} pixels, not {image_size}x{image_size}"
+                )
+            self.network = features.load_digits_features(batch_size=args.batch_size)
+        else:
+            self.network = features.load_inception(args.inception, batch_size=args.batch_size)
+        self.prefix = "digits-" if digits else ""
+        tokenizer = None if mode in ("samples", "reference") else args.tokenizer or args.model
+        generator = args.model if mode in ("digits", "generation", "sweep") else None
+        weights = weights_sha256(generator, tokenizer, args.revision, tokenizer_revision(args, generator))
+        self.identity = {"features": self.network.name, "dtype": args.dtype, **weights}
+        digest = sha256(features.DIGITS_WEIGHTS) if digits else features.INCEPTION_SHA256
+        self.result: dict[str, Any] = {"mode": mode}
+        if tokenizer is not None:
+            self.result |= {"model": args.model, "tokenizer": str(tokenizer)}
+            self.result["sha256"] = {k: v for k, v in self.identity.items() if k in ("generator", "tokenizer")}
+        self.result |= {
+            "features": {"network": self.network.name, "sha256": digest},
+            "image_size": image_size,
+            "batch_size": args.batch_size,
+            "dtype": args.dtype,
+            "matmul_precision": MATMUL_PRECISION[args.dtype],
+            "versions": versions(),
+        }
+        if mode == "sweep":  # what every point has
+            self.result |= {"seed": args.seed, "num_images": args.num, "reference_given": args.reference or "digits:train"}
+
+    def images(self, data: str, crop: str, num: int | None = None) -> image_sources.SourceImages:
+        from titok_jax.data.sources import make_source, parse_source
+
+        return image_sources.SourceImages(make_source(parse_source(data)), crop, self.image_size, num)
+
+    def reference(self, num: int | None = None) -> references.Reference | None:
+        """That of --reference, of the digits if there is none; None on all processes but the first."""
+        text = self.args.reference or "digits:train"
+        about: dict[str, Any] = {"source": text, "image_size": self.image_size}
+        adm = None
+        if text.endswith(".npz"):
+            found = references.read_reference(text, self.network.name, self.image_size)
+            about["sha256"] = sha256(text)
+            if isinstance(found, references.Reference):
+                return dataclasses.replace(found, about=found.about | {"file": text, "sha256": about["sha256"]})
+            images = adm = found
+        else:
+            about["crop"] = "adm"
+            images = self.images(text, "adm", num)
+        job = self.work.job("reference", len(images), about | {"features": self.identity["features"]})
+        self.work.make(job, pieces.image_pieces(job, images, self.network))
+        return references.make_reference(job, self.network.name, about, adm) if job.first else None
+
+    def load_pair(self):
+        from titok_jax.inference.loading import load_pair
+
+        args = self.args
+        revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
+        return load_pair(args.model, args.tokenizer, dtype=args.dtype, mesh=local_mesh(), **revisions)
+
+    def generate(self, name: str, pair, labels: np.ndarray, settings: dict[str, Any]) -> Shards:
+        """The pieces of generated images."""
+        job = self.work.job(name, len(labels), self.identity | settings | {"seed": self.args.seed})
+        options = (self.network, labels, self.args.seed, settings)
+        self.work.make(job, pieces.generation_pieces(job, *pair, *options))
+        return job
+
+
+def tokenizer_revision(args: argparse.Namespace, generator: str | None) -> str | None:
+    """Of what `load_tokenizer` reads: without a generator, --model is the tokenizer."""
+    return args.tokenizer_revision if generator or args.tokenizer else args.revision
+
+
+def run_digits(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] | None:
+    options = {"num": run.args.num, "seed": run.args.seed, "settings": settings, "identity": run.identity}
+    figures = evaluate_digits(*run.load_pair(), run.network, run.work, **options)
+    if figures is None:
+        return None
+    classifier = {"kind": "k nearest neighbours of pixels", "k": NEIGHBOURS, "fitted_on": "real training digits"}
+    return {**figures, "classifier": classifier, "sampling": settings, "seed": run.args.seed}
+
+
+def run_reconstruction(run: Evaluation) -> dict[str, Any] | None:
+    from titok_jax import inference, models
+
+    args = run.args
+    images = run.images(args.reconstruct, "torchvision", args.num)
+    about = {"data": args.reconstruct, "crop": "torchvision", "rounding": "round(x * 255)"}
+    lpips = None
+    if args.lpips:
+        from titok_jax.evaluation.features import load_lpips
+        from titok_jax.weights.perceptual_files import HEADS_FILE, VGG_FILE
+
+        lpips = load_lpips(args.lpips, mesh=local_mesh())
+        names = [file.stem + ending for file in (VGG_FILE, HEADS_FILE) for ending in (".safetensors", ".pth")]
+        files = [as_path(args.lpips) / name for name in names]
+        about["lpips_sha256"] = {file.name: sha256(file) for file in files if file.is_file()}
+
+    source, revision = args.tokenizer or args.model, tokenizer_revision(args, None)
+    if isinstance(inference.load_image_config(source, revision=revision), models.MaskgitVQGANConfig):
+        tokenizer = inference.load_vqgan(source, dtype=args.dtype, mesh=local_mesh(), revision=revision)
+        is_vae = False
+    else:
+        tokenizer = inference.load_tokenizer(source, dtype=args.dtype, mesh=local_mesh(), revision=revision)
+        is_vae = tokenizer.config.quantize_mode == "vae"
+    job = run.work.job("reconstruction", len(images), run.identity | about)
+    run.work.make(job, pieces.reconstruction_pieces(job, images, tokenizer, run.network, lpips=lpips))
+    if not job.first:
+        return None
+    codebook_size = None if is_vae else tokenizer.config.codebook_size
+    figures = scores.reconstruction_figures(job, run.network.name, codebook_size, run.prefix)
+    return {**about, "num_images": len(images), "metrics": figures}
+
+
+def run_samples(run: Evaluation, images: image_sources.NpzImages) -> dict[str, Any] | None:
+    reference = run.reference()
+    about = {"samples": run.args.samples, "samples_sha256": sha256(run.args.samples)}
+    job = run.work.job("samples", len(images), about | {"features": run.identity["features"]})
+    run.work.make(job, pieces.image_pieces(job, images, run.network))
+    if not job.first:
+        return None
+    figures = scores.generation_figures(job, reference, run.prefix)
+    result = {**about, "num_images": len(images), "reference": reference.about, "metrics": figures}
+    if images.sorted_by_class and len(images) > scores.ADM_SPLIT:
+        result["notes"] = [
+            f"the samples are sorted by class, and the Inception score is a mean over chunks of {scores.ADM_SPLIT:,} "
+            "images in their order: it is less than that of samples whose classes take turns, as in published figures"
+        ]
+    return result
+
+
+def run_generation(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] | None:
+    reference, pair = run.reference(), run.load_pair()
+    generator = pair[1].config
+    labels = balanced_labels(range(generator.num_classes), run.args.num)
+    job = run.generate("generated", pair, labels, settings)
+    if not job.first:
+        return None
+    figures = scores.generation_figures(job, reference, run.prefix)
+    figures |= scores.codebook_figures(job, generator.codebook_size)
+    return {
+        "sampling": settings,
+        "seed": run.args.seed,
+        "num_images": run.args.num,
+        "reference": reference.about,
+        "metrics": figures,
+    }

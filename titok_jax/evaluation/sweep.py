@@ -1,0 +1,110 @@
+"""A grid of sampling settings: finished points are kept, and drawn."""
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from titok_jax.evaluation import scores
+from titok_jax.evaluation.jobs import versions, write_json
+from titok_jax.evaluation.runs import Evaluation
+from titok_jax.inference.arguments import sampling_settings
+from titok_jax.inference.many import balanced_labels
+from titok_jax.pictures import grids, plots
+from titok_jax.runtime.outputs import new_file
+from titok_jax.runtime.paths import as_path
+
+
+def run_sweep(run: Evaluation, grid: Sequence[dict[str, Any]]) -> None:
+    """Evaluates each setting of a grid. A point that is done is in the JSON and is not done again."""
+    args, path = run.args, as_path(run.args.json)
+    points = _finished_points(run) if path.exists() else []
+    missing = [settings for settings in grid if all(point["sampling"] != settings for point in points)]
+    if missing:
+        reference, pair = run.reference(), run.load_pair()
+        generator = pair[1].config
+        labels = balanced_labels(range(generator.num_classes), args.num)
+    for settings in missing:
+        name = "_".join(f"{key.replace('_', '-')}-{settings[key]:g}" for key in ("guidance_scale", "temperature"))
+        job = run.generate(name, pair, labels, settings)
+        if job.first:
+            figures = scores.generation_figures(job, reference, run.prefix)
+            figures |= scores.codebook_figures(job, generator.codebook_size)
+            points.append({"sampling": settings, "metrics": figures, "versions": versions()})
+            points.sort(key=lambda point: (point["sampling"]["temperature"], point["sampling"]["guidance_scale"]))
+            write_json(args.json, {**run.result, "reference": reference.about, "points": points})
+            job.remove()
+            print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
+    if run.work.first:
+        with new_file(path.with_suffix(".png")) as partial:
+            sweep_picture(points, f"{args.model}, {args.num:,} samples").save(partial)
+        print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+def _finished_points(run: Evaluation) -> list[dict[str, Any]]:
+    """The points of a sweep that was begun with the same settings.
+
+    Raises:
+      ValueError: with others, unless --overwrite is given; then there are none.
+    """
+    path = run.args.json
+    try:
+        found = json.loads(as_path(path).read_text(encoding="utf-8"))
+        points = found.pop("points")
+    except (ValueError, AttributeError, KeyError):
+        found, points = {}, None
+    keys = [key for key in run.result if key != "versions"]
+    different = [f"{k}: {found.get(k)!r} there, {run.result[k]!r} now" for k in keys if found.get(k) != run.result[k]]
+    if points is not None and not different:
+        return points
+    if run.args.overwrite:
+        return []
+    what = f"is a sweep with other settings ({'; '.join(different)})" if points is not None else "is not a sweep"
+    raise ValueError(f"{path} {what}; choose another file or add --overwrite")
+
+
+def sweep_picture(points: Sequence[dict[str, Any]], title: str):
+    """FID over Inception score, a line for each temperature, the points named by their guidance scale, beside the table.
+
+    Args:
+      points: with "sampling" and "metrics", as in the JSON of a sweep.
+
+    Returns:
+      A PIL image.
+    """
+    names = list(points[0]["metrics"])
+    fid, score = (next(n for n in names if n.removeprefix("digits-").startswith(what)) for what in ("FID", "IS"))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    scales: dict[str, list[str]] = {}
+    for point in points:
+        settings, figures = point["sampling"], point["metrics"]
+        line = f"temperature {settings['temperature']:g}"
+        lines.setdefault(line, []).append((figures[score], figures[fid]))
+        scales.setdefault(line, []).append(f"{settings['guidance_scale']:g}")
+    shown = [n for n in names if "codebook" not in n and n not in ("perplexity", "entropy_bits")]
+    table = [["guidance", "temperature", *shown]]
+    for point in points:
+        settings = point["sampling"]
+        table.append(
+            [f"{settings['guidance_scale']:g}", f"{settings['temperature']:g}"]
+            + [
+                f"{point['metrics'][n]:.2f}" if abs(point["metrics"][n]) >= 1 else f"{point['metrics'][n]:.3f}"
+                for n in shown
+            ]
+        )
+    title += "; beside the points: guidance scale"
+    curve = plots.curve(lines, x_label=score, y_label=fid, title=title, names=scales)
+    return grids.beside(curve, grids.table(table))
+
+
+def settings_grid(args: argparse.Namespace, defaults) -> list[dict[str, Any]]:
+    """The sampling settings of every point."""
+    values = [getattr(args, name) or [None] for name in ("guidance_scale", "temperature")]
+    points = []
+    for guidance_scale, temperature in itertools.product(*values):
+        point = argparse.Namespace(**vars(args) | {"guidance_scale": guidance_scale, "temperature": temperature})
+        settings = sampling_settings(point, defaults)
+        if settings not in points:
+            points.append(settings)
+    return points

@@ -1,0 +1,264 @@
+"""Parallel decoding of a masked generator (MaskGIT section 3.1; TiTok section 3.3), over any `logits(ids, labels)`.
+
+All tokens start masked. In each step every masked token is sampled, and those with the least confidence are masked again,
+fewer each time; the last step keeps all. Nothing here knows a model. Sampling is in float32.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from titok_jax.models.generator import GUIDANCE_SCHEDULES
+
+# (ids int32 [B', N], labels int32 [B']) -> logits [B', N, K]. Label `num_classes` is the unconditional one.
+LogitsFn = Callable[[jax.Array, jax.Array], jax.Array]
+# (step int32, logits float32 [B, N, K], temperature) -> (sampled tokens int32 [B, N], Gumbel noise [B, N] for the
+# confidences): `noise_from_keys` or `noise_from_uniforms`.
+Noise = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class DecodeOutput(NamedTuple):
+    """Attributes:
+    ids: [B, N] int32 in [0, K), the answer.
+    trace: [S, B, N] int32, the ids after each step as the next step sees them (K = masked); the last entry is `ids`.
+    mask_len: [S, B] int32, how many tokens each step meant to mask again (the last step masks none, whatever it says).
+    """
+
+    ids: jax.Array
+    trace: jax.Array
+    mask_len: jax.Array
+
+
+def gumbel(uniforms: jax.Array) -> jax.Array:
+    """-log(-log(u)) with the published clamps log(max(., 1e-20)): u = 0 gives -3.83, u = 1 gives 46.05, all finite."""
+
+    def log(x):
+        return jnp.log(jnp.maximum(x, 1e-20))
+
+    return -log(-log(uniforms))
+
+
+def sample_gumbel(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """argmax(logits + temperature * Gumbel noise): logits, uniforms [..., K] -> [...] int32. The published form."""
+    return jnp.argmax(logits + temperature * gumbel(uniforms), axis=-1).astype(jnp.int32)
+
+
+def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """Draws from softmax(logits / temperature), one uniform each: logits [..., K], uniforms [...] in [0, 1) -> [...] int32.
+
+    The same distribution as `sample_gumbel` with other draws, without its K random numbers and 2 K logarithms per token. At
+    temperature 0 it is the argmax (the lowest index of several). The cumulative sum runs over blocks first, then within
+    the block that was hit, about sqrt(K) terms each: faster than one long sum, and more exact.
+    """
+    k = logits.shape[-1]
+    width = 2 ** math.ceil(math.log2(k) / 2)
+    top = logits.max(-1, keepdims=True)
+    # 1e-30 stands for temperature 0: it leaves weight to the maxima alone; u = 0 then picks the first of them.
+    p = jnp.exp((logits - top) / jnp.maximum(temperature, 1e-30))
+    uniforms = jnp.where(temperature > 0, uniforms, 0.0)
+
+    p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -k % width)]).reshape(*p.shape[:-1], -1, width)  # [..., blocks, width]
+    mass = p.sum(-1)
+    cumulative = jnp.cumsum(mass, axis=-1)
+    target = uniforms[..., None] * cumulative[..., -1:]
+    block = _first_beyond(cumulative, mass, target)  # [...]
+    before = jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[..., None], axis=-1)
+    before = jnp.where(block[..., None] > 0, before, 0.0)
+    within = jnp.take_along_axis(p, block[..., None, None], axis=-2)[..., 0, :]  # [..., width]
+    return block * width + _first_beyond(jnp.cumsum(within, axis=-1), within, target - before)
+
+
+def _first_beyond(cumulative: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """The first index with a weight whose cumulative sum [..., n] exceeds the target [..., 1]: [...] int32.
+
+    Parallel sums round each prefix on its own, so they may move where a weight is 0, and end below a target that was made
+    from another sum: hence the condition on the weight, and the last index with one where no sum exceeds the target.
+    """
+    index = jnp.arange(weights.shape[-1], dtype=jnp.int32)
+    first = jnp.min(jnp.where((cumulative > target) & (weights > 0), index, weights.shape[-1]), axis=-1)
+    last = jnp.max(jnp.where(weights > 0, index, 0), axis=-1)
+    return jnp.minimum(first, last)
+
+
+def noise_from_uniforms(token_uniforms: jax.Array, confidence_uniforms: jax.Array) -> Noise:
+    """Given random numbers in the published arithmetic, for parity: token_uniforms [S, B, N, K], confidence_uniforms
+    [S, B, N], in [0, 1]."""
+
+    def noise(step, logits, temperature):
+        tokens = sample_gumbel(logits, temperature, token_uniforms[step])
+        return tokens, gumbel(confidence_uniforms[step])
+
+    return noise
+
+
+def noise_from_keys(keys: jax.Array) -> Noise:
+    """The noise to sample with: one typed threefry key per image [B], so that an image depends on its own key and not on the
+    batch it is in, on any backend and any sharding.
+
+    Raises:
+      ValueError: if the keys are of another kind (others give different numbers under vmap).
+    """
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(keys)) != "threefry2x32":
+        raise ValueError(f"keys of dtype {keys.dtype}, expected threefry keys: jax.random.key(seed, impl='threefry2x32')")
+
+    def noise(step, logits, temperature):
+        draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step), (2, logits.shape[1])))
+        uniforms = draw(keys)  # [B, 2, N]
+        return sample_inverse_cdf(logits, temperature, uniforms[:, 0]), gumbel(uniforms[:, 1])
+
+    return noise
+
+
+class Steps(NamedTuple):
+    """What the steps differ in: arrays [S], or of one step scalars."""
+
+    step: np.ndarray
+    guidance: np.ndarray  # multiplies the guidance scale ("power-cosine": the scale minus 1)
+    softmax_temperature: np.ndarray
+    noise: np.ndarray  # multiplies the temperature of the Gumbel noise
+    mask_len: np.ndarray
+
+
+def steps_plan(num_steps: int, num_tokens: int, schedule: str, power: float, annealing: bool) -> Steps:
+    """The constants of each step, in float64 until they are used."""
+    start = np.arange(num_steps) / num_steps
+    ratio = np.arange(1, num_steps + 1) / num_steps
+    guidance = {
+        "constant": np.ones(num_steps),
+        "linear": start,  # published: the ratio of the step before, so the full scale is never reached
+        "power-cosine": (1.0 - np.cos(math.pi * start**power)) / 2.0,
+    }[schedule]
+    return Steps(
+        step=np.arange(num_steps, dtype=np.int32),
+        guidance=guidance.astype(np.float32),
+        softmax_temperature=(0.5 + 0.8 * (1.0 - ratio) if annealing else np.ones(num_steps)).astype(np.float32),
+        noise=(1.0 - ratio).astype(np.float32),
+        mask_len=np.floor(num_tokens * (np.arccos(ratio) / (math.pi * 0.5))).astype(np.int32),
+    )
+
+
+def decoding_step(
+    logits_fn: LogitsFn,
+    labels: jax.Array,
+    *,
+    codebook_size: int,
+    num_classes: int,
+    num_steps: int,
+    guidance_scale: jax.Array,
+    guidance_schedule: str,
+    temperature: jax.Array,
+    noise: Noise,
+) -> Callable[[jax.Array, Steps], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    """One step of the loop, for `jax.lax.scan`: (ids [B, N], its row of `steps_plan`) -> (ids, (ids, mask_len [B])).
+    The arguments are those of `parallel_decode`."""
+    batch = labels.shape[0]
+    from_uncond = guidance_schedule == "power-cosine"
+    no_effect = 1.0 if from_uncond else 0.0
+
+    def forward(ids, labels):
+        logits = logits_fn(ids, labels)
+        expected = (*ids.shape, codebook_size)
+        if logits.shape != expected:
+            raise ValueError(f"logits_fn gave logits of shape {logits.shape}, expected {expected}")
+        return logits.astype(jnp.float32)
+
+    def conditional(ids, scale):
+        del scale
+        return forward(ids, labels)
+
+    def guided(ids, scale):
+        # Each image beside its unconditional twin: where the batch is sharded, both stay on one device.
+        pairs = jnp.stack([labels, jnp.full_like(labels, num_classes)], axis=1).reshape(-1)
+        logits = forward(jnp.repeat(ids, 2, axis=0), pairs).reshape(batch, 2, ids.shape[1], codebook_size)
+        cond, uncond = logits[:, 0], logits[:, 1]
+        return (uncond if from_uncond else cond) + (cond - uncond) * scale
+
+    def step(ids, plan: Steps):
+        scale = 1.0 + (guidance_scale - 1.0) * plan.guidance if from_uncond else guidance_scale * plan.guidance
+        logits = jax.lax.cond(scale == no_effect, conditional, guided, ids, scale)
+        logits = logits / plan.softmax_temperature
+        noise_scale = temperature * plan.noise
+        sampled, confidence_noise = noise(plan.step, logits, noise_scale)
+
+        masked = ids == codebook_size
+        chosen = jnp.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0]
+        confidence = jnp.where(masked, chosen + noise_scale * confidence_noise, jnp.inf)
+        sampled = jnp.where(masked, sampled, ids)
+
+        mask_len = jnp.maximum(1, jnp.minimum(masked.sum(-1, dtype=jnp.int32) - 1, plan.mask_len))  # [B]
+        cut_off = jnp.take_along_axis(jnp.sort(confidence, axis=-1), mask_len[:, None] - 1, axis=-1)
+        again = (confidence <= cut_off) & (plan.step < num_steps - 1)
+        ids = jnp.where(again, codebook_size, sampled)
+        return ids, (ids, mask_len)
+
+    return step
+
+
+def parallel_decode(
+    logits_fn: LogitsFn,
+    labels: jax.Array,
+    *,
+    num_tokens: int,
+    codebook_size: int,
+    num_classes: int,
+    num_steps: int,
+    guidance_scale: jax.Array | float,
+    guidance_schedule: str,
+    guidance_scale_pow: float = 3.0,
+    temperature: jax.Array | float,
+    softmax_temperature_annealing: bool,
+    noise: Noise,
+) -> DecodeOutput:
+    """Tokens for labels, by the published loop (modeling/maskgit.py, `generate`), as one scan: jit the caller once.
+
+    Labels, noise, `guidance_scale` and `temperature` may be traced; changing them compiles nothing. A step whose guidance
+    has no effect (scale 0 under "constant", the first step of the other two) runs the conditional half only.
+
+    The guided logits, with t = step / num_steps counted from 0:
+      "constant":     cond + s (cond - uncond), s = guidance_scale
+      "linear":       cond + s (cond - uncond), s = guidance_scale t
+      "power-cosine": uncond + s (cond - uncond), s = 1 + (guidance_scale - 1) (1 - cos(pi t^guidance_scale_pow)) / 2
+    So the same guidance_scale is weaker by 1 under "power-cosine".
+
+    How many tokens are masked again is counted per image. The published code takes the first image's count for the whole
+    batch; the two differ only if confidences of the first image tie exactly, and then images would depend on each other.
+
+    Args:
+      logits_fn: gives logits [B', N, codebook_size] of ids [B', N] and labels [B'], all int32; B' is B or 2 B.
+      labels: int [B] in [0, num_classes]; `num_classes` itself stands for no label.
+      num_tokens: N.
+      codebook_size: K, also the id of the mask.
+      num_steps: S, any number >= 1; with more steps than tokens one token stays masked until the last.
+      guidance_scale_pow: only for "power-cosine".
+      temperature: of the Gumbel noise; multiplied by 1 - (step + 1) / num_steps, so 0 at the last step (published:
+        randomize_temperature).
+      softmax_temperature_annealing: divide the logits by 0.5 + 0.8 (1 - (step + 1) / num_steps). Published sampling does.
+      noise: `noise_from_keys` or `noise_from_uniforms`.
+
+    Raises:
+      ValueError: an unknown schedule, num_steps < 1, or logits of another shape than expected.
+    """
+    if guidance_schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance schedule {guidance_schedule!r}, expected one of {GUIDANCE_SCHEDULES}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}, expected at least 1")
+    labels = labels.astype(jnp.int32)
+    step = decoding_step(
+        logits_fn,
+        labels,
+        codebook_size=codebook_size,
+        num_classes=num_classes,
+        num_steps=num_steps,
+        guidance_scale=jnp.asarray(guidance_scale, jnp.float32),
+        guidance_schedule=guidance_schedule,
+        temperature=jnp.asarray(temperature, jnp.float32),
+        noise=noise,
+    )
+    start = jnp.full((labels.shape[0], num_tokens), codebook_size, jnp.int32)
+    plan = steps_plan(num_steps, num_tokens, guidance_schedule, guidance_scale_pow, softmax_temperature_annealing)
+    ids, (trace, mask_len) = jax.lax.scan(step, start, plan)
+    return DecodeOutput(ids, trace, mask_len)

@@ -1,0 +1,220 @@
+"""Labelled grids of images and tables of words, drawn with Pillow, for files, reports and training logs."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from titok_jax.data.transforms import to_uint8_round
+
+_SMALLEST_CELL = 64  # smaller images are enlarged to about this many pixels
+
+
+_MARGIN = 12
+
+
+_INK, _FAINT, _PAPER = (34, 34, 34), (110, 110, 110), (255, 255, 255)
+
+
+_RULE = (221, 221, 221)
+
+
+def grid(
+    images: np.ndarray,
+    columns: int | None = None,
+    labels: Sequence[str] | None = None,
+    scale: int | None = None,
+    *,
+    row_labels: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """Images in rows, on white.
+
+    Args:
+      images: [B, H, W, 3], uint8 or float in [0, 1] (rounded to uint8).
+      columns: images per row; about a square if not given.
+      labels: [B] captions, one under each image; cut off where they do not fit.
+      scale: every pixel becomes scale x scale pixels; if not given, small images are enlarged to about 64 pixels.
+      row_labels: one on the left of each row.
+      title: a line above.
+
+    Returns:
+      An RGB picture.
+
+    Raises:
+      ValueError: images of another shape or none, numbers of labels that do not fit, columns or scale below 1.
+    """
+    pixels = _to_uint8(images)
+    count, height, width = pixels.shape[:3]
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    scale = max(1, round(_SMALLEST_CELL / max(height, width))) if scale is None else scale
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns {columns} and scale {scale}, expected at least 1")
+    columns, rows = min(columns, count), math.ceil(count / columns)
+    for what, given, expected in (("labels", labels, count), ("row_labels", row_labels, rows)):
+        if given is not None and len(given) != expected:
+            raise ValueError(f"{len(given)} {what}, expected {expected}")
+    height, width = height * scale, width * scale
+    gap = 4 if labels is None else max(4, width // 16)
+    font = ImageFont.load_default(size=_font_size(width))
+    line = sum(font.getmetrics())
+    # Only rows with a caption have room for one, so that a row can stand right above the one it is compared with.
+    lines = [line if labels is not None and any(labels[r * columns : (r + 1) * columns]) else 0 for r in range(rows)]
+    row_font = ImageFont.load_default(size=_font_size(width) + 3)
+    left = _MARGIN + (
+        max(math.ceil(row_font.getlength(label)) for label in row_labels) + 10 if row_labels is not None else 0
+    )
+    title_font = ImageFont.load_default(size=16)
+    top = _MARGIN + (sum(title_font.getmetrics()) + 8 if title else 0)
+    total_width = left + columns * (width + gap) - gap + _MARGIN
+    if title:
+        total_width = max(total_width, math.ceil(title_font.getlength(title)) + 2 * _MARGIN)
+    tops = [top + r * (height + gap) + sum(lines[:r]) for r in range(rows + 1)]
+    picture = Image.new("RGB", (total_width, tops[rows] - gap + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    if title:
+        draw.text((_MARGIN, _MARGIN - 2), title, _INK, title_font)
+    for index, image in enumerate(pixels):
+        row, column = divmod(index, columns)
+        x, y = left + column * (width + gap), tops[row]
+        if row_labels is not None and column == 0:
+            draw.text((left - 10, y + height / 2), row_labels[row], _INK, row_font, anchor="rm")
+        cell = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+        picture.paste(cell, (x, y))
+        if labels is not None:
+            text = _fit(labels[index], font, width + gap - 2)
+            draw.text((x + width / 2, y + height + line / 2), text, _FAINT, font, anchor="mm")
+    return picture
+
+
+def side_by_side(
+    original: np.ndarray, reconstruction: np.ndarray, caption: str | None = None, scale: int | None = None
+) -> Image.Image:
+    """An image and its reconstruction beside each other.
+
+    Args:
+      original, reconstruction: [H, W, 3], uint8 or float in [0, 1].
+      caption: a line above, e.g. the name and the PSNR.
+      scale: as in `grid`, but small images are enlarged to about 128 pixels.
+
+    Returns:
+      An RGB picture.
+
+    Raises:
+      ValueError: as `grid`.
+    """
+    pair = np.concatenate([_to_uint8(np.asarray(image)[None]) for image in (original, reconstruction)])
+    scale = max(1, round(2 * _SMALLEST_CELL / max(pair.shape[1:3]))) if scale is None else scale
+    return grid(pair, 2, ["original", "reconstruction"], scale, title=caption)
+
+
+def comparison(
+    originals: np.ndarray,
+    reconstructions: np.ndarray,
+    columns: int = 8,
+    captions: Sequence[str] | None = None,
+    scale: int | None = None,
+    *,
+    title: str | None = None,
+) -> Image.Image:
+    """Rows of images, and under each row its reconstructions.
+
+    Args:
+      originals, reconstructions: [B, H, W, 3], uint8 or float in [0, 1].
+      columns: pairs per row.
+      captions: [B], one under each pair.
+      scale, title: as in `grid`.
+
+    Returns:
+      An RGB picture.
+
+    Raises:
+      ValueError: as `grid`.
+    """
+    above, below = _to_uint8(originals), _to_uint8(reconstructions)
+    if above.shape != below.shape:
+        raise ValueError(f"images of shapes {list(above.shape)} and {list(below.shape)}, expected the same twice")
+    columns = min(columns, len(above))
+    pictures, labels, row_labels = [], [], []
+    missing = -len(above) % columns
+    blank = np.full((missing, *above.shape[1:]), 255, np.uint8)  # the colour of the paper
+    texts = list(captions if captions is not None else [""] * len(above)) + [""] * missing
+    above, below = np.concatenate([above, blank]), np.concatenate([below, blank])
+    for start in range(0, len(above), columns):
+        part = slice(start, start + columns)
+        pictures += [above[part], below[part]]
+        labels += [""] * columns + texts[part]
+        row_labels += ["original", "rebuilt"]
+    return grid(
+        np.concatenate(pictures),
+        columns,
+        labels if captions is not None else None,
+        scale,
+        row_labels=row_labels,
+        title=title,
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> Image.Image:
+    """Rows of words on white, the first one as their heads, columns aligned on the right.
+
+    Args:
+      rows: all of one length.
+
+    Returns:
+      An RGB picture.
+    """
+    font, gap = ImageFont.load_default(size=13), 18
+    line_height = sum(font.getmetrics()) + 6
+    widths = [math.ceil(max(font.getlength(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    rights = [_MARGIN + sum(widths[: i + 1]) + i * gap for i in range(len(widths))]
+    picture = Image.new("RGB", (rights[-1] + _MARGIN, 2 * _MARGIN + len(rows) * line_height), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    for number, row in enumerate(rows):
+        y = _MARGIN + number * line_height
+        for right, text in zip(rights, row, strict=True):
+            draw.text((right, y), text, _INK if number else _FAINT, font, anchor="ra")
+        draw.line([(_MARGIN, y + line_height - 4), (rights[-1], y + line_height - 4)], _RULE)
+    return picture
+
+
+def beside(*pictures: Image.Image) -> Image.Image:
+    """Pictures in one row on white, centred one to the other."""
+    height = max(picture.height for picture in pictures)
+    whole = Image.new("RGB", (sum(picture.width for picture in pictures), height), _PAPER)
+    x = 0
+    for picture in pictures:
+        whole.paste(picture, (x, (height - picture.height) // 2))
+        x += picture.width
+    return whole
+
+
+def below(*pictures: Image.Image) -> Image.Image:
+    """Pictures in one column on white, from the left edge."""
+    whole = Image.new("RGB", (max(picture.width for picture in pictures), sum(p.height for p in pictures)), _PAPER)
+    y = 0
+    for picture in pictures:
+        whole.paste(picture, (0, y))
+        y += picture.height
+    return whole
+
+
+def _to_uint8(images: np.ndarray) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise ValueError(f"images have shape {list(images.shape)}, expected [B, H, W, 3] and at least one")
+    return images if images.dtype == np.uint8 else to_uint8_round(images)
+
+
+def _font_size(width: int) -> int:
+    """In pixels, for cells of a width in pixels."""
+    return min(16, max(11, width // 8))
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

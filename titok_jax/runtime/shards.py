@@ -1,0 +1,185 @@
+"""Long jobs in numbered pieces: each is a file that is complete or absent, so after any kill the same command makes the
+missing ones only; several processes share the pieces. Imports no JAX until there are several."""
+
+import contextlib
+import json
+import math
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from titok_jax.runtime.outputs import new_file
+from titok_jax.runtime.paths import as_path
+
+_SETTINGS = "settings.json"
+
+
+class Shards:
+    """A folder of the pieces of one job, `00012.npz`, and the settings that they were made with.
+
+    Attributes:
+      folder: where they are; with several processes, one that all of them reach, such as one in a bucket.
+      length: items of the whole job: images.
+      size: items in a piece; the last one has what is left.
+      count: how many pieces the whole job has.
+      first: this is the process that does what is done once.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: dict[str, Any],
+        length: int,
+        size: int,
+        *,
+        restart: bool = False,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Begins a job, or continues one.
+
+        Args:
+          settings: everything that decides what the pieces hold, as JSON has it; length and size are added.
+          restart: pieces of other settings are removed, where otherwise they are an error.
+
+        Raises:
+          ValueError: the folder was begun with other settings; the message lists them.
+          NotADirectoryError, FileExistsError: there is a file of that name, or a folder with something else in it.
+        """
+        self.folder, self.length, self.size, self.count = as_path(folder), length, size, math.ceil(length / size)
+        self.first = process_index == 0
+        self._index, self._processes = process_index, process_count
+        path = self.folder / _SETTINGS
+        settings = json.loads(json.dumps({"num": length, "batch_size": size} | settings, allow_nan=False))
+        if self.first:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise NotADirectoryError(f"{self.folder} is a file, expected a folder of unfinished work, or nothing")
+            if restart and path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+                self.remove()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                there = self.folder.iterdir() if self.folder.exists() else ()  # a bucket has no empty folders
+                foreign = sorted(child.name for child in there if not child.name.startswith("."))
+                if foreign:
+                    raise FileExistsError(f"{self.folder} holds files of other origin ({foreign[0]}); choose another output")
+                with new_file(path) as partial:
+                    partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self.wait("begun")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}: process 0 wrote it, but process {process_index} does not see it; name an output in a folder that "
+                "all processes share"
+            )
+        found = json.loads(path.read_text(encoding="utf-8"))
+        keys = dict.fromkeys([*found, *settings])
+        different = [
+            f"{k}: {found.get(k)!r} there, {settings.get(k)!r} now" for k in keys if found.get(k) != settings.get(k)
+        ]
+        if different:
+            raise ValueError(
+                f"{self.folder} holds unfinished work with other settings ({'; '.join(different)}); finish it with those, "
+                "or remove that folder"
+            )
+
+    def wait(self, event: str) -> None:
+        """Until every process is here."""
+        if self._processes > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"{self.folder.name} {event}")
+
+    def mine(self) -> range:
+        """The pieces that this process makes."""
+        return range(self._index, self.count, self._processes)
+
+    def items(self, number: int) -> slice:
+        """Which items a piece is of."""
+        return slice(number * self.size, min((number + 1) * self.size, self.length))
+
+    def missing(self) -> list[int]:
+        """Those of them that are not there yet."""
+        return [number for number in self.mine() if not self._path(number).exists()]
+
+    def make(
+        self,
+        pieces: Callable[[list[int]], Iterable[dict[str, np.ndarray]]],
+        *,
+        unit: str = "image",
+        name: str | None = None,
+        quiet: bool = False,
+    ) -> str:
+        """Makes the missing pieces of this process, with a progress bar, and waits for the other processes.
+
+        Args:
+          pieces: numbers of pieces -> their arrays, in this order, one at a time.
+          unit: what an item is called.
+          name: in front of the bar.
+          quiet: no bar.
+
+        Returns:
+          What was made and how fast, in words.
+        """
+
+        def items(numbers):
+            return sum(self.items(number).stop - self.items(number).start for number in numbers)
+
+        missing = self.missing()
+        num, total = items(missing), items(self.mine())
+        start, first = time.perf_counter(), None
+        with tqdm(total=total, initial=total - num, unit=unit, desc=name, disable=quiet or not self.first) as bar:
+            for number, arrays in zip(missing, pieces(missing), strict=True):
+                self.write(number, **arrays)
+                bar.update(items([number]))
+                first = first or (items([number]), time.perf_counter())
+        now = time.perf_counter()
+        self.wait("made")
+        if not missing:
+            return f"all {total} {unit}s were there"
+        speed = f"{num / (now - start):.1f} {unit}s/s with compilation"
+        if first[0] < num:
+            speed += f", {(num - first[0]) / (now - first[1]):.1f} {unit}s/s after the first batch"
+        return f"{num} {unit}s in {now - start:.1f} s ({speed})"
+
+    def write(self, number: int, **arrays: np.ndarray) -> None:
+        """Adds a piece. Returns when it is on the disk."""
+        with new_file(self._path(number)) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, number: int) -> dict[str, np.ndarray]:
+        """A piece, as it was given to `write`.
+
+        Raises:
+          FileNotFoundError: it is not there.
+          ValueError: it is damaged.
+        """
+        path = self._path(number)
+        try:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from None
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """All pieces of all processes, in order; one is held at a time."""
+        for number in range(self.count):
+            yield self.read(number)
+
+    def remove(self) -> None:
+        """Removes the pieces and, if there was nothing else in it, the folder."""
+        for pattern in ("[0-9]*.npz", ".*.partial-*", _SETTINGS):  # the settings last: without them nothing continues
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):  # the latter from etils
+            self.folder.rmdir()
+
+    def _path(self, number: int) -> Path | epath.Path:
+        return self.folder / f"{number:05d}.npz"

@@ -1,0 +1,258 @@
+"""Training checkpoints: the whole state and the configuration, written by Orbax in the background.
+
+A checkpoint `<folder>/<step>` is complete or absent: Orbax writes beside it and renames or, in a bucket, adds an object that
+says so at the end. All processes of a run write their shards of it; it can be restored on any mesh and by any number of
+processes.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from titok_jax.runtime.paths import is_remote
+
+State = Any
+
+# What TensorStore says, as a ValueError, when a storage fails rather than what is stored there.
+_STORAGE_FAILS = (
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "RESOURCE_EXHAUSTED",
+    "ABORTED",
+)
+# The modules by which Orbax and etils reach a bucket: what they raise of their own says nothing of a checkpoint's files.
+_CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.", "urllib3.")
+
+
+class Checkpoints:
+    """The checkpoints of one run. Close it, or use it in a `with` block: that waits for the last write."""
+
+    def __init__(self, folder: str | epath.Path, keep: int = 2):
+        """
+        Args:
+          folder: absolute; made if need be.
+          keep: how many of the newest are kept.
+
+        Raises:
+          OSError: it cannot be looked into.
+        """
+        # What a killed run left half written is removed: no other run writes here.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._folder = epath.Path(folder)
+        try:
+            if str(self._folder).startswith("gs://"):
+                # As Orbax does once there are checkpoints to read or remove: what forbids that shows now, not after hours.
+                from google.cloud import storage
+
+                storage.Client().get_bucket(str(self._folder).split("/")[2])
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except Exception as error:
+            raise OSError(
+                f"the checkpoints in {self._folder} cannot be listed ({_one_line(error)}). Is the storage reachable, with "
+                "permission to read? Of a bucket that is storage.buckets.get too (docs/tpu.md). The same command tries again"
+            ) from error
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, config: Mapping[str, Any]) -> None:
+        """Writes a checkpoint in the background; waits for the one before.
+
+        Raises:
+          OSError: it, or the one before, cannot be written; complete ones are as they were.
+          RuntimeError: Orbax declined (there is one of this or a later step).
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(json.loads(json.dumps(config)))
+        )
+        with self._writing():
+            saved = step == self.latest() or self._manager.save(step, args=args)
+        if not saved:
+            raise RuntimeError(f"the checkpoint of step {step} was not written: a later one, {self.latest()}, exists")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes every error that writing ends with one line that says what is safe."""
+        try:
+            yield
+        except Exception as error:
+            kept = "complete ones are as they were"
+            with contextlib.suppress(Exception):  # the storage may fail here too
+                complete = ocp.path.step.checkpoint_steps(self._folder)
+                kept = f"the newest complete one, of step {max(complete)}, is intact" if complete else "there is none yet"
+            why = "may this run write in that bucket?" if is_remote(self._folder) else "is the disk full?"
+            raise OSError(
+                f"a checkpoint cannot be written to {self._folder} ({_one_line(error)}); {why} {kept}; "
+                "the same command continues"
+            ) from error
+
+    def restore_newest(
+        self, abstract: State, shardings: State, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[int, State] | None:
+        """The newest checkpoint that can be read, straight onto its shards, or None if there is none at all.
+
+        A newer one that is damaged is reported and, once an older one has been read, moved out of the way, into the folder
+        `damaged` beside the checkpoints. A storage that fails is an error and moves nothing.
+
+        Args:
+          abstract: shapes and dtypes; shardings: a NamedSharding for each, of any mesh.
+          check: is given the configuration that the checkpoint was made with; raises to refuse.
+
+        Raises:
+          ValueError: there are checkpoints, but none of them can be read.
+          OSError: the storage fails.
+        """
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            config, problem = self._read(step, "config", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+            if not problem:
+                check(config)
+                args = ocp.args.StandardRestore(target)
+                state, problem = self._read(step, "state", ocp.StandardCheckpointHandler(), args)
+            if not problem:
+                self._put_aside(damaged)
+                return step, state
+            damaged[step] = problem
+        if damaged:
+            listed = "".join(f"\n  step {step}: {problem}" for step, problem in damaged.items())
+            raise ValueError(f"none of the checkpoints in {self._folder} can be read:{listed}")
+        return None
+
+    def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any) -> tuple[Any, str]:
+        """(the item, "") or (None, what is wrong with its files); all processes agree which. Read by the item's handler and
+        not by the manager, in which processes that could read it would wait for one that could not.
+
+        Raises:
+          OSError: the storage fails, on this process or another.
+        """
+        found, error = None, None
+        try:
+            found = handler.restore(self._folder / str(step) / item, args=args)
+        except Exception as caught:  # whatever a damaged file makes the libraries below raise
+            error = caught
+        fine, damaged, fails = range(3)
+        outcome = fine if error is None else fails if _storage_fails(error) else damaged
+        if jax.process_count() > 1:
+            outcome = int(np.max(multihost_utils.process_allgather(np.int32(outcome))))
+        problem = "another process cannot read it" if error is None else _one_line(error)
+        if outcome == fails:
+            raise OSError(
+                f"the checkpoint of step {step} in {self._folder} cannot be read now ({problem}); nothing was changed. Is "
+                "the storage reachable, with permission to read? The same command tries again"
+            ) from error
+        return (found, "") if outcome == fine else (None, problem)
+
+    def _put_aside(self, damaged: Mapping[int, str]) -> None:
+        """Moves checkpoints {step: what is wrong} out of the way."""
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            for step, problem in damaged.items():
+                place = self._folder.parent / "damaged" / str(step)
+                while place.exists():
+                    place = place.with_name(place.name + "_again")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.with_name(place.name + ".txt").write_text(problem + "\n")  # a bucket moves into no empty folder
+                (self._folder / str(step)).rename(place)
+                print(f"warning: the checkpoint of step {step} cannot be read ({problem}); moved to {place}", flush=True)
+        multihost_utils.sync_global_devices("moved")
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+          OSError: the last checkpoint cannot be written; complete ones are as they were.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def quiet_checkpointing() -> None:
+    """Lets a command end with the one line of `Checkpoints` when a disk is full. Orbax, which reports every file as
+    information, reports every array that it could not write as an error, asyncio once more, and TensorStore that nobody
+    waits for the others; what is wrong is raised all the same."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def unraisable(found) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            report(found)
+
+    sys.unraisablehook = unraisable
+
+
+def check_config(found: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str], where: str) -> None:
+    """Refuses to continue a run with another configuration.
+
+    Args:
+      found: of the checkpoint; now: of this run.
+      free: dotted names of the fields (and sections) that may differ.
+
+    Raises:
+      ValueError: listing every other field that differs.
+    """
+    flat_found, flat_now = _flat(found), _flat(now)
+    different = []
+    for name in sorted(flat_found.keys() | flat_now.keys()):
+        a, b = flat_found.get(name, "absent"), flat_now.get(name, "absent")
+        if a != b and not (_nan(a) and _nan(b)) and not any(name == f or name.startswith(f + ".") for f in free):
+            different.append(f"  {name}: {a!r} in the checkpoint, {b!r} now")
+    if different:
+        raise ValueError(
+            f"the configuration does not fit the checkpoint in {where}:\n"
+            + "\n".join(different)
+            + "\nUse the former values, or another workdir for a new run."
+        )
+
+
+def _storage_fails(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is of the machine or its storage, and says nothing of the files."""
+    while error is not None:
+        if isinstance(error, OSError | MemoryError) or type(error).__module__.startswith(_CLIENTS):
+            if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+                return True
+        elif any(code in str(error) for code in _STORAGE_FAILS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def _nan(x: Any) -> bool:
+    return isinstance(x, float) and math.isnan(x)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping):
+        items = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
+        return {name: value for item in items for name, value in item.items()}
+    return {prefix: list(tree) if isinstance(tree, tuple) else tree}

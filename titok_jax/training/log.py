@@ -1,0 +1,158 @@
+"""Where the numbers of a training go: the terminal, `metrics.jsonl`, `curves.png` and TensorBoard files in the workdir."""
+
+import contextlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from titok_jax.pictures import grids, plots
+from titok_jax.runtime.paths import is_remote
+
+# What says nothing over the steps: the axis itself, the clock's, and what the configuration fixes.
+_NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight")
+
+
+class MetricLog:
+    """Writes on the first process only; on the others every method does nothing."""
+
+    def __init__(self, workdir: epath.Path, *, first_step: int, num_steps: int, batch_size: int, active: bool = True):
+        """
+        Args:
+          workdir: local or remote folder. A remote one gets copies of the files, once a minute: neither its files nor
+            TensorBoard's can be appended to.
+          first_step: where this process starts; what an earlier one logged beyond it is dropped.
+          batch_size: global, for images/s.
+        """
+        self._active, self._num_steps, self._batch_size = active, num_steps, batch_size
+        self._last_step, self._last_time, self._wait = first_step, time.perf_counter(), 0.0
+        if not active:
+            return
+        self._records = [record for record in _records(workdir / "metrics.jsonl") if record["step"] <= first_step]
+        self._remote, self._last_copy = None, self._last_time
+        if is_remote(workdir):
+            self._temporary = tempfile.TemporaryDirectory(prefix="titok_jax-")
+            self._remote, workdir = workdir, epath.Path(self._temporary.name)
+        self._path, self._picture = workdir / "metrics.jsonl", workdir / "curves.png"
+        partial = workdir / ".metrics.jsonl.partial"
+        partial.write_text("".join(json.dumps(record) + "\n" for record in self._records))
+        partial.replace(self._path)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def waited(self, seconds: float) -> None:
+        """Counts time that a step waited for its data."""
+        self._wait += seconds
+
+    def write(self, step: int, metrics: Mapping[str, float], *, shown: str) -> None:
+        """Logs scalars after `step` updates, with the speed since the last call; `shown` goes first in the terminal."""
+        now = time.perf_counter()
+        seconds, steps = max(now - self._last_time, 1e-9), step - self._last_step
+        wait, self._wait = self._wait / seconds, 0.0
+        self._last_step, self._last_time = step, now
+        if not self._active or steps <= 0:
+            return
+        line = {name: float(value) for name, value in metrics.items()}
+        rate = steps * self._batch_size / seconds
+        remaining = (self._num_steps - step) * seconds / steps
+        print(
+            f"step {step}/{self._num_steps}  {shown} {line[shown]:.4f}  lr {line.get('lr', 0.0):.2e}  "
+            f"{rate:.0f} images/s  data wait {100 * wait:.0f} %  left {_duration(remaining)}",
+            flush=True,
+        )
+        line |= {"images_per_second": rate, "data_wait": wait, "seconds_left": remaining}
+        self._record(step, line)
+
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs what was measured on held-out examples after `step` updates, each under "eval/" and its name; once."""
+        line = {f"eval/{name}": float(value) for name, value in values.items()}
+        if not self._active or any(record["step"] == step and line.keys() <= record.keys() for record in self._records):
+            return
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"step {step}/{self._num_steps}  held out: {shown}", flush=True)
+        self._record(step, line)
+
+    def _record(self, step: int, line: Mapping[str, float]) -> None:
+        record = {"step": step, **{n: v if math.isfinite(v) else None for n, v in line.items()}}
+        self._records.append(record)
+        for name, value in line.items():
+            if not math.isnan(value):  # what a step did not compute
+                self._tensorboard.add_scalar(name, value, step)
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if time.perf_counter() - self._last_copy > 60:
+            self._copy()
+
+    def _copy(self) -> None:
+        """Brings the files to a remote workdir."""
+        self._last_copy = time.perf_counter()
+        if self._remote is None:
+            return
+        self._tensorboard.flush()
+        local = Path(self._temporary.name)
+        for path in filter(Path.is_file, local.rglob("*")):
+            place = self._remote / path.relative_to(local)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(path).copy(place, overwrite=True)
+
+    def draw_curves(self) -> None:
+        """Draws all that was logged, by this process and by those before it, over the steps: curves.png."""
+        if not self._active:
+            return
+        names = {name: None for record in self._records for name in record if name not in _NOT_DRAWN}
+        curves = {n: [(r["step"], r[n]) for r in self._records if r.get(n) is not None] for n in names}
+        # What is 0 throughout, as a loss of weight 0, is no curve; another constant is, as a learning rate.
+        curves = {n: p for n, p in curves.items() if any(value for _, value in p)}
+        if not curves:
+            return
+        charts = [plots.curve({n: p}, x_label="step", y_label=n, size=(440, 280)) for n, p in curves.items()]
+        rows = [grids.beside(*charts[i : i + 3]) for i in range(0, len(charts), 3)]
+        partial = self._picture.with_name(".curves.png.partial")
+        with partial.open("wb") as file:
+            grids.below(*rows).save(file, "PNG")
+        partial.replace(self._picture)
+        self._copy()
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Logs a picture, uint8 [H, W, 3]."""
+        if self._active:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what happens inside out of the speed."""
+        began = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - began
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last `write` (compilation) out of the next speed."""
+        self._last_time, self._wait = time.perf_counter(), 0.0
+
+    def close(self) -> None:
+        if self._active:
+            self._tensorboard.close()
+            self._copy()
+
+
+def _records(path: epath.Path) -> list[dict]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+            break
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,118 @@
+"""How good the model is while it trains: measures on held-out examples, and pictures. Both of the averaged parameters."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from titok_jax.data.loader import Loader, make_eval_loader
+from titok_jax.data.sources import make_source
+from titok_jax.data.transforms import make_eval_transform
+from titok_jax.pictures import grids
+from titok_jax.runtime import sharding
+from titok_jax.training.build import check_batch
+from titok_jax.training.log import MetricLog
+from titok_jax.training.tasks import Task
+
+
+def held_out_source(config: ConfigDict) -> Any:
+    """The examples that training does not see, `config.data.eval_source`; None if nothing but its kind is set."""
+    spec = config.data.get("eval_source")
+    given = spec and any(spec[option] for option in spec if option != "name")
+    return make_source(spec, "--config.data.eval_source") if given else None
+
+
+class Evaluation:
+    """Means over examples that training does not see, by the averaged parameters. False where there is nothing to do."""
+
+    def __init__(self, config: ConfigDict, task: Task, mesh: Mesh):
+        self._source = held_out_source(config) if config.eval_every and task.evaluate else None
+        if self._source is None:
+            return
+        self._mesh, self._num_threads = mesh, config.data.num_threads
+        self._crop = make_eval_transform(config.data.eval_transform) if config.data.get("eval_transform") else None
+        self._key = jax.random.fold_in(jax.random.key(config.seed), 3)
+        # As many rows at a time as a part of a training batch has, so that what trains also fits here.
+        self._batch_size = config.data.batch_size // config.gradient_accumulation
+        self._num_batches = -(-config.eval_images // self._batch_size)
+        with self._loader() as loader:
+            check_batch(next(loader), config, task)
+
+        def sums(state, frozen, batch, key):
+            values = task.evaluate(state, frozen, batch, key)
+            return {name: jnp.sum(jnp.where(batch["valid"], v, 0.0)) for name, v in values.items()}, batch["valid"].sum()
+
+        self._sums = sharding.jit_on(mesh, sums, out_shardings=sharding.replicated(mesh))
+
+    def __bool__(self) -> bool:
+        return self._source is not None
+
+    def _loader(self) -> Loader:
+        return make_eval_loader(
+            self._source,
+            global_batch_size=self._batch_size,
+            transform=self._crop,
+            num_threads=self._num_threads,
+            **sharding.batch_part(self._mesh),
+        )
+
+    def measure(self, state: Any, frozen: Any) -> dict[str, float]:
+        """{metric: mean} over `eval_images` examples, rounded up to whole batches; the same ones, with the same draws, each
+        time."""
+        total, count = {}, 0
+        with self._loader() as loader:
+            for i, batch in enumerate(itertools.islice(loader, self._num_batches)):
+                arrays = sharding.put_batch(self._mesh, batch)
+                sums, rows = jax.device_get(self._sums(state, frozen, arrays, jax.random.fold_in(self._key, i)))
+                total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
+                count += int(rows)
+        return {name: value / count for name, value in total.items()}
+
+
+class Previews:
+    """Pictures of how good the model is, from the averaged parameters: files in workdir/previews, and TensorBoard."""
+
+    def __init__(self, config: ConfigDict, task: Task, mesh: Mesh, workdir: epath.Path):
+        self._folder = workdir / "previews"
+        self._columns = config.preview_columns
+        self._key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        self._fn = None
+        if task.preview is None:
+            return
+        self._fn = sharding.jit_on(mesh, task.preview, out_shardings=sharding.replicated(mesh))
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = np.lcm(rows, self._columns)
+        size = int(-(-config.preview_images // rows) * rows)
+        crop = make_eval_transform(config.data.eval_transform) if config.data.get("eval_transform") else None
+        source = held_out_source(config) or make_source(config.data.source)
+        part = sharding.batch_part(mesh)
+        with make_eval_loader(source, global_batch_size=size, transform=crop, num_threads=0, **part) as loader:
+            self._batch = sharding.put_batch(mesh, next(loader))
+
+    def draw(self, state: Any, frozen: Any, step: int, log: MetricLog) -> None:
+        """Draws and writes the pictures of a state."""
+        if self._fn is None:
+            return
+        images = jax.device_get(self._fn(state, frozen, self._batch, self._key))
+        if jax.process_index():
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # One row of each kind, then the next: a reconstruction stands below its original.
+        count = len(next(iter(images.values())))
+        chunks = [
+            (name, kind[i : i + self._columns]) for i in range(0, count, self._columns) for name, kind in images.items()
+        ]
+        picture = grids.grid(
+            np.concatenate([chunk for _, chunk in chunks]),
+            columns=self._columns,
+            row_labels=[name for name, _ in chunks],
+            title=f"step {step}",
+        )
+        with (self._folder / f"{step:07d}.png").open("wb") as file:
+            picture.save(file, "PNG")
+        log.picture(step, "preview", np.asarray(picture))

@@ -1,0 +1,133 @@
+"""The discriminator of a task that trains on pixels: what the images' model gets from it, and its own update.
+
+Both act from update `start` on. Its loss is on the images and on reconstructions made before the model's update, with LeCam
+(Tseng et al. 2021) and, if weighted, the R1 penalty (Mescheder et al. 2018).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from titok_jax.models.discriminator import DiscriminatorConfig
+from titok_jax.training import losses
+from titok_jax.training.tasks import Metrics, Network, State, cond, make_network, map_parts
+
+_METRICS = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss", "disc_grad_norm", "disc_lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversary:
+    """A discriminator in training, under the name "discriminator" in the state, which also holds "lecam".
+
+    Attributes:
+      start: first update of the adversarial terms.
+      kind: of the loss, "hinge" or "non_saturating".
+      factor: of the adversarial terms from the start on.
+      gradient_penalty: weight of R1. The penalty is on the gradient of the mean over an image's grid of logits.
+      parts: that a batch is cut into to save memory; the update is that of the whole batch.
+    """
+
+    network: Network
+    start: int
+    kind: str = "hinge"
+    factor: float = 1.0
+    lecam_weight: float = 0.001
+    lecam_decay: float = 0.999
+    gradient_penalty: float = 0.0
+    parts: int = 1
+
+    def judge(self, state: State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(factor, logits) of images [b, H, W, 3], the parameters held constant; both are 0 before the start."""
+        factor = losses.discriminator_factor(state["step"], self.start, self.factor)
+        critic = self.network.module(jax.lax.stop_gradient(state["params"]["discriminator"]))
+        grid = jax.eval_shape(critic, images)
+        return factor, cond(factor > 0, lambda: critic(images), lambda: jnp.zeros(grid.shape, grid.dtype))
+
+    def update(self, state: State, images: jax.Array, reconstructions: jax.Array):
+        """-> (parameters, optimizer state, LeCam averages, metrics) after a step; metrics are NaN before the start."""
+        params, opt, lecam = state["params"]["discriminator"], state["opt"]["discriminator"], state["lecam"]
+        names = (*_METRICS, "r1_penalty") if self.gradient_penalty else _METRICS
+
+        def train():
+            grads, (metrics, averages) = jax.grad(self._loss, has_aux=True)(params, state, images, reconstructions)
+            new_params, new_opt, metrics["disc_grad_norm"] = self.network.apply(params, opt, grads)
+            metrics["disc_lr"] = self.network.schedule(state["step"] - self.start)
+            return new_params, new_opt, averages, {name: metrics[name] for name in names}
+
+        def wait():
+            return params, opt, lecam, {name: jnp.float32(jnp.nan) for name in names}
+
+        return cond(state["step"] >= self.start, train, wait)
+
+    def _loss(self, params, state: State, images, reconstructions) -> tuple[jax.Array, tuple[Metrics, losses.LeCamEma]]:
+        # LeCam is not linear in the mean logits, so that gradients of parts would not add up to that of the whole: the
+        # logits of all parts enter one loss.
+        critic = self.network.module(params)
+        reconstructions = jax.lax.stop_gradient(reconstructions)
+        square_norms = None
+        if self.gradient_penalty:
+            real, square_norms = map_parts(lambda part: _logits_and_slope(critic, part), images, self.parts)
+        else:
+            real = map_parts(critic, images, self.parts)
+        total, metrics, lecam = losses.discriminator_loss(
+            real,
+            map_parts(critic, reconstructions, self.parts),
+            state["lecam"],
+            factor=self.factor,
+            lecam_weight=self.lecam_weight,
+            lecam_decay=self.lecam_decay,
+            kind=self.kind,
+        )
+        if square_norms is not None:
+            metrics["r1_penalty"] = self.gradient_penalty * losses.r1_penalty(square_norms)
+            total += metrics["r1_penalty"]
+            metrics["discriminator_loss"] = total
+        return total, (metrics, lecam)
+
+
+def make_adversary(
+    config: DiscriminatorConfig | None,
+    optimizer: Mapping[str, Any] | None,
+    num_steps: int,
+    *,
+    compute_dtype: str,
+    start: int,
+    **options: Any,
+) -> Adversary:
+    """A discriminator whose schedule spans what is left of `num_steps` after its start; options as in `Adversary`.
+
+    Raises:
+      ValueError: no configuration of the discriminator or its optimizer.
+    """
+    if config is None or optimizer is None:
+        raise ValueError("loss.discriminator_weight is set, but no discriminator")
+    return Adversary(make_network(config, optimizer, num_steps - start, compute_dtype=compute_dtype), start, **options)
+
+
+def init_state(networks: Mapping[str, Network], key: jax.Array, start: Mapping[str, Any] | None) -> State:
+    """The first state of networks by name: the model, which is averaged, and its "discriminator" if there is one.
+
+    Args:
+      start: {network: parameters} in the place of new ones.
+    """
+    state: State = {"step": jnp.zeros((), jnp.int32), "params": {}, "opt": {}}
+    for (name, network), network_key in zip(networks.items(), jax.random.split(key, len(networks)), strict=True):
+        state["params"][name], state["opt"][name] = network.init(network_key, (start or {}).get(name))
+    state["ema"] = {name: params for name, params in state["params"].items() if name != "discriminator"}
+    if "discriminator" in networks:
+        state["lecam"] = losses.init_lecam()
+    return state
+
+
+def _logits_and_slope(critic, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """images [b, H, W, 3] -> logits, and [b] the squared length of the gradient of an image's mean logit."""
+
+    def mean_logits(images):
+        logits = critic(images)
+        return jnp.sum(logits.mean((1, 2, 3))), logits  # no image depends on another
+
+    slope, logits = jax.grad(mean_logits, has_aux=True)(images)
+    return logits, jnp.sum(jnp.square(slope), axis=(1, 2, 3))

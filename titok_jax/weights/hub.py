@@ -1,0 +1,61 @@
+"""Files of the Hugging Face hub: downloaded into its cache, and checked there."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from titok_jax.runtime.paths import HUB_PREFIX
+from titok_jax.weights.convert import WeightsError
+
+
+class DownloadError(OSError):
+    """Something that the hub did not give; the message says what to do."""
+
+
+def download_file(repository: str, file: str, *, revision: str | None, token: str | None) -> Path:
+    """The path of a hub file in the cache, downloaded if it is not there."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    what = f"{HUB_PREFIX}{repository}/{file}"
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, token=token))
+    except errors.RevisionNotFoundError:
+        message = f"there is no revision {revision!r} of it; give a branch, a tag or a commit of that repository"
+    except errors.RemoteEntryNotFoundError:
+        message = "the repository does not hold this file; is it a model of another kind?"
+    except errors.RepositoryNotFoundError as error:
+        status = error.response.status_code
+        message = (
+            f"the hub denies it (status {status}): the repository does not exist, or your token does not give access; check "
+            "the name, and log in with `hf auth login` or set HF_TOKEN"
+        )
+    except errors.LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            message = f"it is not in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set; unset it to download"
+        else:
+            reason = error.__cause__ or error
+            message = f"{constants.ENDPOINT} does not give it ({_first_line(reason)}) and it is not in the cache"
+    except Exception as error:  # of the libraries below: HTTP statuses, broken connections, full disks, bad repository names
+        message = _first_line(error)
+    raise DownloadError(f"cannot download {what}: {message}")
+
+
+def check_download(path: Path) -> None:
+    """Raises WeightsError if a file in the hub's cache is not what the hub sent: its name there is its checksum, SHA-256 or,
+    of a small file, git's. Any other file passes."""
+    blob = Path(os.path.realpath(path))
+    if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return
+    with open(blob, "rb") as file:
+        if len(blob.name) == 64:
+            checksum = hashlib.file_digest(file, "sha256")
+        else:
+            checksum = hashlib.sha1(b"blob %d\0" % blob.stat().st_size + file.read())
+    if checksum.hexdigest() != blob.name:
+        raise WeightsError(f"{path} is damaged: it is not what the hub sent; remove {blob} to download it again")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,86 @@
+"""The known models, by which a file of weights without a configuration is recognised."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from titok_jax import models
+from titok_jax.models import DiscriminatorConfig, GeneratorConfig, InceptionConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.weights import convert, published_models
+from titok_jax.weights.config_files import CONFIG_FILE, TRAINER_FILE, WEIGHTS_FILE
+from titok_jax.weights.convert import WeightsError
+
+KINDS = {
+    TiTokConfig: "tokenizer",
+    GeneratorConfig: "generator",
+    MaskgitVQGANConfig: "vqgan",
+    DiscriminatorConfig: "discriminator",
+    InceptionConfig: "inception",
+}
+
+
+def buffers(config: models.Config) -> dict[str, np.ndarray]:
+    """{published name: constant} of what a published file may hold beside the parameters."""
+    if isinstance(config, DiscriminatorConfig):
+        return convert.discriminator_buffers(config.num_stages)
+    if isinstance(config, GeneratorConfig) and config.model_type == "ViT":
+        # Only transformers 4.30 and older saved it; the others do not load it.
+        return {"model.embeddings.position_ids": np.arange(config.num_tokens + 1)[None]}
+    return {}
+
+
+@functools.lru_cache(maxsize=64)
+def published_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
+    """{published name: shape} of a model's parameters."""
+    return convert.published_shapes(convert.table_for(config), abstract_params(config))
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_params(config: models.Config) -> convert.Params:
+    """A model's parameters as ShapeDtypeStructs."""
+    return models.abstract(config)[1]
+
+
+def known_configs(kind: type | None = None) -> dict[tuple[str, str], models.Config]:
+    """{(kind, name): configuration} of the published models, the tokenizers in the middle of their training among them."""
+    configs: dict[tuple[str, str], models.Config] = {}
+    for model in published_models.MODELS:
+        if model.architecture is None:
+            continue
+        cls = next(cls for cls, name in KINDS.items() if name == model.kind)
+        config = cls.from_published(model.published_config)
+        configs[model.kind, model.name] = config
+        if cls is TiTokConfig and config.is_legacy:
+            configs[model.kind, f"{model.name}, stage 1"] = dataclasses.replace(config, finetune_decoder=False)
+    configs["discriminator", "discriminator"] = DiscriminatorConfig()
+    configs["inception", "inception-2015-12-05"] = InceptionConfig()
+    return {key: config for key, config in configs.items() if kind is None or key[0] == KINDS[kind]}
+
+
+def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> models.Config:
+    """The known model that has exactly these tensors, by names and shapes.
+
+    Raises:
+      WeightsError: there is none; the message says how far off each is, or which model of another kind it is.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    differences = {}
+    for (kind_name, name), config in known_configs().items():
+        expected, optional = published_shapes(config), buffers(config)
+        given = {n: shape for n, shape in found.items() if n not in optional}
+        if given == expected:
+            if kind is not None and not isinstance(config, kind):
+                raise WeightsError(f"{source} is the {kind_name} {name}, expected a {KINDS[kind]}")
+            return config
+        differing = [n for n in given.keys() | expected.keys() if given.get(n) != expected.get(n)]
+        differences[f"{kind_name} {name}"] = len(differing), min(differing)
+    closest = sorted(differences.items(), key=lambda item: item[1])[:5]
+    raise WeightsError(
+        f"{source}: there is no configuration beside it, and its {len(found)} tensors are those of no known model. Put one "
+        f"beside it: named {CONFIG_FILE} for a {WEIGHTS_FILE} or {TRAINER_FILE}, else like the file with the ending .json. "
+        "The closest known models are:"
+        + "".join(f"\n  {name}: {count} tensors differ, the first is {first}" for name, (count, first) in closest)
+    )

@@ -1,0 +1,55 @@
+"""A tensor in a file, and the number types that files hold."""
+
+from collections.abc import Callable
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from titok_jax.weights.convert import WeightsError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Tensor:
+    """A tensor in a file, read when it becomes an array.
+
+    Args:
+      verify: takes the array's bytes, raises WeightsError if they are not what was written.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        verify: Callable[[np.ndarray], None] | None = None,
+    ):
+        self._file, self._offset, self._verify = file, offset, verify
+        self.shape, self.dtype = shape, dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = np.empty(self.shape, self.dtype)
+        raw = array.reshape(-1).view(np.uint8)
+        if array.nbytes:
+            self._file.seek(self._offset)
+            if self._file.readinto(raw) != array.nbytes:
+                raise WeightsError(f"{self._file.name} became shorter while it was read")
+        if self._verify is not None:
+            self._verify(raw)
+        return array if dtype is None else array.astype(dtype)
