@@ -167,7 +167,7 @@ def gathered_by_decoder():
     return [dims for _, dims in hlo.program_cost(program).arrays if dims[:1] == (32,) and math.prod(dims) > 2**14]
 
 found = {"data": look(data=8), "fsdp": look(data=1, fsdp=8), "decoder": gathered_by_decoder()}
-sharding.keep_batch = lambda x: x
+sharding.constrain_batch = lambda x: x
 print(json.dumps(found | {"free": look(data=1, fsdp=8), "free_decoder": gathered_by_decoder()}))
 """
 

@@ -57,7 +57,7 @@ import sys
 import test_train
 from titok_jax.runtime import processes, sharding
 from titok_jax.training import loop
-processes.start_processes()
+processes.initialize_distributed()
 sharding.SMALLEST_SHARDED = 64
 workdir = sys.argv[1]
 config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoints=9)
@@ -220,7 +220,7 @@ ONE_CANNOT_READ = """
 import pathlib, sys
 from titok_jax.runtime import processes
 from titok_jax.runtime import sharding
-processes.start_processes()
+processes.initialize_distributed()
 sharding.SMALLEST_SHARDED = 64
 import jax
 import jax.numpy as jnp
@@ -267,7 +267,7 @@ import sys
 from titok_jax.training import lock
 from titok_jax.runtime import processes
 from titok_jax.runtime import sharding
-processes.start_processes()
+processes.initialize_distributed()
 import jax
 from etils import epath
 lock.is_remote, lock.BEAT = lambda path: True, 20
@@ -295,7 +295,7 @@ import os, sys
 from titok_jax.runtime import processes
 from titok_jax.runtime import sharding
 processes.HEARTBEAT_SECONDS = 3
-processes.start_processes()
+processes.initialize_distributed()
 import jax
 from jax.experimental import multihost_utils
 multihost_utils.sync_global_devices("started")
@@ -316,7 +316,7 @@ def test_a_process_does_not_wait_for_a_dead_one(which):
 
 
 def test_a_process_does_not_wait_for_ever_to_start():
-    program = "from titok_jax.runtime import processes; processes.START_SECONDS = 2; processes.start_processes()"
+    program = "from titok_jax.runtime import processes; processes.START_SECONDS = 2; processes.initialize_distributed()"
     first, second = start(program, processes=2)
     second.kill()
     second.communicate()
@@ -327,14 +327,14 @@ def test_a_process_does_not_wait_for_ever_to_start():
 
 
 def test_what_the_environment_says_is_checked(monkeypatch):
-    processes.start_processes()  # nothing is said, so nothing is done
+    processes.initialize_distributed()  # nothing is said, so nothing is done
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
     with pytest.raises(ValueError, match="found JAX_COORDINATOR_ADDRESS=host:1234, JAX_NUM_PROCESSES=, JAX_PROCESS_ID="):
-        processes.start_processes()
+        processes.initialize_distributed()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID is 2, expected 0 to 1"):
-        processes.start_processes()
+        processes.initialize_distributed()
 
 
 @pytest.mark.parametrize(
@@ -356,9 +356,9 @@ def test_the_hosts_of_a_pod_are_joined_and_a_single_one_is_not(monkeypatch, caps
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
     # The tests have no TPU, so that JAX falls back to the CPU, which nobody has asked for.
     with pytest.raises(ValueError, match=r"this machine has TPU chips, but JAX found the CPU only.*JAX_PLATFORMS=cpu"):
-        processes.start_processes()
+        processes.initialize_distributed()
     assert len(joined) == (hosts > 1)
     assert (f"a host of {hosts} with TPU chips: waiting" in capsys.readouterr().out) == (hosts > 1)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    processes.start_processes()
+    processes.initialize_distributed()
     assert len(joined) == (hosts > 1)

@@ -59,9 +59,9 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 # Of each class 4: among them a PNG that is called JPEG, and one in CMYK, as in ImageNet.
-FORMS = {7: ("PNG", "RGB"), 13: ("JPEG", "CMYK"), 14: ("JPEG", "L")}
+FORMATS = {7: ("PNG", "RGB"), 13: ("JPEG", "CMYK"), 14: ("JPEG", "L")}
 IMAGES = {
-    f"{wnid}/{wnid}_{number}.JPEG": (picture(4 * label + number, *FORMS.get(4 * label + number, ())), label)
+    f"{wnid}/{wnid}_{number}.JPEG": (picture(4 * label + number, *FORMATS.get(4 * label + number, ())), label)
     for label, wnid in enumerate(WNIDS)
     for number in range(4)
 }

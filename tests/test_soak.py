@@ -35,7 +35,7 @@ from titok_jax.runtime import processes
 from titok_jax.training import loop
 from titok_jax import train
 processes.HEARTBEAT_SECONDS, processes.START_SECONDS = 5, 300
-processes.start_processes()
+processes.initialize_distributed()
 import jax
 import numpy as np
 state = loop.train(test_soak.gan(), sys.argv[1])

@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from titok_jax.evaluation.sweep import run_sweep, settings_grid
     from titok_jax.runtime import processes
 
-    processes.start_processes()
+    processes.initialize_distributed()
     predicts_codes = False
     if samples is not None:
         image_size, grid = samples.size, []

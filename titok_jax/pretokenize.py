@@ -3,7 +3,7 @@
 The output is a folder of shards `tokens-00003-of-00016.array_record` (or `.jsonl`, the published form) and
 `pretokenize.json`, which says how they were made. A shard appears when it is complete, so the same command, started again
 after any kill, makes the missing ones; no record is lost or doubled. Several processes
-(sharding.py: start_processes) share the shards.
+(sharding.py: initialize_distributed) share the shards.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from titok_jax.runtime.sharding import local_mesh, whole_batch
     from titok_jax.weights.pretrained import weights_sha256
 
-    processes.start_processes()
+    processes.initialize_distributed()
     config = load_tokenizer_config(args.model, revision=args.revision)
     if config.quantize_mode != "vq":
         raise ValueError(f"{args.model} is a VAE, which has no token ids; a generator needs a vq tokenizer")

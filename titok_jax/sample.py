@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from titok_jax.runtime.sharding import local_mesh, whole_batch
     from titok_jax.weights.pretrained import weights_sha256
 
-    processes.start_processes()
+    processes.initialize_distributed()
     batch_size = whole_batch(args.batch_size, args.num)
     shards = Shards(
         f"{out}.shards",

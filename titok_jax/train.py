@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, changes = _parser().parse_known_args(argv)
     config = read_config(args.config, changes)
     quiet_checkpointing()
-    processes.start_processes()
+    processes.initialize_distributed()
     train(config, args.workdir)
 
 

@@ -48,7 +48,7 @@ _EPILOG = """examples:
       a file of a perceptual network (convnext_small-0c510722, vgg16-397923af, lpips_vgg), for training with
       --config.perceptual_weights=WEIGHTS; of VGG16 only what LPIPS uses, 59 MB of 528
 
-The form of the input is told from its content, that of the output from its name: .safetensors; .bin, .pt or .pth (PyTorch);
+The format of the input is told from its content, that of the output from its name: .safetensors; .bin, .pt or .pth (PyTorch);
 .msgpack (Flax); no ending, or a slash: a folder. A file of a model that is not one of the published gets its configuration
 beside it, with the ending .json. A generator's folder is converted without the tokenizer in it; that is FOLDER/tokenizer.
 """
@@ -122,18 +122,18 @@ def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, form: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:
-    """Writes {published name: tensor} in a form, not a folder."""
+def write(path: Path, format: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:
+    """Writes {published name: tensor} in a format, not a folder."""
     bare = config is None or isinstance(config, models.DiscriminatorConfig)  # has no configuration file
     if isinstance(config, models.DiscriminatorConfig):
         tensors = {**tensors, **known_models.buffers(config)}  # a published state dict has them
     if isinstance(config, models.InceptionConfig):
         safetensors_file.write_safetensors(path, tensors, features.CONVERTED_FROM_PUBLISHED)
-    elif form == "safetensors" and bare:
+    elif format == "safetensors" and bare:
         safetensors_file.write_safetensors(path, tensors)
-    elif form == "safetensors":
+    elif format == "safetensors":
         pretrained.write_weights(path, tensors, config)
-    elif form == "torch":
+    elif format == "torch":
         torch_file.write_torch(path, tensors)
     else:
         flax_file.write_flax(path, convert.published_to_jax_vqgan(tensors, config=config))
@@ -168,12 +168,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     output = as_path(args.output)
-    form = "folder" if args.output.endswith("/") else _ENDINGS.get(output.suffix)
-    if form is None:
+    format = "folder" if args.output.endswith("/") else _ENDINGS.get(output.suffix)
+    if format is None:
         raise ValueError(
             f"{output}: unknown ending {output.suffix}; expected one of {', '.join(filter(None, _ENDINGS))}, or /"
         )
-    if form == "torch" and not args.dry_run:
+    if format == "torch" and not args.dry_run:
         torch_file.import_torch(output, "write")
     kind = None if args.kind is None else _KINDS[args.kind]
     if (
@@ -187,16 +187,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     pretrained.check_config(files)
     with open_input(files, kind) as (config, found):
         known = config is None or config in known_models.known_configs().values()
-        if form == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
+        if format == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
             raise ValueError(f"{output}: only the MaskGIT-VQGAN has a Flax form")
         if isinstance(config, models.InceptionConfig):
-            if form != "safetensors" or args.dtype not in (None, "float32"):
+            if format != "safetensors" or args.dtype not in (None, "float32"):
                 raise ValueError(f"{output}: the InceptionV3 of FID is written as .safetensors in float32 only")
             features.verify_inception(files.weights)
-        if form == "folder" and (config is None or isinstance(config, models.DiscriminatorConfig)):
+        if format == "folder" and (config is None or isinstance(config, models.DiscriminatorConfig)):
             which = "a perceptual network" if config is None else "a discriminator"
             raise ValueError(f"{output}: {which} has no configuration, so no folder; name a file")
-        beside = None if form == "folder" or known else output.with_suffix(".json")
+        beside = None if format == "folder" or known else output.with_suffix(".json")
         dtypes = {name: tensor.dtype if args.dtype is None else _DTYPES[args.dtype] for name, tensor in found.items()}
         if args.dry_run:
             print(table(found, dtypes))
@@ -204,19 +204,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             for path in filter(None, (output, beside)):
                 if path.exists() or os.path.islink(path):
                     raise FileExistsError(f"{path} exists and nothing was overwritten; choose another output or remove it")
-            check_output(output, False, folder_of="" if form == "folder" else None)
+            check_output(output, False, folder_of="" if format == "folder" else None)
         tensors = {name: Cast(name, tensor, dtypes[name]) for name, tensor in found.items()}
         with contextlib.ExitStack() as stack:
             if args.dry_run:
                 pass
-            elif form == "folder":
+            elif format == "folder":
                 folder = stack.enter_context(new_folder(output, last=pretrained.CONFIG_FILE))
                 write(folder / pretrained.WEIGHTS_FILE, "safetensors", tensors, config)
                 compare(folder / pretrained.WEIGHTS_FILE, tensors, config)
                 config_files.write_config(folder / pretrained.CONFIG_FILE, config)
             else:
                 partial = stack.enter_context(new_file(output))
-                write(partial, form, tensors, config)
+                write(partial, format, tensors, config)
                 compare(partial, tensors, config)
                 if beside is not None:
                     config_files.write_config(stack.enter_context(new_file(beside)), config)

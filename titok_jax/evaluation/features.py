@@ -213,7 +213,7 @@ def load_lpips(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Callab
 
     def distance(params, images, reconstructions):
         with jax.default_matmul_precision("highest"):
-            return perceptual.distance(params, *map(sharding.keep_batch, (images, reconstructions)))
+            return perceptual.distance(params, *map(sharding.constrain_batch, (images, reconstructions)))
 
     distance = sharding.jit_on(mesh, distance)
     return lambda images, reconstructions: np.asarray(distance(params, images, reconstructions), np.float64)

@@ -40,7 +40,7 @@ class Generator:
             keys = jax.vmap(partial(jax.random.fold_in, key))(first_index + jnp.arange(labels.shape[0]))
             return decoding.parallel_decode(
                 partial(logits, params),
-                sharding.keep_batch(labels),
+                sharding.constrain_batch(labels),
                 num_tokens=config.num_tokens,
                 codebook_size=config.codebook_size,
                 num_classes=config.num_classes,

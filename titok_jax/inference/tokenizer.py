@@ -31,14 +31,14 @@ class Tokenizer:
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
 
         def encode(params, images, key):
-            model, images = nnx.merge(graphdef, params), float_images(sharding.keep_batch(images))
+            model, images = nnx.merge(graphdef, params), float_images(sharding.constrain_batch(images))
             if config.quantize_mode == "vq":
                 return model.quantized(images).tokens
             posterior = model.posterior(images)
             return posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
 
         def decode(params, tokens):
-            model, tokens = nnx.merge(graphdef, params), sharding.keep_batch(tokens)
+            model, tokens = nnx.merge(graphdef, params), sharding.constrain_batch(tokens)
             images = model.decode_tokens(tokens) if config.quantize_mode == "vq" else model.decode(tokens)
             return jnp.clip(images, 0.0, 1.0)
 

@@ -32,10 +32,10 @@ class VQGAN:
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
 
         def encode(params, images):
-            return nnx.merge(graphdef, params).get_codes(float_images(sharding.keep_batch(images)))
+            return nnx.merge(graphdef, params).get_codes(float_images(sharding.constrain_batch(images)))
 
         def decode(params, codes):
-            return nnx.merge(graphdef, params).decode_codes(sharding.keep_batch(codes))
+            return nnx.merge(graphdef, params).decode_codes(sharding.constrain_batch(codes))
 
         self._encode, self._decode = sharding.jit_on(mesh, encode), sharding.jit_on(mesh, decode)
 

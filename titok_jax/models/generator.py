@@ -16,7 +16,7 @@ from flax import nnx
 
 from titok_jax.models import published
 from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, run_stack, trunc_normal
-from titok_jax.runtime.sharding import keep_batch
+from titok_jax.runtime.sharding import constrain_batch
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 
@@ -202,7 +202,7 @@ class ViTGenerator(nnx.Module):
         x = self.embeddings(with_class(ids, labels, self.config))
         x = dropout(x, self.config.dropout, keys[0])
         x, _ = run_stack(self.layers, x, key=keys[1], remat=self.remat)
-        return keep_batch(self.lm_head(x[:, 1:]), "tensor").astype(jnp.float32)
+        return constrain_batch(self.lm_head(x[:, 1:]), "tensor").astype(jnp.float32)
 
 
 class UViTGenerator(nnx.Module):
@@ -243,7 +243,7 @@ class UViTGenerator(nnx.Module):
         x, skips = run_stack(self.in_blocks, x, remat=self.remat)
         x = self.mid_block(x)
         x, _ = run_stack(self.out_blocks, x, skips=jnp.flip(skips, 0), remat=self.remat)
-        return keep_batch(self.lm_head(self.norm(x[:, 1:])), "tensor").astype(jnp.float32)
+        return constrain_batch(self.lm_head(self.norm(x[:, 1:])), "tensor").astype(jnp.float32)
 
 
 def with_class(ids: jax.Array, labels: jax.Array, config: GeneratorConfig) -> jax.Array:

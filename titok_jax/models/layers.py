@@ -214,7 +214,7 @@ def run_stack(
 
     def body(x, layer):
         params, key, skip = layer
-        x = sharding.keep_batch(nnx.merge(graphdef, params)(sharding.keep_batch(x), skip, key=key))
+        x = sharding.constrain_batch(nnx.merge(graphdef, params)(sharding.constrain_batch(x), skip, key=key))
         return x, x
 
     if remat:
@@ -259,6 +259,6 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         form = group_norm_affine if target_platform() == "cpu" else group_norm_two_pass
         # Every convolution of the networks that have this is before or after one.
-        x = sharding.keep_batch(x)
+        x = sharding.constrain_batch(x)
         x = form(x, self.scale[...], self.bias[...], groups=self.groups, epsilon=self.epsilon)
-        return sharding.keep_batch(x)
+        return sharding.constrain_batch(x)

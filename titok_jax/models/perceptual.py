@@ -159,8 +159,8 @@ class ConvNeXt(nnx.Module):
         """images [B, H, W, 3] in [0, 1], of any size -> logits [B, 1000] float32."""
         x = resize(images.astype(jnp.float32), CONVNEXT_SIZE)
         x = (x - np.asarray(IMAGENET_MEAN, np.float32)) / np.asarray(IMAGENET_STD, np.float32)
-        x = sharding.keep_batch(self.norm(self.features(x)[-1].mean((1, 2))))
-        return sharding.keep_batch(self.head(x))
+        x = sharding.constrain_batch(self.norm(self.features(x)[-1].mean((1, 2))))
+        return sharding.constrain_batch(self.head(x))
 
 
 def _halve(x: jax.Array) -> jax.Array:
@@ -196,7 +196,7 @@ class LPIPS(nnx.Module):
         for level, numbers in enumerate(VGG_LEVELS):
             x = _halve(x) if level else x
             for number in numbers:
-                x = sharding.keep_batch(jax.nn.relu(self.net[f"slice{level + 1}"][str(number)](x)))
+                x = sharding.constrain_batch(jax.nn.relu(self.net[f"slice{level + 1}"][str(number)](x)))
             outputs.append(x)
         return outputs
 

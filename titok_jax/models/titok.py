@@ -18,7 +18,7 @@ from titok_jax.models.layers import LayerNorm, PreNormBlock, make_stack, normal_
 from titok_jax.models.maskgit_vqgan import Decoder as PixelDecoder
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.quantizer import DiagonalGaussian, QuantizerOutput, VectorQuantizer
-from titok_jax.runtime.sharding import keep_batch
+from titok_jax.runtime.sharding import constrain_batch
 
 PROXY_CODES = 1024  # codebook of the MaskGIT-VQGAN that legacy decoders predict
 
@@ -307,8 +307,8 @@ class Decoder(nnx.Module):
     def ffn(self, x: jax.Array) -> jax.Array:
         """Grid [B, h, w, D] -> logits [B, h, w, 1024] (legacy) or pixels [B, H, W, 3] before the last convolution."""
         if self.config.is_legacy:
-            return keep_batch(self.ffn_2(keep_batch(jnp.tanh(self.ffn_0(x)))))
-        return unpatchify(keep_batch(self.ffn_0(x)), self.config.patch_size)
+            return constrain_batch(self.ffn_2(constrain_batch(jnp.tanh(self.ffn_0(x)))))
+        return unpatchify(constrain_batch(self.ffn_0(x)), self.config.patch_size)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """-> logits [B, h, w, 1024] (legacy) or images [B, H, W, 3], not clamped; float32."""

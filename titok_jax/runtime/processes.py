@@ -17,7 +17,7 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS, START_SECONDS = 60, 300
 
 
-def start_processes() -> None:
+def initialize_distributed() -> None:
     """Joins this process to the others of its run; to be called before anything asks JAX for its devices.
 
     On every host of a TPU pod the same command is started, and JAX finds out the rest. Elsewhere (GPUs, CPUs) each process

@@ -6,7 +6,7 @@
     tensor  attention heads and MLP columns are cut along it (Megatron): for layers too large for one device
 
 All axes are "Auto": XLA's partitioner (GSPMD) derives everything between parameters, batch and results. The models contain
-one annotation, `keep_batch`, around each block of a transformer, each GroupNorm, each convolution of VGG, and on what the
+one annotation, `constrain_batch`, around each block of a transformer, each GroupNorm, each convolution of VGG, and on what the
 heads give; it needs `jax.set_mesh` around a step, or `jit_on`. The same program runs on one device, where all axes are 1.
 
 What devices send each other in a training step (tests/test_sharding.py reads it from the compiled programs):
@@ -110,7 +110,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def keep_batch(x: jax.Array, last: str | None = None) -> jax.Array:
+def constrain_batch(x: jax.Array, last: str | None = None) -> jax.Array:
     """x [B, ..., D], cut along its batch as `batch_sharding` does, along its last axis by the mesh's axis `last` if one is
     named, and whole in its other axes; x where no mesh is set by `jax.set_mesh`.
 
@@ -124,7 +124,7 @@ def keep_batch(x: jax.Array, last: str | None = None) -> jax.Array:
 
 
 def jit_on(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
-    """`jax.jit(function, **options)`; if a mesh is given, traced and run under `jax.set_mesh(mesh)`, so that `keep_batch`
+    """`jax.jit(function, **options)`; if a mesh is given, traced and run under `jax.set_mesh(mesh)`, so that `constrain_batch`
     acts. Then its attribute `__wrapped__` is what has been jitted."""
     jitted = jax.jit(function, **options)
     if mesh is None:

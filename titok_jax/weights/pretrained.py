@@ -207,8 +207,8 @@ def open_model(
     Raises:
       WeightsError: damaged, misfit, or no known model; the message lists every difference or the candidates.
     """
-    with tensor_files.open_weights(path) as (form, tensors):
-        if form == "flax":
+    with tensor_files.open_weights(path) as (format, tensors):
+        if format == "flax":
             config = config or MaskgitVQGANConfig()
             if kind not in (None, MaskgitVQGANConfig) or not isinstance(config, MaskgitVQGANConfig):
                 raise WeightsError(f"{path} is a Flax checkpoint; of these only the MaskGIT-VQGAN's is read")

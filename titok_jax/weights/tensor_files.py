@@ -1,6 +1,6 @@
 """Files of tensors, read and written one tensor at a time: safetensors, PyTorch pickles, Flax msgpack.
 
-Which form a file has is told from its content. Nothing of a file is trusted: headers are checked whole before a tensor is
+Which format a file has is told from its content. Nothing of a file is trusted: headers are checked whole before a tensor is
 read, no code in a pickle runs, and whatever is wrong is a WeightsError that names the file. Where a file has checksums
 (safetensors written here, PyTorch's zip archives), the tensors are compared with them; elsewhere a changed number is a
 number like any other.
@@ -18,11 +18,11 @@ from titok_jax.weights.flax_file import FlaxFile
 from titok_jax.weights.safetensors_file import read_header
 from titok_jax.weights.torch_file import read_torch
 
-FORMS = ("safetensors", "torch", "flax")
+FORMATS = ("safetensors", "torch", "flax")
 
 
 class Weights(NamedTuple):
-    form: str  # one of FORMS
+    format: str  # one of FORMATS
     tensors: dict[str, Any]  # name -> Tensor, or something else with .shape and .dtype that np.asarray reads
 
 
@@ -32,21 +32,21 @@ def open_weights(path: str | os.PathLike) -> Iterator[Weights]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      WeightsError: the file is damaged, of another form, or contains more than tensors.
+      WeightsError: the file is damaged, of another format, or contains more than tensors.
     """
     path = local_copy(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     with open(path, "rb") as file:
-        form = _form(path, file.read(16))
+        format = _detect_format(path, file.read(16))
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if form == "safetensors":
-            yield Weights(form, read_header(path, file, size)[1])
-        elif form == "flax":
-            yield Weights(form, FlaxFile(path, file, size).tensors)
+        if format == "safetensors":
+            yield Weights(format, read_header(path, file, size)[1])
+        elif format == "flax":
+            yield Weights(format, FlaxFile(path, file, size).tensors)
         else:
-            yield Weights(form, read_torch(path))
+            yield Weights(format, read_torch(path))
 
 
 _OTHERS = {
@@ -60,7 +60,7 @@ _OTHERS = {
 }
 
 
-def _form(path: Path, start: bytes) -> str:
+def _detect_format(path: Path, start: bytes) -> str:
     for beginning, what in _OTHERS.items():
         if start.startswith(beginning):
             raise WeightsError(f"{path} holds no weights: it is {what}")
@@ -80,10 +80,10 @@ def _form(path: Path, start: bytes) -> str:
 
 
 def safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The metadata in a safetensors file's header; {} of a file of another form. Errors as of `open_weights`."""
+    """The metadata in a safetensors file's header; {} of a file in another format. Errors as of `open_weights`."""
     path = Path(path)
     with open(path, "rb") as file:
-        if _form(path, file.read(16)) != "safetensors":
+        if _detect_format(path, file.read(16)) != "safetensors":
             return {}
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
