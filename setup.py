@@ -29,6 +29,7 @@ setup(
         "numpy>=2.0,<3",
         "scipy>=1.14",
         "pillow>=11",
+        "matplotlib>=3.9",
         "safetensors>=0.5",
         "huggingface_hub>=1.0,<3",
         "tensorboardX>=2.6.2,<3",

@@ -446,7 +446,7 @@ def test_a_sweep_is_continued_and_drawn(model, networks, loaded_once, tmp_path, 
     assert generated == [(1.5, 2), (1.5, 1)]
     points = read(out)["points"]
     assert [points[i] for i in (0, 2, 3, 5)] == result["points"]
-    picture = np.asarray(Image.open(tmp_path / "sweep.png"))
+    picture = np.asarray(Image.open(tmp_path / "sweep.png").convert("RGB"))
     assert picture.shape[1] > 720  # the table beside the curve
     blue = (np.abs(picture[:, :720].astype(int) - (0, 114, 178)).max(-1) < 40).sum()
     assert blue > 100

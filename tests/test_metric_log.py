@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from etils import epath
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from titok_jax.pictures import plots
@@ -13,19 +14,16 @@ from titok_jax.training.log import MetricLog
 
 
 @pytest.fixture
-def charts(monkeypatch):
-    """What is drawn: y label -> (points, x label, picture) in the order of the charts; emptied by whoever draws again."""
-    drawn, real = {}, plots.curve
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    made, real = [], plots.training_curves
 
-    def curve(lines, *, x_label, y_label, **options):
-        (points,) = lines.values()
-        picture = real(lines, x_label=x_label, y_label=y_label, **options)
-        assert y_label not in drawn
-        drawn[y_label] = (points, x_label, picture)
-        return picture
+    def training_curves(curves):
+        made.append(real(curves))
+        return made[-1]
 
-    monkeypatch.setattr(plots, "curve", curve)
-    return drawn
+    monkeypatch.setattr(plots, "training_curves", training_curves)
+    return made
 
 
 def metrics(step: int) -> dict[str, float]:
@@ -49,7 +47,7 @@ def open_log(folder, first_step: int) -> MetricLog:
 EXPECTED = {"loss", "lr", "disc_lr", "codebook_usage", "disc_loss", "images_per_second", "eval/psnr"}
 
 
-def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, charts):
+def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, figures):
     log = open_log(tmp_path, 0)
     for step in (1, 2, 3, 4):
         log.write(step, metrics(step), shown="loss")
@@ -59,8 +57,9 @@ def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, charts):
     log.write(3, metrics(3) | {"loss": 5.0}, shown="loss")
     log.draw_curves()
     log.close()
-    assert set(charts) == EXPECTED
-    points = {name: points for name, (points, _, _) in charts.items()}
+    (figure,) = figures
+    points = {axes.get_title(loc="left"): list(map(tuple, axes.lines[0].get_xydata())) for axes in figure.axes}
+    assert set(points) == EXPECTED
     assert points["loss"] == [(1, 8.0), (2, 4.0), (3, 5.0)]
     assert points["lr"] == [(1, 1e-4), (2, 1e-4), (3, 1e-4)]
     assert points["disc_lr"] == [(1, 2e-5), (2, 2e-5), (3, 2e-5)]
@@ -68,15 +67,14 @@ def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, charts):
     assert points["disc_loss"] == [(2, 2.5), (3, 3.5)]
     assert points["eval/psnr"] == [(2, 20.0)]
     assert [step for step, _ in points["images_per_second"]] == [1, 2, 3]
-    assert {x_label for _, x_label, _ in charts.values()} == {"step"}
+    assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
     # The file holds these charts, three in a row.
     with Image.open(tmp_path / "curves.png") as picture:
-        pixels = np.asarray(picture)
+        pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape == (3 * 280, 3 * 440, 3)
-    for number, (_, _, chart) in enumerate(charts.values()):
+    for number in range(9):
         top, left = 280 * (number // 3), 440 * (number % 3)
-        np.testing.assert_array_equal(pixels[top : top + 280, left : left + 440], np.asarray(chart))
-    assert (pixels[2 * 280 :, 440:] == 255).all()  # the rest of the last row
+        assert (pixels[top : top + 280, left : left + 440] < 255).any() == (number < len(EXPECTED))
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
@@ -88,8 +86,8 @@ def test_a_line_is_drawn_where_its_values_are(tmp_path):
     log.draw_curves()
     log.close()
     with Image.open(tmp_path / "curves.png") as picture:
-        pixels = np.asarray(picture).astype(int)
-    blue = np.abs(pixels - plots._COLOURS[0]).max(-1) < 40
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    blue = np.abs(pixels - np.array(to_rgb(plots.COLOURS[0])) * 255).max(-1) < 40
     falling, constant = (np.argwhere(blue[:280, left : left + 440]) for left in (0, 440))
     for line in (falling, constant):
         assert np.ptp(line[:, 1]) > 250  # from one side of the chart to the other
@@ -100,7 +98,7 @@ def test_a_line_is_drawn_where_its_values_are(tmp_path):
     assert 100 < constant[:, 0].mean() < 180
 
 
-def test_nothing_is_drawn_of_nothing_and_by_other_processes(tmp_path, charts):
+def test_nothing_is_drawn_of_nothing_and_by_other_processes(tmp_path, figures):
     log = open_log(tmp_path, 0)
     log.draw_curves()
     log.close()
@@ -108,7 +106,7 @@ def test_nothing_is_drawn_of_nothing_and_by_other_processes(tmp_path, charts):
     other.write(1, metrics(1), shown="loss")
     other.draw_curves()
     other.close()
-    assert not charts
+    assert not figures
     assert not (tmp_path / "curves.png").exists()
     assert not (tmp_path / "other").exists()
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-import scipy.ndimage
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 
 from titok_jax.pictures import grids, plots
 
@@ -118,55 +119,32 @@ def test_arguments_that_do_not_fit(options, message):
         grids.grid(coloured(0))
 
 
-def markers(picture, colour):
-    """Centres (x, y) of the discs of a colour, from left to right. Lines and words are thinner and fall away."""
-    near = np.abs(np.asarray(picture).astype(int) - colour).max(-1) < 40
-    labels, count = scipy.ndimage.label(scipy.ndimage.binary_erosion(near, np.ones((5, 5))))
-    centres = scipy.ndimage.center_of_mass(labels > 0, labels, range(1, count + 1))
-    return np.array(sorted((x, y) for y, x in centres))
+def drawn(figure) -> np.ndarray:
+    """The pixels of a figure, [H, W, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
 
 
-def test_curves_pass_through_their_points():
+def test_a_sweep_is_drawn_through_its_points_beside_their_table():
     lines = {"one": [(10, 1.0), (20, 2.0), (40, 9.0)], "two": [(15, 8.0)]}
     names = {"one": ["a", "b", "c"], "two": ["d"]}
-    picture = plots.curve(lines, x_label="IS", y_label="FID", title="a title", names=names)
-    assert picture.size == (720, 540)
-    one, two = (markers(picture, colour) for colour in plots._COLOURS[:2])
-    assert len(one) == 3
-    assert len(two) == 1
-    # One scale for each axis, y upwards.
-    x_scale, y_scale = (one[2] - one[0]) / (30, 8)
-    assert x_scale > 0 > y_scale
-    np.testing.assert_allclose(one[1], one[0] + (10 * x_scale, y_scale), atol=1)
-    np.testing.assert_allclose(two[0], one[0] + (5 * x_scale, 7 * y_scale), atol=1)
-    for x, y in one.astype(int):  # the words
-        assert ink(picture, x + 5, y - 16, x + 16, y - 6)
-    assert markers(plots.curve({"one": lines["one"]}, x_label="", y_label=""), plots._COLOURS[0]).size == 0
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([0, 10], ["0", "2", "4", "6", "8", "10"]),
-        ([2.31, 2.77], ["2.3", "2.4", "2.5", "2.6", "2.7"]),
-        ([-1000, 50000], ["0", "10,000", "20,000", "30,000", "40,000", "50,000"]),
-        ([3], ["2.6", "2.8", "3.0", "3.2", "3.4"]),
-        ([0, 0], ["-1.0", "-0.5", "0.0", "0.5", "1.0"]),
-    ],
-)
-def test_axes_have_round_numbers(values, expected):
-    assert [text for _, text in plots._ticks(np.array(values, float))] == expected
+    table = [["name", "IS", "FID"], ["a", "10", "1.00"], ["d", "15", "8.00"]]
+    figure = plots.sweep(lines, names, x_label="IS", y_label="FID", title="a title", table=table)
+    pixels = drawn(figure)
+    chart, words = figure.axes
+    for colour, points in zip(plots.COLOURS, lines.values(), strict=False):
+        near = np.abs(pixels - np.array(to_rgb(colour)) * 255).max(-1) < 40
+        for x, y in chart.transData.transform(points).round().astype(int):
+            assert near[len(pixels) - 1 - y, x], f"no marker at {x}, {y}"
+    assert {text.get_text() for text in chart.texts} == set("abcd")
+    assert [text.get_text() for text in chart.get_legend().get_texts()] == ["one", "two"]
+    assert (chart.get_xlabel(), chart.get_ylabel(), chart.get_title(loc="left")) == ("IS", "FID", "a title")
+    (cells,) = words.tables
+    assert [[cells[row, column].get_text().get_text() for column in range(3)] for row in range(3)] == table
 
 
 def test_curves_need_points():
-    for lines in ({}, {"one": []}, {"one": [(0, np.nan)]}):
+    for points in ([], [(0, np.nan)], [(0, 1.0), (1, np.inf)]):
         with pytest.raises(ValueError, match="expected at least one, and all finite"):
-            plots.curve(lines, x_label="", y_label="")
-
-
-def test_tables_and_curves_stand_side_by_side():
-    picture = grids.table([["a", "FID"], ["1", "12.34"], ["200", "5.67"]])
-    assert ink(picture, 0, picture.height - 30, 40, picture.height)  # the last row
-    whole = grids.beside(picture, picture.resize((300, 200)))
-    assert whole.size == (picture.width + 300, 200)
-    find(whole, np.asarray(picture), 1)
+            plots.training_curves({"loss": points})

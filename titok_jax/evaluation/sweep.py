@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from titok_jax.evaluation import scores
 from titok_jax.evaluation.jobs import versions, write_json
 from titok_jax.evaluation.runs import Evaluation
 from titok_jax.inference.arguments import sampling_settings
 from titok_jax.inference.many import balanced_labels
-from titok_jax.pictures import grids, plots
+from titok_jax.pictures import plots
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
 
@@ -38,7 +40,7 @@ def run_sweep(run: Evaluation, grid: Sequence[dict[str, Any]]) -> None:
             print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
     if run.work.first:
         with new_file(path.with_suffix(".png")) as partial:
-            sweep_picture(points, f"{args.model}, {args.num:,} samples").save(partial)
+            sweep_plot(points, f"{args.model}, {args.num:,} samples").savefig(partial, format="png")
         print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
@@ -64,14 +66,11 @@ def _finished_points(run: Evaluation) -> list[dict[str, Any]]:
     raise ValueError(f"{path} {what}; choose another file or add --overwrite")
 
 
-def sweep_picture(points: Sequence[dict[str, Any]], title: str):
-    """FID over Inception score, a line for each temperature, the points named by their guidance scale, beside the table.
+def sweep_plot(points: Sequence[dict[str, Any]], title: str) -> Figure:
+    """FID over Inception score beside a table: a line per temperature, its points named by their guidance scale.
 
     Args:
       points: with "sampling" and "metrics", as in the JSON of a sweep.
-
-    Returns:
-      A PIL image.
     """
     names = list(points[0]["metrics"])
     fid, score = (next(n for n in names if n.removeprefix("digits-").startswith(what)) for what in ("FID", "IS"))
@@ -94,8 +93,7 @@ def sweep_picture(points: Sequence[dict[str, Any]], title: str):
             ]
         )
     title += "; beside the points: guidance scale"
-    curve = plots.curve(lines, x_label=score, y_label=fid, title=title, names=scales)
-    return grids.beside(curve, grids.table(table))
+    return plots.sweep(lines, scales, x_label=score, y_label=fid, title=title, table=table)
 
 
 def settings_grid(args: argparse.Namespace, defaults) -> list[dict[str, Any]]:

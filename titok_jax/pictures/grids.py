@@ -1,4 +1,4 @@
-"""Labelled grids of images and tables of words, drawn with Pillow, for files, reports and training logs."""
+"""Labelled grids of images, drawn with Pillow, for files, reports and training logs."""
 
 import math
 from collections.abc import Sequence
@@ -154,50 +154,6 @@ def comparison(
         row_labels=row_labels,
         title=title,
     )
-
-
-def table(rows: Sequence[Sequence[str]]) -> Image.Image:
-    """Rows of words on white, the first one as their heads, columns aligned on the right.
-
-    Args:
-      rows: all of one length.
-
-    Returns:
-      An RGB picture.
-    """
-    font, gap = ImageFont.load_default(size=13), 18
-    line_height = sum(font.getmetrics()) + 6
-    widths = [math.ceil(max(font.getlength(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    rights = [_MARGIN + sum(widths[: i + 1]) + i * gap for i in range(len(widths))]
-    picture = Image.new("RGB", (rights[-1] + _MARGIN, 2 * _MARGIN + len(rows) * line_height), _PAPER)
-    draw = ImageDraw.Draw(picture)
-    for number, row in enumerate(rows):
-        y = _MARGIN + number * line_height
-        for right, text in zip(rights, row, strict=True):
-            draw.text((right, y), text, _INK if number else _FAINT, font, anchor="ra")
-        draw.line([(_MARGIN, y + line_height - 4), (rights[-1], y + line_height - 4)], _RULE)
-    return picture
-
-
-def beside(*pictures: Image.Image) -> Image.Image:
-    """Pictures in one row on white, centred one to the other."""
-    height = max(picture.height for picture in pictures)
-    whole = Image.new("RGB", (sum(picture.width for picture in pictures), height), _PAPER)
-    x = 0
-    for picture in pictures:
-        whole.paste(picture, (x, (height - picture.height) // 2))
-        x += picture.width
-    return whole
-
-
-def below(*pictures: Image.Image) -> Image.Image:
-    """Pictures in one column on white, from the left edge."""
-    whole = Image.new("RGB", (max(picture.width for picture in pictures), sum(p.height for p in pictures)), _PAPER)
-    y = 0
-    for picture in pictures:
-        whole.paste(picture, (0, y))
-        y += picture.height
-    return whole
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:

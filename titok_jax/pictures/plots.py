@@ -1,105 +1,99 @@
-"""Plots of numbers over other numbers."""
+"""Plots of numbers, drawn with matplotlib: the curves of a training, and a sweep over sampling settings.
+
+The functions give figures; `figure.savefig(file, format="png")` writes one.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
 
-# Told apart by eyes of every kind (Okabe and Ito, "Color Universal Design", 2008).
-_MARGIN = 12
-_INK, _FAINT, _PAPER, _RULE = (34, 34, 34), (110, 110, 110), (255, 255, 255), (221, 221, 221)
-_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0))
+Points = Sequence[tuple[float, float]]
+
+# Colours that people with every kind of colour vision can tell apart (Okabe and Ito, "Color Universal Design", 2008).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_DPI = 100
+_COLUMNS = 3  # charts in a row
+_CHART = (4.4, 2.8)  # inches: width and height of a chart with its title and its axes
+_LEFT, _RIGHT, _BOTTOM, _TOP = 0.75, 0.15, 0.5, 0.35  # inches around the axes of a chart
 
 
-_FINER = 3  # curves are drawn so many times larger and then reduced, for smooth lines
+def training_curves(curves: Mapping[str, Points]) -> Figure:
+    """One chart per name over the training steps, three in a row.
+
+    Args:
+      curves: name -> (step, value) of its points, finite, in the order of the steps.
+
+    Returns:
+      A figure of 440 x 280 pixels per chart.
+
+    Raises:
+      ValueError: a curve has no points, or a value is not finite.
+    """
+    rows = math.ceil(len(curves) / _COLUMNS)
+    width, height = _CHART
+    figure = Figure(figsize=(_COLUMNS * width, rows * height), dpi=_DPI)
+    for number, (name, points) in enumerate(curves.items()):
+        row, column = divmod(number, _COLUMNS)
+        left, bottom = column * width + _LEFT, (rows - 1 - row) * height + _BOTTOM
+        size = (width - _LEFT - _RIGHT, height - _BOTTOM - _TOP)
+        # Places are given in inches and not left to a layout engine, which takes longer than all the drawing.
+        inches = np.array([left, bottom, *size]) / np.tile(figure.get_size_inches(), 2)
+        axes = figure.add_axes(tuple(inches))
+        _line(axes, points, COLOURS[0], marked=len(points) == 1)
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+    return figure
 
 
-def curve(
-    lines: Mapping[str, Sequence[tuple[float, float]]],
+def sweep(
+    lines: Mapping[str, Points],
+    names: Mapping[str, Sequence[str]],
     *,
     x_label: str,
     y_label: str,
-    title: str | None = None,
-    names: Mapping[str, Sequence[str]] | None = None,
-    size: tuple[int, int] = (720, 540),
-) -> Image.Image:
-    """Lines through points, with axes and a legend.
+    title: str,
+    table: Sequence[Sequence[str]],
+) -> Figure:
+    """Lines through marked points that each have a name, beside a table of the same points.
 
     Args:
       lines: name -> (x, y) of its points, finite, in the order in which they are joined.
-      names: name of a line -> a word beside each of its points, which then are marked.
-      size: of the picture in pixels, (width, height).
-
-    Returns:
-      An RGB picture.
+      names: name of a line -> a word beside each of its points.
+      table: rows of words, all of one length; the first row holds the heads.
 
     Raises:
-      ValueError: no points, or values that are not finite.
+      ValueError: a line has no points, or a value is not finite.
     """
-    points = np.array([point for line in lines.values() for point in line], np.float64).reshape(-1, 2)
-    if not len(points) or not np.isfinite(points).all():
-        raise ValueError(f"{len(points)} points, expected at least one, and all finite")
-    width, height = (side * _FINER for side in size)
-    font, title_font = (ImageFont.load_default(size=px * _FINER) for px in (13, 16))
-    line_height = sum(font.getmetrics())
-    picture = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(picture)
-    x_ticks, y_ticks = _ticks(points[:, 0]), _ticks(points[:, 1])
-    margin, gap = _MARGIN * _FINER, 6 * _FINER
-    tick_width = max(font.getlength(text) for _, text in y_ticks)
-    left, right = math.ceil(margin + tick_width + gap), width - 2 * margin
-    top = margin + (sum(title_font.getmetrics()) + gap if title else 0) + line_height + gap
-    bottom = height - margin - 2 * line_height - 2 * gap
-    (x_low, x_high), (y_low, y_high) = _limits(points[:, 0]), _limits(points[:, 1])
-
-    def place(x, y):
-        return (
-            left + (x - x_low) / (x_high - x_low) * (right - left),
-            bottom - (y - y_low) / (y_high - y_low) * (bottom - top),
-        )
-
-    if title:
-        draw.text((margin, margin), title, _INK, title_font)
-    for value, text in x_ticks:
-        x, _ = place(value, y_low)
-        draw.line([(x, top), (x, bottom)], _RULE, _FINER)
-        draw.text((x, bottom + gap), text, _FAINT, font, anchor="ma")
-    for value, text in y_ticks:
-        _, y = place(x_low, value)
-        draw.line([(left, y), (right, y)], _RULE, _FINER)
-        draw.text((left - gap, y), text, _FAINT, font, anchor="rm")
-    draw.text(((left + right) / 2, height - margin), x_label, _INK, font, anchor="md")
-    draw.text((left, top - gap), y_label, _INK, font, anchor="ld")
-    legend = right
-    for number, name in reversed(list(enumerate(lines))):
-        if len(lines) > 1:
-            legend -= font.getlength(name)
-            draw.text((legend, top - gap), name, _COLOURS[number % len(_COLOURS)], font, anchor="ld")
-            legend -= 2 * gap
-    for number, (name, line) in enumerate(lines.items()):
-        colour, places = _COLOURS[number % len(_COLOURS)], [place(x, y) for x, y in line]
-        draw.line(places, colour, 2 * _FINER, joint="curve")
-        if names is not None or len(line) == 1:
-            for x, y in places:
-                draw.circle((x, y), 4 * _FINER, colour)
-        for (x, y), text in zip(places, (names or {}).get(name, ()), strict=False):
-            draw.text((x + gap, y - gap), text, colour, font, anchor="ld", stroke_width=2 * _FINER, stroke_fill=_PAPER)
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    columns, rows = len(table[0]), len(table)
+    size = (7.2 + 1.15 * columns, max(5.4, 0.28 * rows + 1.0))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    chart, words = figure.subplots(1, 2, width_ratios=(7.2, 1.15 * columns))
+    for number, (name, points) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        _line(chart, points, colour, marked=True, label=name)
+        for point, text in zip(points, names[name], strict=True):
+            chart.annotate(text, point, xytext=(5, 5), textcoords="offset points", color=colour, fontsize=9)
+    chart.set_xlabel(x_label)
+    chart.set_ylabel(y_label)
+    chart.set_title(title, loc="left", fontsize=11)
+    if len(lines) > 1:
+        chart.legend(frameon=False, fontsize=9)
+    words.axis("off")
+    cells = words.table(cellText=table[1:], colLabels=table[0], loc="center", cellLoc="right", edges="horizontal")
+    cells.auto_set_font_size(False)
+    cells.set_fontsize(9)
+    return figure
 
 
-def _limits(values: np.ndarray) -> tuple[float, float]:
-    """The ends of an axis: those of the values, and a little room."""
-    low, high = float(values.min()), float(values.max())
-    room = 0.06 * (high - low) or 0.15 * abs(high) or 1.0
-    return low - room, high + room
-
-
-def _ticks(values: np.ndarray) -> list[tuple[float, str]]:
-    """Round numbers along an axis, four to nine of them, and how they are written."""
-    low, high = _limits(values)
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(step for step in (5 * power, 2 * power, power) if (high - low) / step >= 4)
-    decimals = max(0, -math.floor(math.log10(step)))
-    numbers = range(math.ceil(low / step), math.floor(high / step) + 1)
-    return [(number * step, f"{number * step:,.{decimals}f}") for number in numbers]
+def _line(axes, points: Points, colour: str, *, marked: bool, label: str | None = None) -> None:
+    """Draws one line through its points on faint rules, with axes to the left and below only."""
+    x, y = np.array(points, np.float64).reshape(-1, 2).T
+    if not len(x) or not np.isfinite([x, y]).all():
+        raise ValueError(f"{len(x)} points, expected at least one, and all finite")
+    axes.plot(x, y, color=colour, linewidth=1.6, marker="o" if marked else None, markersize=6, label=label)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors="#6e6e6e", length=0)

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from titok_jax.pictures import grids, plots
+from titok_jax.pictures import plots
 from titok_jax.runtime.paths import is_remote
 
 # What says nothing over the steps: the axis itself, the clock's, and what the configuration fixes.
@@ -110,11 +110,9 @@ class MetricLog:
         curves = {n: p for n, p in curves.items() if any(value for _, value in p)}
         if not curves:
             return
-        charts = [plots.curve({n: p}, x_label="step", y_label=n, size=(440, 280)) for n, p in curves.items()]
-        rows = [grids.beside(*charts[i : i + 3]) for i in range(0, len(charts), 3)]
         partial = self._picture.with_name(".curves.png.partial")
         with partial.open("wb") as file:
-            grids.below(*rows).save(file, "PNG")
+            plots.training_curves(curves).savefig(file, format="png")
         partial.replace(self._picture)
         self._copy()
 
