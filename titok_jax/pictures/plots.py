@@ -66,10 +66,10 @@ def sweep(
     Raises:
       ValueError: a line has no points, or a value is not finite.
     """
-    columns, rows = len(table[0]), len(table)
-    size = (7.2 + 1.15 * columns, max(5.4, 0.28 * rows + 1.0))
+    widths = np.array([0.3 + 0.075 * max(map(len, column)) for column in zip(*table, strict=True)])  # inches
+    size = (7.2 + widths.sum(), max(5.4, 0.28 * len(table) + 1.0))
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    chart, words = figure.subplots(1, 2, width_ratios=(7.2, 1.15 * columns))
+    chart, words = figure.subplots(1, 2, width_ratios=(7.2, widths.sum()))
     for number, (name, points) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
         _line(chart, points, colour, marked=True, label=name)
@@ -81,7 +81,8 @@ def sweep(
     if len(lines) > 1:
         chart.legend(frameon=False, fontsize=9)
     words.axis("off")
-    cells = words.table(cellText=table[1:], colLabels=table[0], loc="center", cellLoc="right", edges="horizontal")
+    options = {"cellLoc": "right", "colLoc": "right", "edges": "horizontal", "colWidths": widths / widths.sum()}
+    cells = words.table(cellText=table[1:], colLabels=table[0], loc="center", **options)
     cells.auto_set_font_size(False)
     cells.set_fontsize(9)
     return figure
