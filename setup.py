@@ -12,7 +12,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["titok_jax", "titok_jax.*"]),
+    # The recipes lie at the top of the repository, and in the package where it is installed.
+    packages=[*find_packages(include=["titok_jax", "titok_jax.*"]), "titok_jax.configs"],
+    package_dir={"titok_jax.configs": "configs"},
     package_data={"titok_jax": ["embedded/*/*", "embedded/*/*/*", "data/digits.npz", "data/DIGITS.md"]},
     install_requires=[
         "jax>=0.10.2,<0.12",

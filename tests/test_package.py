@@ -4,31 +4,31 @@ import os
 import pathlib
 import subprocess
 import sys
+import sysconfig
 import zipfile
+
+import pytest
+from test_rooms import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_the_wheel_holds_the_digits_and_is_small(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(tmp_path),
-    ]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> pathlib.Path:
+    """The package as a wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
     # From a copy: a build leaves folders behind.
-    files = subprocess.run(["git", "ls-files", "titok_jax", "setup.py", "pyproject.toml", "README.md", "LICENSE"],
-                           cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
-    for name in files:
-        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "source" / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([*command, str(tmp_path / "source")], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    listed = ["git", "ls-files", "titok_jax", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    command = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "source"]
+    subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_digits_and_is_small(wheel):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     for name in (
@@ -43,6 +43,49 @@ def test_the_wheel_holds_the_digits_and_is_small(tmp_path):
         assert f"titok_jax/{name}" in sizes, name
     assert sum(sizes.values()) < 7e6
     assert sum(size for name, size in sizes.items() if "embedded" in name or "digits" in name) <= 6e6
+
+
+# Run by the Python of the environment that the wheel is in, in an empty folder.
+INSTALLED = """
+import contextlib, io, pathlib, runpy, sys
+import titok_jax
+from titok_jax.training import recipes
+assert pathlib.Path(titok_jax.__file__).is_relative_to(sys.prefix), titok_jax.__file__
+for name in sys.argv[1].split(","):
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        runpy.run_module(f"titok_jax.{name}", run_name="__main__", alter_sys=True)
+    assert f"python -m titok_jax.{name}" in out.getvalue(), name
+for name in ("digits:generator", "stage1:l32", "stage2:b64", "single_stage:bl64_vae", "generator:s128", "maskgit_vqgan"):
+    assert recipes.read_config(name, ["--config.num_steps=7"]).num_steps == 7
+print(*recipes.recipe_names())
+from titok_jax import sample, train
+assert sample.main(["--num", "4", "--steps", "2", "--out", "four.png"]) == 0
+small = ["--config.num_steps=1", "--config.data.batch_size=8", "--config.eval_every=0", "--config.preview_every=0"]
+assert train.main(["--config", "digits:smoke_tokenizer", "--workdir", "run", *small]) == 0
+assert pathlib.Path("run/pretrained/model.safetensors").is_file()
+"""
+
+
+def test_installed_it_has_every_command_and_every_recipe(wheel, tmp_path):
+    """In an environment that has nothing of the clone, from an empty folder."""
+    environment, folder = tmp_path / "environment", tmp_path / "empty"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    # The other packages are those of this environment; what else its folder says (editable installs) is not read.
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = ["--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    folder.mkdir()
+    (folder / "configs").mkdir()  # of another project
+    (folder / "configs" / "__init__.py").write_text("")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-c", INSTALLED, ",".join(COMMANDS)]
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    recipes = [path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common")]
+    assert " ".join(sorted(recipes)) in run.stdout.splitlines()
 
 
 def test_no_command_needs_torch_or_tensorflow():

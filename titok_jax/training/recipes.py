@@ -1,13 +1,69 @@
-"""Recipes: configuration files, `FILE.py:VARIANT`, and what the command line changes in them. Imports no JAX."""
+"""Recipes: configuration files, `FILE.py:VARIANT` or the name of one that comes with the package, and what the command
+line changes in them. Imports no JAX."""
 
+import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+def recipe_folder() -> Path:
+    """The folder of the recipes that come with the package: beside it in a clone, in it where it is installed."""
+    package = Path(__file__).parents[1]
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with the package, each for `--config NAME:VARIANT`."""
+    return sorted(path.stem for path in recipe_folder().glob("*.py") if path.stem not in ("__init__", "common"))
+
+
+def _find(file: str) -> tuple[Path, list[str]]:
+    """The file and the variant, if one is given, of `--config`.
+
+    Raises:
+      ValueError: there is no such file or recipe.
+    """
+    path, *variant = file.split(":", 1)
+    if os.path.isfile(path) and path.endswith(".py"):
+        return Path(path), variant
+    if path in recipe_names():
+        return recipe_folder() / f"{path}.py", variant
+    found = "is not Python" if os.path.isfile(path) else "is a folder" if os.path.isdir(path) else "does not exist"
+    raise ValueError(
+        f"--config {file}: {path} {found}; expected FILE.py:VARIANT, or one that comes with the package: "
+        + ", ".join(f"{name}:VARIANT" for name in recipe_names())
+    )
+
+
+@contextlib.contextmanager
+def _shared_recipes(folder: Path) -> Iterator[None]:
+    """Makes `from configs import common` mean the package's own one, whatever else is called configs."""
+    mine = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "configs"}
+    package = types.ModuleType("configs")
+    package.__path__ = [str(folder if (folder / "common.py").is_file() else recipe_folder())]
+    sys.modules["configs"] = package
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+            del sys.modules[name]
+        sys.modules.update(mine)
 
 
 def read_config(file: str, changes: Sequence[str]):
-    """The ConfigDict, locked, of `--config FILE.py:VARIANT` with what the arguments `--config.FIELD=VALUE` change in it.
+    """Reads a recipe and changes it.
+
+    Args:
+      file: `FILE.py:VARIANT`, or `NAME:VARIANT` of a recipe that comes with the package, as "stage1:l32".
+      changes: arguments `--config.FIELD=VALUE`.
+
+    Returns:
+      The recipe as a ConfigDict, locked.
 
     Raises:
       ValueError: there is no such file or variant, or no such field; the value is of another type; another argument.
@@ -15,17 +71,15 @@ def read_config(file: str, changes: Sequence[str]):
     from absl import flags  # these two are slow to import, and only two commands need them
     from ml_collections.config_flags import config_flags, config_path
 
-    path, *variant = file.split(":", 1)
-    spec = importlib.util.spec_from_file_location("config", path) if os.path.isfile(path) else None
-    if spec is None:
-        found = "is not Python" if os.path.isfile(path) else "is a folder" if os.path.isdir(path) else "does not exist"
-        raise ValueError(f"--config {file}: {path} {found}; expected FILE.py:VARIANT, such as configs/stage1.py:l32")
+    path, variant = _find(file)
+    spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        config = module.get_config(*variant)
-    except ValueError as error:
-        raise ValueError(f"--config {file}: {error}") from error
+    with _shared_recipes(path.resolve().parent):
+        spec.loader.exec_module(module)
+        try:
+            config = module.get_config(*variant)
+        except ValueError as error:
+            raise ValueError(f"--config {file}: {error}") from error
     for change in changes:
         field = re.match(r"--?(?:no)?config\.([^=]*)", change)
         try:
