@@ -117,13 +117,14 @@ def ours(case: Case, dtype: str, batch: int) -> Callable[[int], None]:
     key = jax.random.key(0)
     if case.kind == "train":
         from titok_jax.compiler.programs import training_step
+        from titok_jax.training.settings import parse_settings
 
         task, variant = case.model.split(":")
         config = read_config(str(Path(__file__).parents[1] / "configs" / f"{task}.py") + f":{variant}", [])
         config.data.batch_size, config.compute_dtype = batch, dtype
         if "discriminator_start" in config.loss:
             config.loss.discriminator_start = 0
-        program = training_step(case.name, config, jax.devices()[:1])
+        program = training_step(case.name, parse_settings(config, abstract=True), jax.devices()[:1])
         state, frozen, examples, _ = program.args
         zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), state)
         held = [zeros | {"params": _new(state["params"], scale=0.02)}]

@@ -15,24 +15,26 @@ import tiny_models
 
 from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig, layers, perceptual
 from titok_jax.runtime import sharding
-from titok_jax.training import tasks
-from titok_jax.training.tasks import generator, jit_step, maskgit_vqgan, single_stage, stage1, stage2
+from titok_jax.training import accumulation
+from titok_jax.training.optimizer import OptimizerConfig
+from titok_jax.training.tasks import generator, maskgit_vqgan, single_stage, stage1, stage2
+from titok_jax.training.tasks.base import jit_step
 from titok_jax.weights.perceptual_files import make_perceptual
 
 PARTS = 1  # that a batch is cut into for gradient accumulation
 STEPS = 2  # with the same parameters, as the first has the learning rate 0
 BATCH = 40  # no other size in these models is a multiple of 5, so that a shape tells whether it holds a batch
 
-_OPTIMIZER = {
-    "learning_rate": 1e-3,
-    "end_learning_rate": 1e-4,
-    "schedule": "cosine",
-    "warmup_steps": 2,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "weight_decay": 1e-4,
-    "max_grad_norm": 1.0,
-}
+_OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-3,
+    end_learning_rate=1e-4,
+    schedule="cosine",
+    warmup_steps=2,
+    beta1=0.9,
+    beta2=0.99,
+    weight_decay=1e-4,
+    max_grad_norm=1.0,
+)
 _ADVERSARIAL = {
     "optimizer": _OPTIMIZER,
     "num_steps": 20,
@@ -173,7 +175,7 @@ def print_collectives_of_tpu_forms(name: str, *meshes: str) -> None:
     sharding.SMALLEST_SHARDED = 512
     task = make_tasks()[name]
     state = begin(task)
-    layers.target_platform = perceptual.target_platform = tasks.target_platform = lambda: "tpu"
+    layers.target_platform = perceptual.target_platform = accumulation.target_platform = lambda: "tpu"
     found = {mesh: compile_step(task, state, sharding.make_mesh(*map(int, mesh.split(","))))[0] for mesh in meshes}
     print(json.dumps({mesh: collectives(compiled.as_text()) for mesh, compiled in found.items()}))
 

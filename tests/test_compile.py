@@ -16,6 +16,7 @@ from configs import common
 from titok_jax import compile as compiling
 from titok_jax.compiler import hlo, tables
 from titok_jax.training.build import build_task
+from titok_jax.training.settings import parse_settings
 from titok_jax.weights import known_models
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,6 +140,7 @@ from titok_jax import compile as compiling
 from titok_jax import models
 from titok_jax.runtime import sharding
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
+from titok_jax.training.settings import parse_settings
 from configs import generator
 
 def look(**mesh):
@@ -147,7 +149,7 @@ def look(**mesh):
     config.model.update(num_tokens=8, codebook_size=4096)
     config.tokenizer, config.data.source.name = "", "tokens"
     config.mesh.update(mesh)
-    program = programs.training_step("step", config, jax.devices())
+    program = programs.training_step("step", parse_settings(config, abstract=True), jax.devices())
     with jax.set_mesh(program.mesh):
         compiled = program.function.trace(*program.args).lower().compile()
     cost = hlo.program_cost(compiled.as_text())
@@ -200,7 +202,9 @@ def test_a_small_step_compiles_for_a_tpu_slice(tmp_path):
     (row,) = json.loads(results.read_text())
     assert row["problems"] == []
     assert row["mesh"] == {"data": 4}
-    task = build_task(importlib.import_module("configs.generator").get_config("smoke"), abstract=True)
+    task = build_task(
+        parse_settings(importlib.import_module("configs.generator").get_config("smoke"), abstract=True), abstract=True
+    )
     state = jax.eval_shape(task.init, jax.random.key(0))
     parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
     # Float32 computation, but the TPU's compiler multiplies in bfloat16 and sums most gradients over the devices as such.

@@ -26,6 +26,7 @@ from titok_jax.models.titok import transformer_size
 from titok_jax.training import loop
 from titok_jax.training.build import build_task
 from titok_jax.training.recipes import read_config
+from titok_jax.training.settings import parse_settings
 from titok_jax.weights import convert, known_models, pretrained
 from titok_jax.weights.perceptual_files import CONVNEXT_FILE
 
@@ -105,7 +106,7 @@ def test_models_for_512_pixels(variant, size, tokens):
         if file == "stage2":
             found.loss.perceptual, found.init_from = "none", "random"
         with pytest.raises(ValueError, match=r"set --config\.vqgan"):  # the one of 256 pixels is not taken unasked
-            build_task(found)
+            build_task(parse_settings(found))
     assert config("generator", variant).model.num_tokens == tokens
 
 
@@ -126,7 +127,7 @@ def test_maskgit_vqgan_has_the_published_values():
 
 @pytest.mark.parametrize("file", ["stage1", "stage2", "single_stage", "generator", "maskgit_vqgan"])
 def test_small_recipes_can_be_built(file):
-    task = build_task(config(file, "smoke"))
+    task = build_task(parse_settings(config(file, "smoke")))
     assert task.networks
     with pytest.raises(ValueError, match="variant 'huge', expected one of"):
         config(file, "huge")
@@ -136,12 +137,12 @@ def test_stage2_says_what_it_needs():
     found = config("stage2", "smoke")
     found.init_from = ""
     with pytest.raises(ValueError, match=r"set --config.init_from to it"):
-        build_task(found)
-    found.loss.perceptual = "convnext_s"
+        build_task(parse_settings(found))
+    found.init_from, found.loss.perceptual = "random", "convnext_s"
     with pytest.raises(
         FileNotFoundError, match=r"(?s)convnext_small-0c510722.pth.*download.pytorch.org.*perceptual_weights"
     ):
-        build_task(found)
+        build_task(parse_settings(found))
 
 
 @pytest.mark.parametrize("file", ["stage1", "stage2"])
@@ -151,7 +152,7 @@ def test_a_random_vqgan_is_for_small_recipes(file):
     if file == "stage2":
         found.loss.perceptual = "none"
     with pytest.raises(ValueError, match=r"config\.vqgan: 'random' is for the smoke recipes"):
-        build_task(found)
+        build_task(parse_settings(found))
 
 
 # What a run may set as it likes; everything else of a recipe is in the tables of docs/training.md.
@@ -216,7 +217,7 @@ def test_the_loss_of_a_small_recipe_falls(file, variant, loss, steps, tmp_path):
     found.optimizer.warmup_steps = 1
     if "discriminator" in found:
         found.loss.discriminator_start = 5
-    loop.train(found, tmp_path)
+    loop.train(parse_settings(found), tmp_path)
     log = [json.loads(line)[loss] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sum(log[-(steps // 3) :]) < sum(log[: steps // 3]), log
 
@@ -229,7 +230,7 @@ def start_of(folder, model: TiTokConfig):
     found.model.update({"encoder": size, "decoder": size})
     found.loss.discriminator_weight = 0.0
     found.init_from = str(folder)
-    return build_task(found).start["tokenizer"]
+    return build_task(parse_settings(found)).start["tokenizer"]
 
 
 def test_a_start_is_filled_as_far_as_it_fits_and_the_rest_is_listed(tmp_path, capsys):
@@ -258,7 +259,7 @@ def small_network(file: str):
     found = config(file, "smoke")
     if "discriminator_weight" in found.loss:
         found.loss.discriminator_weight = 0.0
-    ((name, network),) = build_task(found).networks.items()
+    ((name, network),) = build_task(parse_settings(found)).networks.items()
     return found, name, network
 
 
@@ -270,7 +271,7 @@ def test_every_training_begins_with_the_weights_that_are_given(file, tmp_path, c
     given = tiny.params(model)
     pretrained.save(tmp_path / "model", model, given)
     found.init_from = str(tmp_path / "model")
-    task = build_task(found)
+    task = build_task(parse_settings(found))
     out = capsys.readouterr().out
     assert "100.0% of" in out
     assert ("not used of it: pixel_decoder" in out) == (file == "stage1")
@@ -283,7 +284,7 @@ def test_every_training_begins_with_the_weights_that_are_given(file, tmp_path, c
     if file == "maskgit_vqgan":
         found.model.hidden_channels = 64
         with pytest.raises(ValueError, match=r"(?s)is another model.*hidden_channels: 32 there, 64 here"):
-            build_task(found)
+            build_task(parse_settings(found))
 
 
 def documented_commands(page: str) -> list[list[str]]:

@@ -14,6 +14,7 @@ import test_train
 
 from titok_jax.runtime import processes
 from titok_jax.training import loop
+from titok_jax.training.settings import parse_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -57,6 +58,7 @@ import sys
 import test_train
 from titok_jax.runtime import processes, sharding
 from titok_jax.training import loop
+from titok_jax.training.settings import parse_settings
 processes.initialize_distributed()
 sharding.SMALLEST_SHARDED = 64
 workdir = sys.argv[1]
@@ -78,7 +80,7 @@ sources.DigitsSource.__getitem__ = getitem
 def what_was_read(command):
     pathlib.Path(f"{workdir}/{command}.{jax.process_index()}.json").write_text(json.dumps(read))
     read.clear()
-loop.train(config, workdir + "/run")
+loop.train(parse_settings(config), workdir + "/run")
 what_was_read("train")
 import numpy as np
 from titok_jax import evaluate, inference, pretokenize, reconstruct, sample
@@ -129,7 +131,7 @@ def put_batch(mesh, batch):
     return real(mesh, batch)
 loop.sharding.put_batch = put_batch
 config.mesh.update({"data": 1, "tensor": 2})
-assert loop.train(config, workdir) is None
+assert loop.train(parse_settings(config), workdir) is None
 """
 )
 
@@ -211,7 +213,7 @@ def test_a_run_changes_its_mesh_and_its_number_of_processes(runs, tmp_path):
     assert "Continuing at step 3 of 16" in printed[0]
     assert "Stopped by SIGTERM after step" in printed[0]
     config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoints=9)
-    loop.train(config, tmp_path)
+    loop.train(parse_settings(config), tmp_path)
     assert_same_training(tmp_path, one / "run")
 
 

@@ -17,6 +17,8 @@ from configs import maskgit_vqgan as recipe
 from titok_jax import models
 from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig
 from titok_jax.training import loop, losses
+from titok_jax.training.optimizer import OptimizerConfig
+from titok_jax.training.settings import parse_settings
 from titok_jax.training.tasks import adversarial, maskgit_vqgan
 from titok_jax.weights import pretrained
 from titok_jax.weights.perceptual_files import Perceptual
@@ -26,15 +28,15 @@ CONFIG = MaskgitVQGANConfig(
     hidden_channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=16, resolution=16
 )
 CRITIC = DiscriminatorConfig(hidden_channels=32, num_stages=1, logits_size=4)
-ADAM = {
-    "learning_rate": 1e-3,
-    "schedule": "constant",
-    "warmup_steps": 0,
-    "beta1": 0.0,
-    "beta2": 0.99,
-    "weight_decay": 0.0,
-    "max_grad_norm": float("inf"),
-}
+ADAM = OptimizerConfig(
+    learning_rate=1e-3,
+    schedule="constant",
+    warmup_steps=0,
+    beta1=0.0,
+    beta2=0.99,
+    weight_decay=0.0,
+    max_grad_norm=float("inf"),
+)
 # Sizes of the terms such that none hides behind another. The distances of these small latents are near 1.
 LOSS = maskgit_vqgan.LossConfig(
     entropy_temperature=0.5,
@@ -197,12 +199,12 @@ import test_maskgit_vqgan_task as test
 config = test.small()
 config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
 test.loop.sharding.SMALLEST_SHARDED = 64
-test.loop.train(config, sys.argv[1])
+test.loop.train(test.parse_settings(config), sys.argv[1])
 """
 
 
 def test_an_interrupted_run_ends_as_a_straight_one(tmp_path, monkeypatch):
-    straight = loop.train(small(), tmp_path / "straight")
+    straight = loop.train(parse_settings(small()), tmp_path / "straight")
     real_write = loop.MetricLog.write
 
     def crash(self, step, metrics, **options):
@@ -212,9 +214,9 @@ def test_an_interrupted_run_ends_as_a_straight_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.MetricLog, "write", crash)
     with pytest.raises(InterruptedError):
-        loop.train(small(), tmp_path / "resumed")
+        loop.train(parse_settings(small()), tmp_path / "resumed")
     monkeypatch.undo()
-    resumed = loop.train(small(), tmp_path / "resumed")  # from the checkpoint of step 2
+    resumed = loop.train(parse_settings(small()), tmp_path / "resumed")  # from the checkpoint of step 2
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
     # The result is a model folder with the averaged parameters.
@@ -228,7 +230,7 @@ def test_an_interrupted_run_ends_as_a_straight_one(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_run_on_a_mesh_ends_as_one_on_one_device(tmp_path):
-    loop.train(small(), tmp_path / "straight")
+    loop.train(parse_settings(small()), tmp_path / "straight")
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(tmp_path / "eight")]
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)

@@ -28,6 +28,7 @@ from titok_jax.runtime import paths as storage
 from titok_jax.runtime.shards import Shards
 from titok_jax.training import lock, loop
 from titok_jax.training.checkpoint import Checkpoints
+from titok_jax.training.settings import parse_settings
 from titok_jax.weights import perceptual_files as perceptual
 from titok_jax.weights import pretrained, published_models
 
@@ -154,7 +155,7 @@ def google(bucket, server, monkeypatch):
 def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, capsys):
     """Interrupted, and with a server that fails once, it ends as the same run in a folder."""
     config = test_train.small("tokenizer", checkpoint_every=2, preview_every=3)
-    straight = loop.train(config, tmp_path / "folder")
+    straight = loop.train(parse_settings(config), tmp_path / "folder")
     monkeypatch.chdir(tmp_path / "folder")
     before = sorted((tmp_path / "folder").rglob("*"))
     real_write = loop.MetricLog.write
@@ -169,9 +170,9 @@ def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(loop.MetricLog, "write", crash)
         with pytest.raises(test_train.Stopped):
-            loop.train(config, "gs://bucket/runs/one")
+            loop.train(parse_settings(config), "gs://bucket/runs/one")
     assert not failures
-    test_train.assert_same_state(straight, loop.train(config, "gs://bucket/runs/one"))
+    test_train.assert_same_state(straight, loop.train(parse_settings(config), "gs://bucket/runs/one"))
     assert "Continuing at step 2 of 6 from gs://bucket/runs/one/checkpoints" in capsys.readouterr().out
     run = bucket / "runs/one"
     assert sorted({name.split("/")[2] for name in objects("runs/one/")}) == sorted(
@@ -181,7 +182,7 @@ def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, c
     assert any("/checkpoints/6/state/" in name for _, name in google.asked)
     assert [line["step"] for line in log_of(run)] == [2, 4, 6]
     assert sorted(path.name for path in (run / "previews").iterdir()) == ["0000003.png", "0000006.png"]
-    loop.train(config, "gs://bucket/runs/one")  # at its end already; the log stays
+    loop.train(parse_settings(config), "gs://bucket/runs/one")  # at its end already; the log stays
     assert [line["step"] for line in log_of(run)] == [2, 4, 6]
     assert titok_jax.load_tokenizer(str(run / "pretrained")).config.codebook_size == config.model.codebook_size
     assert sorted((tmp_path / "folder").rglob("*")) == before  # in the current folder, no folder "gs:"
@@ -519,7 +520,7 @@ def test_without_what_reaches_it_the_error_says_what_to_install(monkeypatch, cap
     )
     assert message in capsys.readouterr().err
     with pytest.raises(OSError, match=r"gs://bucket/run cannot be reached"):
-        loop.train(test_train.small("tokenizer"), "gs://bucket/run")
+        loop.train(parse_settings(test_train.small("tokenizer")), "gs://bucket/run")
     with pytest.raises(ValueError, match="ftp://host/x: unknown storage ftp://, expected a path of this machine or gs://"):
         storage.as_path("ftp://host/x")
 

@@ -19,6 +19,7 @@ from titok_jax import models
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.titok import TRANSFORMER_SIZES, TiTokConfig
 from titok_jax.runtime import sharding
+from titok_jax.training.optimizer import OptimizerConfig
 from titok_jax.training.tasks import stage1
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -192,15 +193,15 @@ def rows_of_others(sent: dict, rows: int, prime: int) -> list:
 
 LARGE = TRANSFORMER_SIZES["large"]
 STAGE_1_L32 = TiTokConfig(encoder=LARGE, decoder=LARGE, is_legacy=True, finetune_decoder=False)
-OPTIMIZER = {
-    "learning_rate": 1e-4,
-    "schedule": "constant",
-    "warmup_steps": 1,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "weight_decay": 1e-4,
-    "max_grad_norm": 1.0,
-}
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-4,
+    schedule="constant",
+    warmup_steps=1,
+    beta1=0.9,
+    beta2=0.99,
+    weight_decay=1e-4,
+    max_grad_norm=1.0,
+)
 
 
 @pytest.mark.parametrize("fsdp", [2, 8, 64])

@@ -33,12 +33,12 @@ import sys
 import test_soak
 from titok_jax.runtime import processes
 from titok_jax.training import loop
-from titok_jax import train
+from titok_jax.training.settings import parse_settings
 processes.HEARTBEAT_SECONDS, processes.START_SECONDS = 5, 300
 processes.initialize_distributed()
 import jax
 import numpy as np
-state = loop.train(test_soak.gan(), sys.argv[1])
+state = loop.train(parse_settings(test_soak.gan()), sys.argv[1])
 if jax.process_index() == 0:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     np.savez(sys.argv[1] + "/final.npz", **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})

@@ -34,6 +34,7 @@ from titok_jax.training import loop
 from titok_jax.training.build import build_task
 from titok_jax.training.losses import LeCamEma, masked_token_loss
 from titok_jax.training.masking import mask_tokens
+from titok_jax.training.settings import parse_settings
 from titok_jax.weights import pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,9 +101,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(kind, tmp_path, monkeyp
     else:
         config = small("generator")
         tokenizer = small("tokenizer", num_steps=1)
-        loop.train(tokenizer, tmp_path / "tokenizer")
+        loop.train(parse_settings(tokenizer), tmp_path / "tokenizer")
         config.tokenizer = str(tmp_path / "tokenizer" / "pretrained")
-    straight = loop.train(config, tmp_path / "straight")
+    straight = loop.train(parse_settings(config), tmp_path / "straight")
 
     real_write = loop.MetricLog.write
 
@@ -113,9 +114,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(kind, tmp_path, monkeyp
 
     monkeypatch.setattr(loop.MetricLog, "write", crash)
     with pytest.raises(Stopped):
-        loop.train(config, tmp_path / "resumed")
+        loop.train(parse_settings(config), tmp_path / "resumed")
     monkeypatch.undo()
-    resumed = loop.train(config, tmp_path / "resumed")  # from the checkpoint of step 3
+    resumed = loop.train(parse_settings(config), tmp_path / "resumed")  # from the checkpoint of step 3
     assert_same_state(straight, resumed)
     # Each step is logged once, and the logs agree.
     logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("straight", "resumed")]
@@ -176,27 +177,30 @@ def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
 
 
 def test_a_changed_configuration_is_refused_and_names_the_fields(tmp_path):
-    loop.train(small("tokenizer", num_steps=2), tmp_path)
+    loop.train(parse_settings(small("tokenizer", num_steps=2)), tmp_path)
     changed = small("tokenizer", num_steps=2)
     changed.optimizer.learning_rate = 5e-4
     changed.model.codebook_size = 64
     with pytest.raises(
         ValueError, match=r"(?s)model.codebook_size: 128 .* 64 now.*optimizer.learning_rate: 0.001 .* 0.0005 now"
     ):
-        loop.train(changed, tmp_path)
+        loop.train(parse_settings(changed), tmp_path)
     # What does not touch the result may change.
-    loop.train(small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat=True), tmp_path)
+    loop.train(
+        parse_settings(small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat=True)),
+        tmp_path,
+    )
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, capsys):
     config = small("tokenizer")
-    loop.train(config, tmp_path)
+    loop.train(parse_settings(config), tmp_path)
     expected = weights(tmp_path)
     shutil.rmtree(tmp_path / "pretrained")
     for file in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    loop.train(config, tmp_path)  # from step 3
+    loop.train(parse_settings(config), tmp_path)  # from step 3
     out = capsys.readouterr().out
     assert "the checkpoint of step 6 cannot be read" in out
     assert "Continuing at step 3 of 6" in out
@@ -207,7 +211,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_
 
 def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     config = small("tokenizer")
-    straight = loop.train(config, tmp_path / "straight")
+    straight = loop.train(parse_settings(config), tmp_path / "straight")
     real_write = loop.MetricLog.write
 
     def write(self, step, metrics, **options):
@@ -216,12 +220,12 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsy
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop.MetricLog, "write", write)
-    loop.train(config, tmp_path / "stopped")
+    loop.train(parse_settings(config), tmp_path / "stopped")
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) is before
     assert "Stopped by SIGTERM after step 2" in capsys.readouterr().out
     assert not (tmp_path / "stopped" / "pretrained").exists()
-    assert_same_state(straight, loop.train(config, tmp_path / "stopped"))
+    assert_same_state(straight, loop.train(parse_settings(config), tmp_path / "stopped"))
     assert "Continuing at step 2" in capsys.readouterr().out
 
 
@@ -242,12 +246,12 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.MetricLog, "write", write)
     monkeypatch.setattr(serialization, "async_serialize_from_host", serialize)
-    state = loop.train(config, tmp_path)
+    state = loop.train(parse_settings(config), tmp_path)
     monkeypatch.undo()
     assert waited
     assert all(waited)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
-    assert_same_state(loop.train(config, tmp_path), state)  # from what was written of step 3
+    assert_same_state(loop.train(parse_settings(config), tmp_path), state)  # from what was written of step 3
 
 
 def test_the_command_saves_at_sigterm_and_exits_with_0_and_a_full_disk_leaves_what_it_saved(tmp_path):
@@ -285,7 +289,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
     """A run over a bad batch is, but for its counters, the run without it: of both networks, their averages and clocks."""
     config = adversarial()
     config.loss.discriminator_start = 1
-    task, key = build_task(config), jax.random.key(0)
+    task, key = build_task(parse_settings(config)), jax.random.key(0)
     one, bad, two, three = batches(config, 4)
     bad["image"][3, 5, 7, 1] = np.nan
     step, update = jax.jit(task.step), jax.jit(task.update)
@@ -324,6 +328,12 @@ def test_a_run_of_steps_that_are_not_finite_ends_before_a_bad_checkpoint(tmp_pat
             def __init__(self, loader, step):
                 self.loader, self.step, self.close = loader, step, loader.close
 
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exception):
+                self.close()
+
             def __next__(self):
                 batch = next(self.loader)
                 image = batch["image"].astype(np.float32) / 255
@@ -339,13 +349,13 @@ def test_a_run_of_steps_that_are_not_finite_ends_before_a_bad_checkpoint(tmp_pat
 
     broken_from(4)
     with pytest.raises(FloatingPointError, match="2 steps in a row, of the 6 until now"):
-        loop.train(config, tmp_path)
+        loop.train(parse_settings(config), tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["3"]
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["nonfinite_steps"] for line in logged] == [1, 1, 3]
     assert logged[0]["total_loss"] is None
     broken_from(100)  # mended: the run goes on from before
-    state = loop.train(config, tmp_path)
+    state = loop.train(parse_settings(config), tmp_path)
     assert "Continuing at step 3" in capsys.readouterr().out
     assert state["nonfinite"] == {"total": 1, "in_row": 0, "longest": 1}
     assert state["opt"]["tokenizer"][0].count == 5
@@ -357,7 +367,7 @@ def test_bfloat16_needs_no_loss_scaling():
     found = {}
     for dtype in ("float32", "bfloat16"):
         config = adversarial(compute_dtype=dtype)
-        task = build_task(config)
+        task = build_task(parse_settings(config))
         state, step = jax.jit(task.begin)(jax.random.key(0)), jax.jit(task.step)
         found[dtype] = []
         for batch in batches(config, 12):
@@ -373,7 +383,7 @@ def test_bfloat16_needs_no_loss_scaling():
 def test_the_flags_for_the_average_reach_it(ramp):
     config = small("tokenizer", ema_ramp=ramp, ema_decay=0.5)
     config.optimizer.warmup_steps = 0
-    task = build_task(config)
+    task = build_task(parse_settings(config))
     state, update = jax.jit(task.init)(jax.random.key(0)), jax.jit(task.update)
     average = state["params"]["tokenizer"]["latent_tokens"]
     for batch, decay in zip(batches(config, 3), (0.0, 2 / 11, 3 / 12) if ramp else (0.5,) * 3, strict=True):
@@ -388,7 +398,7 @@ def test_the_flag_for_rematerialisation_reaches_the_layers(kind):
     programs = []
     for remat in (False, True):
         config = small(kind, remat=remat)
-        task = build_task(config)
+        task = build_task(parse_settings(config))
         state = jax.eval_shape(task.begin, jax.random.key(0))
         programs.append(str(jax.make_jaxpr(task.step)(state, task.frozen, batches(config, 1)[0], jax.random.key(1))))
     assert ["remat" in program or "checkpoint[" in program for program in programs] == [False, True]
@@ -398,18 +408,18 @@ def test_changed_weights_of_a_frozen_network_are_refused(tmp_path):
     folder = tmp_path / "tokenizer"
     shutil.copytree(ROOT / "titok_jax/embedded/digits/tokenizer", folder)
     config = small("generator", num_steps=1, tokenizer=str(folder))
-    loop.train(config, tmp_path / "run")
+    loop.train(parse_settings(config), tmp_path / "run")
     file = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     tensors["latent_tokens"] = tensors["latent_tokens"] + 1
     safetensors.numpy.save_file(tensors, file)
     with pytest.raises(ValueError, match=r"the frozen weights of config.tokenizer \(.*tokenizer\) are not those"):
-        loop.train(config, tmp_path / "run")
+        loop.train(parse_settings(config), tmp_path / "run")
 
 
 def test_held_out_loss_of_a_generator_is_that_of_its_examples():
     config = small("generator")
-    task = build_task(config)
+    task = build_task(parse_settings(config))
     state, frozen = jax.jit(task.begin)(jax.random.key(0)), jax.tree.map(jnp.asarray, task.frozen)
     (batch,), key = batches(config, 1), jax.random.key(7)
     values = jax.jit(task.evaluate)(state, frozen, batch, key)
@@ -426,7 +436,7 @@ def test_held_out_loss_of_a_generator_is_that_of_its_examples():
 
 def test_a_second_run_on_one_workdir_is_refused(tmp_path):
     with loop.lock_workdir(epath.Path(tmp_path)), pytest.raises(ValueError, match="another run"):
-        loop.train(small("tokenizer"), tmp_path)
+        loop.train(parse_settings(small("tokenizer")), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -462,7 +472,7 @@ def test_bad_configurations_are_refused_before_anything_is_written(section, chan
         (config if section is None else config[section]).update(change)
     config.eval_every = 3
     with pytest.raises(ValueError, match=message):
-        loop.train(config, tmp_path / "run")
+        loop.train(parse_settings(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -476,14 +486,14 @@ def test_generator_from_token_records_needs_no_tokenizer(tmp_path):
         config.data.source = ConfigDict({"name": "tokens", "paths": str(tmp_path / "tokens.array_record")})
         config.data.transform = None
         config.model.update({"num_tokens": 6, "codebook_size": 50})
-    loop.train(config, tmp_path / "run")
+    loop.train(parse_settings(config), tmp_path / "run")
     generator = titok_jax.load_generator(tmp_path / "run" / "pretrained")
     ids = titok_jax.generate(generator, [1, 2], jax.random.key(0), num_steps=3)
     assert ids.shape == (2, 6)
     assert 0 <= ids.min() <= ids.max() < 50
     config.model.codebook_size = 40
     with pytest.raises(ValueError, match="the codebook has 40"):
-        loop.train(config, tmp_path / "other")
+        loop.train(parse_settings(config), tmp_path / "other")
 
 
 def test_a_run_leaves_model_curves_and_pictures(tmp_path, capsys):
@@ -491,7 +501,7 @@ def test_a_run_leaves_model_curves_and_pictures(tmp_path, capsys):
         "tokenizer", preview_every=3, eval_every=4, eval_images=20, gradient_accumulation=2, compute_dtype="bfloat16"
     )
     config.data.batch_size = 24
-    state = loop.train(config, tmp_path / "run")
+    state = loop.train(parse_settings(config), tmp_path / "run")
     run = tmp_path / "run"
     out = capsys.readouterr().out
     for part in ("learning_rate: 0.001", "encoder/transformer/attn/qkv/kernel", "Global batch 24 x 6 steps", "'fsdp': 1",
@@ -526,6 +536,7 @@ import jax
 import on_meshes, test_train
 from titok_jax.runtime import sharding
 from titok_jax.training import loop
+from titok_jax.training.settings import parse_settings
 shape, workdir = json.loads(sys.argv[1]), sys.argv[2]
 config = test_train.small("tokenizer", log_every=1, eval_every=6, eval_images=20, preview_every=6)
 config.data.batch_size = 56  # no other size in this model is a multiple of 7
@@ -543,7 +554,7 @@ def jit_on(mesh, function, **options):
         return jitted(*arguments)
     return call
 sharding.jit_on = jit_on
-loop.train(config, workdir)
+loop.train(parse_settings(config), workdir)
 pathlib.Path(workdir, "sent.json").write_text(json.dumps(sent))
 """
 

@@ -112,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config is None:
         program = sampler(args.sampler, devices)
     else:
-        program = training_step(row_name(args.config, changes), config, devices)
+        from titok_jax.training.settings import parse_settings
+
+        settings = parse_settings(config, abstract=True)
+        program = training_step(row_name(args.config, changes), settings, devices)
     row = compile_program(program, args.slice)
     if args.results:
         _write_row(args.results, row)

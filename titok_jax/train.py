@@ -8,7 +8,7 @@ Examples:
 
 A run ends with DIR/pretrained, a model folder. Stopped at any point and started again by the same command, it goes on from
 DIR/checkpoints and ends with the same parameters, bit for bit, as if it had not been stopped. Also in DIR: metrics.jsonl,
-curves.png, tensorboard/ and previews/. docs/training.md tells of the recipes and of what to expect.
+curves.png, tensorboard/ and previews/. docs/training.md is the guide; docs/recipes.md lists the recipes.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from titok_jax.runtime.command import command
 from titok_jax.training.checkpoint import quiet_checkpointing
 from titok_jax.training.loop import train
 from titok_jax.training.recipes import read_config
+from titok_jax.training.settings import parse_settings
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(args.config, changes)
     quiet_checkpointing()
     processes.initialize_distributed()
-    train(config, args.workdir)
+    train(parse_settings(config), args.workdir)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Programs to compile for a slice, and what is wrong with them."""
 
+import dataclasses
 import importlib.metadata
 import math
 import time
@@ -37,31 +38,31 @@ def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def training_step(name: str, config, devices: list) -> Program:
+def training_step(name: str, settings, devices: list) -> Program:
     """The step that `titok_jax.train` runs.
 
+    Args:
+      settings: from `parse_settings(config, abstract=True)`.
+
     Raises:
-      ValueError: a bad field, or a batch or mesh that does not fit the devices.
+      ValueError: a batch or mesh that does not fit the devices.
     """
     import jax
 
-    from titok_jax.inference.loading import load_tokenizer_config
     from titok_jax.runtime import sharding
     from titok_jax.training.build import build_task
-    from titok_jax.training.tasks import jit_step
+    from titok_jax.training.tasks.base import jit_step
 
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    batch_size = config.data.batch_size
-    sharding.check_batch_size(mesh, batch_size, config.gradient_accumulation)
-    task = build_task(config, abstract=True)
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
+    batch_size = settings.data.batch_size
+    sharding.check_batch_size(mesh, batch_size, settings.gradient_accumulation)
+    task = build_task(settings, abstract=True)
     state = jax.eval_shape(task.begin, jax.random.key(0))
     shardings, frozen = sharding.state_shardings(mesh, state), sharding.state_shardings(mesh, task.frozen)
-    model = next(iter(task.networks.values())).config
-    if config.data.source.get("name") == "tokens":
-        data = {"tokens": ((model.num_tokens,), "int32")}
+    if settings.data.source.get("name") == "tokens":
+        data = {"tokens": ((settings.model.num_tokens,), "int32")}
     else:
-        images = load_tokenizer_config(config.tokenizer) if config.task == "generator" else model
-        data = {"image": ((images.image_size, images.image_size, 3), "uint8")}
+        data = {"image": ((settings.image_size, settings.image_size, 3), "uint8")}
     data["label"] = ((), "int32")
     batch = {
         key: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))

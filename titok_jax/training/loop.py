@@ -1,8 +1,8 @@
-"""The training loop, told in time order."""
+"""The training loop, told in time order: prepare, begin or resume, steps, export."""
 
 import contextlib
+import dataclasses
 import hashlib
-import json
 import signal
 import threading
 import time
@@ -15,19 +15,19 @@ from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from titok_jax.data.loader import make_loader
+from titok_jax.data.loader import Loader, make_loader
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
 from titok_jax.runtime import sharding
 from titok_jax.runtime.paths import as_path, is_remote
-from titok_jax.training.build import build_task, check_batch
+from titok_jax.training.build import build_task
 from titok_jax.training.checkpoint import Checkpoints, check_config
-from titok_jax.training.lock import lock_workdir
+from titok_jax.training.lock import BucketLock, lock_workdir
 from titok_jax.training.log import MetricLog
 from titok_jax.training.progress import Evaluation, Previews
-from titok_jax.training.tasks import Task, jit_step
+from titok_jax.training.settings import Settings, check_batch
+from titok_jax.training.tasks.base import State, Task, jit_step
 
 # What may change when a run is continued: the machine that it runs on, what it shows and keeps. Everything else decides the
 # result, of which these change the rounding, and accumulation the draws of dropout.
@@ -52,6 +52,131 @@ FREE_FIELDS = (
 )
 
 
+def train(settings: Settings, workdir: epath.PathLike) -> State | None:
+    """Runs a training to its end, from its newest checkpoint if there is one.
+
+    Returns:
+      The final state in the host's memory, or None if SIGTERM stopped the run.
+    """
+    run = prepare(settings, workdir)
+    with contextlib.ExitStack() as held:
+        started = begin(run, held)
+        state, done = run_steps(run, started)
+        if done < settings.num_steps:
+            if run.first_process:
+                print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
+            return None
+        return export(run, state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prepare: everything that can be wrong with the settings shows here, before anything is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training is made of.
+
+    Attributes:
+      part: which part of a batch this process reads, as the arguments of a loader.
+      stored: what checkpoints keep of the configuration and the frozen networks, to be compared when a run is resumed.
+      evaluation, previews: None where they are switched off.
+    """
+
+    settings: Settings
+    workdir: epath.Path
+    mesh: Mesh
+    source: Any
+    task: Task
+    part: dict[str, int]
+    stored: dict[str, Any]
+    evaluation: Evaluation | None
+    previews: Previews | None
+
+    @property
+    def first_process(self) -> bool:
+        return jax.process_index() == 0
+
+    def batches(self, start_step: int, *, num_workers: int, num_threads: int) -> Loader:
+        """This process's rows of the training batches from a step on."""
+        data = self.settings.data
+        return make_loader(
+            self.source,
+            seed=self.settings.seed,
+            global_batch_size=data.batch_size,
+            start_step=start_step,
+            train_transform=make_train_transform(data.transform) if data.transform else None,
+            num_workers=num_workers,
+            num_threads=num_threads,
+            **self.part,
+        )
+
+
+def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
+    """The parts of a training; reads the frozen networks and one batch, and writes nothing.
+
+    Raises:
+      ValueError, OSError: the settings do not fit the devices, the data or the networks.
+    """
+    workdir = epath.Path(as_path(workdir)).expanduser()
+    if not is_remote(workdir):
+        workdir = workdir.resolve()  # which would make a local path of gs://
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir} is a file, expected a folder")
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
+    sharding.check_batch_size(mesh, settings.data.batch_size, settings.gradient_accumulation)
+    # Before the task, which may download the networks that it takes.
+    source = make_source(settings.data.source, "--config.data.source")
+    task = build_task(settings)
+    run = Run(
+        settings=settings,
+        workdir=workdir,
+        mesh=mesh,
+        source=source,
+        task=task,
+        part=sharding.batch_part(mesh),
+        stored={**settings.given, "frozen_weights": fingerprint(task.frozen)},
+        evaluation=None,
+        previews=None,
+    )
+    with run.batches(0, num_workers=0, num_threads=0) as loader:
+        check_batch(next(loader), settings)
+    run = dataclasses.replace(
+        run,
+        evaluation=Evaluation(settings, task, mesh) if settings.eval_every else None,
+        previews=Previews(settings, task, mesh, workdir) if settings.preview_every else None,
+    )
+    if run.first_process:
+        describe(run)
+    return run
+
+
+def describe(run: Run) -> None:
+    """Prints what is about to be run."""
+    settings, mesh = run.settings, run.mesh
+    print(f"Configuration:\n{settings.text}")
+    for name, network in run.task.networks.items():
+        print(f"{name}:\n{parameter_overview.get_parameter_overview(network.abstract, include_stats=False)}")
+    batch, steps, num_examples = settings.data.batch_size, settings.num_steps, len(run.source)
+    print(
+        f"Global batch {batch} x {steps:,} steps = {batch * steps:,} examples, {batch * steps / num_examples:.1f} epochs of "
+        f"{num_examples:,}\nMesh {dict(mesh.shape)} on {mesh.devices.size} {jax.default_backend()} device(s), "
+        f"{jax.process_count()} process(es), compute in {settings.compute_dtype}",
+        flush=True,
+    )
+    for line in off_recipe(settings.given, settings.recipe):
+        print(f"WARNING: {line}", flush=True)
+
+
+def off_recipe(config: Mapping[str, Any], recipe: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """One line for each value that differs from the recipe's."""
+    for name, value in recipe.items():
+        if isinstance(value, Mapping):
+            yield from off_recipe(config[name], value, f"{prefix}{name}.")
+        elif config[name] != value:
+            yield f"{prefix}{name} is {config[name]}, the recipe has {value}"
+
+
 def fingerprint(params: Any) -> str:
     """SHA-256 of a tree of arrays: paths, types, shapes and values."""
     digest = hashlib.sha256()
@@ -62,175 +187,136 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
-def check_same_run(found: Mapping[str, Any], now: Mapping[str, Any], config: ConfigDict, workdir: epath.Path) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# Begin or resume
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A training with its state on the devices.
+
+    Attributes:
+      step: the first step to make.
+      state, frozen: on their shards; shardings, frozen_shardings: trees of NamedSharding.
+      lock: of a workdir in a bucket.
+    """
+
+    step: int
+    state: State
+    frozen: Any
+    shardings: Any
+    frozen_shardings: Any
+    checkpoints: Checkpoints
+    lock: BucketLock | None
+
+
+def begin(run: Run, held: contextlib.ExitStack) -> Started:
+    """Locks the workdir until `held` is closed, and makes the first state on its shards or reads the newest checkpoint."""
+    key = jax.random.key(run.settings.seed)
+    abstract = jax.eval_shape(run.task.begin, key)
+    shardings = sharding.state_shardings(run.mesh, abstract)
+    frozen_shardings = sharding.state_shardings(run.mesh, run.task.frozen)
+    frozen = jax.device_put(run.task.frozen, frozen_shardings)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    lock = held.enter_context(lock_workdir(run.workdir))
+    checkpoints = Checkpoints(run.workdir / "checkpoints", keep=run.settings.keep_checkpoints)
+    restored = checkpoints.restore_newest(abstract, shardings, lambda found: check_same_run(found, run))
+    if restored is None:
+        given = jax.device_put(run.task.start, sharding.state_shardings(run.mesh, run.task.start))
+        step, state = 0, jax.jit(run.task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), given)
+    else:
+        step, state = restored
+        if run.first_process:
+            print(f"Continuing at step {step} of {run.settings.num_steps} from {run.workdir}/checkpoints", flush=True)
+    return Started(step, state, frozen, shardings, frozen_shardings, checkpoints, lock)
+
+
+def check_same_run(found: Mapping[str, Any], run: Run) -> None:
     """Raises ValueError unless a checkpoint's configuration and frozen networks are those of this run."""
-    check_config({**found, "frozen_weights": ""}, {**now, "frozen_weights": ""}, FREE_FIELDS, str(workdir))
+    now = run.stored
+    check_config({**found, "frozen_weights": ""}, {**now, "frozen_weights": ""}, FREE_FIELDS, str(run.workdir))
     if found.get("frozen_weights") != now["frozen_weights"]:
-        names = [n for n in ("tokenizer", "vqgan", "perceptual_weights") if config.get(n)]
+        named = {n: getattr(run.settings, n) for n in ("tokenizer", "vqgan", "perceptual_weights")}
+        networks = " or ".join(f"config.{name} ({source})" for name, source in named.items() if source)
         then, today = str(found.get("frozen_weights"))[:12], now["frozen_weights"][:12]
         raise ValueError(
-            f"the frozen weights of {' or '.join(f'config.{n} ({config[n]})' for n in names)} are not those that the run in "
-            f"{workdir} began with (SHA-256 {then}... then, {today}... now): "
+            f"the frozen weights of {networks} are not those that the run in "
+            f"{run.workdir} began with (SHA-256 {then}... then, {today}... now): "
             "put the former back, or use another workdir"
         )
 
 
-def off_recipe(config: Mapping[str, Any], recipe: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """One line for each value that differs from the recipe's."""
-    for name, value in recipe.items():
-        if isinstance(value, Mapping | ConfigDict):
-            yield from off_recipe(config[name], value, f"{prefix}{name}.")
-        elif config[name] != value:
-            yield f"{prefix}{name} is {config[name]}, the recipe has {value}"
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
 
 
-def describe(config: ConfigDict, task: Task, mesh: Mesh, num_examples: int) -> None:
-    """Prints what is about to be run."""
-    print(f"Configuration:\n{config}")
-    for name, network in task.networks.items():
-        print(f"{name}:\n{parameter_overview.get_parameter_overview(network.abstract, include_stats=False)}")
-    batch, steps = config.data.batch_size, config.num_steps
-    print(
-        f"Global batch {batch} x {steps:,} steps = {batch * steps:,} examples, {batch * steps / num_examples:.1f} epochs of "
-        f"{num_examples:,}\nMesh {dict(mesh.shape)} on {mesh.devices.size} {jax.default_backend()} device(s), "
-        f"{jax.process_count()} process(es), compute in {config.compute_dtype}",
-        flush=True,
+def run_steps(run: Run, started: Started) -> tuple[State, int]:
+    """Makes the steps that are left -> (the state, the number of steps made: fewer than asked for after SIGTERM)."""
+    settings, start, num_steps, state = run.settings, started.step, run.settings.num_steps, started.state
+    step_fn = jit_step(run.task, run.mesh, started.shardings, started.frozen_shardings)
+    step_key = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    log = MetricLog(
+        run.workdir,
+        first_step=start,
+        num_steps=num_steps,
+        batch_size=settings.data.batch_size,
+        active=run.first_process,
     )
-    for line in off_recipe(config, config.recipe):
-        print(f"WARNING: {line}", flush=True)
-
-
-def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
-    """Runs a training to its end, from its newest checkpoint if there is one. Returns the final state, or None if SIGTERM
-    stopped it."""
-    with contextlib.ExitStack() as held:
-        return _train(config, workdir, held)
-
-
-def _train(config: ConfigDict, workdir: epath.PathLike, held: contextlib.ExitStack) -> dict[str, Any] | None:
-    # Parts: everything that can be wrong with the configuration shows here, before anything is written.
-    workdir = epath.Path(as_path(workdir)).expanduser()
-    if not is_remote(workdir):
-        workdir = workdir.resolve()  # which would make a local path of gs://
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir} is a file, expected a folder")
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps", "max_nonfinite_steps", "eval_images"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} is {config[name]}, expected at least 1")
-    mesh = sharding.make_mesh(**config.mesh)
-    batch_size, num_steps = config.data.batch_size, config.num_steps
-    sharding.check_batch_size(mesh, batch_size, config.gradient_accumulation)
-    # Before the task, which may download the networks that it takes.
-    source = make_source(config.data.source, "--config.data.source")
-    task = build_task(config)
-    augment = make_train_transform(config.data.transform) if config.data.get("transform") else None
-    first_process, part = jax.process_index() == 0, sharding.batch_part(mesh)
-    stored_config = json.loads(config.to_json()) | {"frozen_weights": fingerprint(task.frozen)}
-
-    def batches(start_step: int):
-        return make_loader(
-            source,
-            seed=config.seed,
-            global_batch_size=batch_size,
-            start_step=start_step,
-            train_transform=augment,
-            num_workers=config.data.num_workers,
-            num_threads=config.data.num_threads,
-            **part,
-        )
-
-    with make_loader(
-        source, seed=config.seed, global_batch_size=batch_size, train_transform=augment, num_threads=0, **part
-    ) as loader:
-        check_batch(next(loader), config, task)
-    evaluation = Evaluation(config, task, mesh) if config.eval_every else None
-    previews = Previews(config, task, mesh, workdir) if config.preview_every else None
-    if first_process:
-        describe(config, task, mesh, len(source))
-
-    # State: made on its shards, or read onto them.
-    key = jax.random.key(config.seed)
-    abstract = jax.eval_shape(task.begin, key)
-    shardings = sharding.state_shardings(mesh, abstract)
-    frozen_shardings = sharding.state_shardings(mesh, task.frozen)
-    frozen = jax.device_put(task.frozen, frozen_shardings)
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = held.enter_context(lock_workdir(workdir))
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    restored = checkpoints.restore_newest(
-        abstract, shardings, lambda found: check_same_run(found, stored_config, config, workdir)
-    )
-    if restored is None:
-        given = jax.device_put(task.start, sharding.state_shardings(mesh, task.start))
-        start, state = 0, jax.jit(task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), given)
-        del given
-    else:
-        start, state = restored
-        if first_process:
-            print(f"Continuing at step {start} of {num_steps} from {workdir}/checkpoints", flush=True)
-
-    # Steps.
-    step_fn = jit_step(task, mesh, shardings, frozen_shardings)
-    step_key = jax.random.fold_in(key, 1)
-    log = MetricLog(workdir, first_step=start, num_steps=num_steps, batch_size=batch_size, active=first_process)
-
-    def due(every: int, step: int) -> bool:
-        return step > 0 and (step % every == 0 or step == num_steps)
-
-    def look(step: int) -> None:
-        """Measures and draws what is to be seen after `step`, outside the time that counts."""
-        evaluate, preview = evaluation and due(config.eval_every, step), previews and due(config.preview_every, step)
-        if evaluate or preview or step == num_steps:
-            jax.block_until_ready(state)
-            with log.paused():
-                if evaluate:
-                    log.write_evaluation(step, evaluation.measure(state, frozen))
-                if preview:
-                    previews.draw(state, frozen, step, log)
-                log.draw_curves()
-
-    loader, stop, done = batches(start), StopSignal(), start
+    loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
+    stop, done = StopSignal(), start
     try:
-        look(start)  # what a run that was stopped right after a checkpoint had no time for
+        look(run, log, state, started.frozen, start)  # what a run that was stopped right after a checkpoint had no time for
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = next(loader)
             log.waited(time.perf_counter() - began)
-            with jax.set_mesh(mesh):
-                state, metrics = step_fn(state, frozen, sharding.put_batch(mesh, batch), step_key)
+            with jax.set_mesh(run.mesh):
+                state, metrics = step_fn(state, started.frozen, sharding.put_batch(run.mesh, batch), step_key)
             done = step + 1
             if step == start:  # the first step waits for its compilation
                 jax.block_until_ready(metrics)
                 log.restart_clock()
-            log_now = due(config.log_every, done)
+            log_now = due(settings.log_every, done, num_steps)
             if log_now:
-                log.write(done, jax.device_get(metrics), shown=task.loss)
+                log.write(done, jax.device_get(metrics), shown=run.task.loss)
             stopping = stop.agreed(done)
-            save_now = due(config.checkpoint_every, done) or stopping
+            save_now = due(settings.checkpoint_every, done, num_steps) or stopping
             if log_now or save_now:
-                check_finite(state, done, config.max_nonfinite_steps)
+                check_finite(state, done, settings.max_nonfinite_steps)
             if save_now:
-                if lock:
-                    lock.check()
-                checkpoints.save(done, state, stored_config)
+                if started.lock:
+                    started.lock.check()
+                started.checkpoints.save(done, state, run.stored)
             if stopping and done < num_steps:
                 break
-            look(done)
+            look(run, log, state, started.frozen, done)
     finally:
         loader.close()
         log.close()
-        checkpoints.close()
+        started.checkpoints.close()
         stop.close()
-    if done < num_steps:
-        if first_process:
-            print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
-        return None
-    host_state = sharding.to_host(state)
-    if first_process:
-        task.export(host_state, workdir / "pretrained")
-        print(f"Done: {workdir}/pretrained", flush=True)
-    multihost_utils.sync_global_devices("end")  # the others wait for the export, however long it takes
-    return host_state
+    return state, done
+
+
+def due(every: int, step: int, num_steps: int) -> bool:
+    """Whether something is due after `step` that is due after every so many steps and after the last."""
+    return step > 0 and (step % every == 0 or step == num_steps)
+
+
+def look(run: Run, log: MetricLog, state: State, frozen: Any, step: int) -> None:
+    """Measures and draws what is to be seen after `step`, outside the time that counts."""
+    settings, last = run.settings, run.settings.num_steps
+    evaluate = run.evaluation and due(settings.eval_every, step, last)
+    preview = run.previews and due(settings.preview_every, step, last)
+    if not (evaluate or preview or step == last):
+        return
+    jax.block_until_ready(state)
+    with log.paused():
+        if evaluate:
+            log.write_evaluation(step, run.evaluation.measure(state, frozen))
+        if preview:
+            run.previews.draw(state, frozen, step, log)
+        log.draw_curves()
 
 
 def check_finite(state: Any, step: int, limit: int) -> None:
@@ -265,3 +351,17 @@ class StopSignal:
     def close(self) -> None:
         if self._former is not None:
             signal.signal(signal.SIGTERM, self._former)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def export(run: Run, state: State) -> State:
+    """Writes workdir/pretrained; gives the state in the host's memory."""
+    host_state = sharding.to_host(state)
+    if run.first_process:
+        run.task.export(host_state, run.workdir / "pretrained")
+        print(f"Done: {run.workdir}/pretrained", flush=True)
+    multihost_utils.sync_global_devices("end")  # the others wait for the export, however long it takes
+    return host_state

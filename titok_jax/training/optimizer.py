@@ -3,6 +3,7 @@
 Updates count from 0 everywhere. Schedules and the EMA's ramp take a traced int32 step and give a float32 scalar.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,42 @@ Schedule = Callable[[jax.Array], jax.Array]
 # published layout: `convert.decay_mask(table, params, NO_DECAY_WORDS)`. "embed" also exempts the patch embedding, the
 # decoder embedding, positions and codebooks (published: utils/train_utils.py, `create_optimizer`).
 NO_DECAY_WORDS = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as the published recipes have it.
+
+    Attributes:
+      learning_rate: after the warm-up.
+      schedule: "cosine" to `end_learning_rate` or "constant".
+      warmup_steps: updates over which the learning rate rises from 0.
+      max_grad_norm: gradients are clipped to this global norm.
+
+    Raises:
+      ValueError: an unknown schedule.
+    """
+
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    beta1: float
+    beta2: float
+    weight_decay: float
+    max_grad_norm: float
+    end_learning_rate: float = 0.0
+
+    def __post_init__(self):
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule is {self.schedule!r}, expected 'cosine' or 'constant'")
+
+    def make_schedule(self, num_steps: int) -> Schedule:
+        """The learning rate by update, for a training of `num_steps` updates."""
+        if self.schedule == "constant":
+            return constant_schedule(self.learning_rate, warmup_steps=self.warmup_steps)
+        return cosine_schedule(
+            self.learning_rate, end_lr=self.end_learning_rate, warmup_steps=self.warmup_steps, total_steps=num_steps
+        )
 
 
 def constant_schedule(base_lr: float, *, warmup_steps: int = 0) -> Schedule:

@@ -8,21 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from titok_jax.data.loader import Loader, make_eval_loader
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_eval_transform
 from titok_jax.pictures import grids
 from titok_jax.runtime import sharding
-from titok_jax.training.build import check_batch
 from titok_jax.training.log import MetricLog
-from titok_jax.training.tasks import Task
+from titok_jax.training.settings import Settings, check_batch
+from titok_jax.training.tasks.base import Task
 
 
-def held_out_source(config: ConfigDict) -> Any:
+def held_out_source(settings: Settings) -> Any:
     """The examples that training does not see, `config.data.eval_source`; None if nothing but its kind is set."""
-    spec = config.data.get("eval_source")
+    spec = settings.data.eval_source
     given = spec and any(spec[option] for option in spec if option != "name")
     return make_source(spec, "--config.data.eval_source") if given else None
 
@@ -30,18 +29,18 @@ def held_out_source(config: ConfigDict) -> Any:
 class Evaluation:
     """Means over examples that training does not see, by the averaged parameters. False where there is nothing to do."""
 
-    def __init__(self, config: ConfigDict, task: Task, mesh: Mesh):
-        self._source = held_out_source(config) if config.eval_every and task.evaluate else None
+    def __init__(self, settings: Settings, task: Task, mesh: Mesh):
+        self._source = held_out_source(settings) if settings.eval_every and task.measures else None
         if self._source is None:
             return
-        self._mesh, self._num_threads = mesh, config.data.num_threads
-        self._crop = make_eval_transform(config.data.eval_transform) if config.data.get("eval_transform") else None
-        self._key = jax.random.fold_in(jax.random.key(config.seed), 3)
+        self._mesh, self._num_threads = mesh, settings.data.num_threads
+        self._crop = make_eval_transform(settings.data.eval_transform) if settings.data.eval_transform else None
+        self._key = jax.random.fold_in(jax.random.key(settings.seed), 3)
         # As many rows at a time as a part of a training batch has, so that what trains also fits here.
-        self._batch_size = config.data.batch_size // config.gradient_accumulation
-        self._num_batches = -(-config.eval_images // self._batch_size)
+        self._batch_size = settings.data.batch_size // settings.gradient_accumulation
+        self._num_batches = -(-settings.eval_images // self._batch_size)
         with self._loader() as loader:
-            check_batch(next(loader), config, task)
+            check_batch(next(loader), settings)
 
         def sums(state, frozen, batch, key):
             values = task.evaluate(state, frozen, batch, key)
@@ -77,22 +76,24 @@ class Evaluation:
 class Previews:
     """Pictures of how good the model is, from the averaged parameters: files in workdir/previews, and TensorBoard."""
 
-    def __init__(self, config: ConfigDict, task: Task, mesh: Mesh, workdir: epath.Path):
+    def __init__(self, settings: Settings, task: Task, mesh: Mesh, workdir: epath.Path):
         self._folder = workdir / "previews"
-        self._columns = config.preview_columns
-        self._key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        self._columns = settings.preview_columns
+        self._key = jax.random.fold_in(jax.random.key(settings.seed), 2)
         self._fn = None
-        if task.preview is None:
+        if not task.shows_pictures:
             return
         self._fn = sharding.jit_on(mesh, task.preview, out_shardings=sharding.replicated(mesh))
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         rows = np.lcm(rows, self._columns)
-        size = int(-(-config.preview_images // rows) * rows)
-        crop = make_eval_transform(config.data.eval_transform) if config.data.get("eval_transform") else None
-        source = held_out_source(config) or make_source(config.data.source)
+        size = int(-(-settings.preview_images // rows) * rows)
+        crop = make_eval_transform(settings.data.eval_transform) if settings.data.eval_transform else None
+        source = held_out_source(settings) or make_source(settings.data.source)
         part = sharding.batch_part(mesh)
         with make_eval_loader(source, global_batch_size=size, transform=crop, num_threads=0, **part) as loader:
-            self._batch = sharding.put_batch(mesh, next(loader))
+            batch = next(loader)
+        check_batch(batch, settings)
+        self._batch = sharding.put_batch(mesh, batch)
 
     def draw(self, state: Any, frozen: Any, step: int, log: MetricLog) -> None:
         """Draws and writes the pictures of a state."""

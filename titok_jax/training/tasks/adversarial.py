@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.training import losses
-from titok_jax.training.tasks import Metrics, Network, State, cond, make_network, map_parts
+from titok_jax.training.accumulation import cond, map_parts
+from titok_jax.training.tasks.base import Metrics, Network, State, Task, TaskOptions, make_network
 
 _METRICS = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss", "disc_grad_norm", "disc_lr")
 
@@ -46,8 +46,12 @@ class Adversary:
         grid = jax.eval_shape(critic, images)
         return factor, cond(factor > 0, lambda: critic(images), lambda: jnp.zeros(grid.shape, grid.dtype))
 
-    def update(self, state: State, images: jax.Array, reconstructions: jax.Array):
-        """-> (parameters, optimizer state, LeCam averages, metrics) after a step; metrics are NaN before the start."""
+    def update(self, state: State, advanced: State, images: jax.Array, reconstructions: jax.Array) -> tuple[State, Metrics]:
+        """(the state with the discriminator's update, metrics); metrics are NaN before the start.
+
+        Args:
+          state: before the step; advanced: after the model's update.
+        """
         params, opt, lecam = state["params"]["discriminator"], state["opt"]["discriminator"], state["lecam"]
         names = (*_METRICS, "r1_penalty") if self.gradient_penalty else _METRICS
 
@@ -60,7 +64,14 @@ class Adversary:
         def wait():
             return params, opt, lecam, {name: jnp.float32(jnp.nan) for name in names}
 
-        return cond(state["step"] >= self.start, train, wait)
+        params, opt, lecam, metrics = cond(state["step"] >= self.start, train, wait)
+        new = {
+            **advanced,
+            "params": {**advanced["params"], "discriminator": params},
+            "opt": {**advanced["opt"], "discriminator": opt},
+            "lecam": lecam,
+        }
+        return new, metrics
 
     def _loss(self, params, state: State, images, reconstructions) -> tuple[jax.Array, tuple[Metrics, losses.LeCamEma]]:
         # LeCam is not linear in the mean logits, so that gradients of parts would not add up to that of the whole: the
@@ -88,38 +99,49 @@ class Adversary:
         return total, (metrics, lecam)
 
 
-def make_adversary(
-    config: DiscriminatorConfig | None,
-    optimizer: Mapping[str, Any] | None,
-    num_steps: int,
-    *,
-    compute_dtype: str,
-    start: int,
-    **options: Any,
-) -> Adversary:
-    """A discriminator whose schedule spans what is left of `num_steps` after its start; options as in `Adversary`.
+def make_adversary(loss: Any, options: TaskOptions, **others: Any) -> Adversary | None:
+    """The discriminator that a loss names, whose schedule spans what is left of the training after its start.
+
+    Args:
+      loss: with `discriminator_weight`, `discriminator_start`, `lecam_weight` and `lecam_decay`; no weight: None.
+      others: as in `Adversary`.
 
     Raises:
       ValueError: no configuration of the discriminator or its optimizer.
     """
-    if config is None or optimizer is None:
+    if loss.discriminator_weight <= 0:
+        return None
+    if options.discriminator is None or options.discriminator_optimizer is None:
         raise ValueError("loss.discriminator_weight is set, but no discriminator")
-    return Adversary(make_network(config, optimizer, num_steps - start, compute_dtype=compute_dtype), start, **options)
+    start = loss.discriminator_start
+    steps, dtype = options.num_steps - start, options.compute_dtype
+    network = make_network(options.discriminator, options.discriminator_optimizer, steps, compute_dtype=dtype)
+    lecam = {"lecam_weight": loss.lecam_weight, "lecam_decay": loss.lecam_decay}
+    return Adversary(network, start, parts=options.gradient_accumulation, **lecam, **others)
 
 
-def init_state(networks: Mapping[str, Network], key: jax.Array, start: Mapping[str, Any] | None) -> State:
-    """The first state of networks by name: the model, which is averaged, and its "discriminator" if there is one.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class AdversarialTask(Task):
+    """A training on pixels, with or without a discriminator and a perceptual network.
 
-    Args:
-      start: {network: parameters} in the place of new ones.
+    Attributes:
+      adversary: None if the loss has no adversarial term.
     """
-    state: State = {"step": jnp.zeros((), jnp.int32), "params": {}, "opt": {}}
-    for (name, network), network_key in zip(networks.items(), jax.random.split(key, len(networks)), strict=True):
-        state["params"][name], state["opt"][name] = network.init(network_key, (start or {}).get(name))
-    state["ema"] = {name: params for name, params in state["params"].items() if name != "discriminator"}
-    if "discriminator" in networks:
-        state["lecam"] = losses.init_lecam()
-    return state
+
+    adversary: Adversary | None
+
+    def init(self, key: jax.Array, start: Mapping[str, Any] | None = None) -> State:
+        state = super().init(key, start)
+        return {**state, "lecam": losses.init_lecam()} if self.adversary else state
+
+    def judge(self, state: State, reconstructions: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """(factor of the adversarial term, logits of the discriminator as it is); (0, None) without one."""
+        return self.adversary.judge(state, reconstructions) if self.adversary else (jnp.float32(0.0), None)
+
+    def perceptual_distance(self, frozen: Any, images: jax.Array, reconstructions: jax.Array) -> jax.Array:
+        """[B], or one distance for all; 0 without a perceptual network."""
+        perceptual = self.options.perceptual
+        return jnp.float32(0.0) if perceptual is None else perceptual.distance(frozen, images, reconstructions)
 
 
 def _logits_and_slope(critic, images: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,9 @@ Trained: the generator. The tokenizer, if tokens are made on the fly, is frozen.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,8 @@ from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.layers import float_images
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.training import losses, masking
-from titok_jax.training.optimizer import ema_update
-from titok_jax.training.tasks import Batch, Metrics, State, Task, accumulate, make_network
+from titok_jax.training.accumulation import accumulate
+from titok_jax.training.tasks.base import Batch, Metrics, State, Task, TaskOptions
 from titok_jax.weights import convert, pretrained
 
 
@@ -34,133 +36,124 @@ class LossConfig:
     unmasked_weight: float = 0.1
 
 
-def make_task(
-    config: GeneratorConfig,
-    loss: LossConfig,
-    *,
-    optimizer: dict,
-    num_steps: int,
-    tokenizer: tuple[TiTokConfig, convert.Params] | None = None,
-    start: convert.Params | None = None,
-    ema_decay: float = 0.999,
-    compute_dtype: str = "float32",
-    remat: bool = False,
-    gradient_accumulation: int = 1,
-) -> Task:
-    """The task.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class GeneratorTask(Task):
+    """See the module.
 
-    Args:
-      optimizer: see `tasks.make_network`.
-      tokenizer: makes tokens of the batch's images, and images of the previews' tokens; None for batches of tokens.
-      start: the generator's parameters to begin with; None: new ones.
-      gradient_accumulation: parts that a batch is cut into; the gradient is that of the whole batch (but for the
-        dropout's draws).
+    Attributes:
+      weights: of the loss.
+      tokenizer: its configuration and graphdef, where tokens are made from images; None for batches of tokens.
     """
-    network = make_network(config, optimizer, num_steps, compute_dtype=compute_dtype, remat=remat)
-    parts = gradient_accumulation
-    tokenizer_graphdef = models.abstract(tokenizer[0])[0] if tokenizer else None
 
-    def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
-        params, opt = network.init(key, (start or {}).get("generator"))
-        state = {"step": jnp.zeros((), jnp.int32), "params": {"generator": params}, "opt": {"generator": opt}}
-        return {**state, "ema": {"generator": params}}
+    weights: LossConfig
+    tokenizer: tuple[TiTokConfig, nnx.GraphDef] | None
 
-    def draw(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    model = "generator"
+    loss = "loss"
+
+    @property
+    def shows_pictures(self) -> bool:
+        return self.tokenizer is not None
+
+    @property
+    def measures(self) -> bool:
+        return True
+
+    def _init_keys(self, key: jax.Array) -> dict[str, jax.Array]:
+        return {self.model: key}
+
+    def draw(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Which share of an image's tokens is masked, which tokens, whether its label is dropped, and the dropout's key."""
         mask_key, time_key, label_key, dropout_key = jax.random.split(key, 4)
         b = batch["label"].shape[0]
         return {
             "timesteps": jax.random.uniform(time_key, (b,)),
-            "order_uniforms": jax.random.uniform(mask_key, (b, config.num_tokens)),
+            "order_uniforms": jax.random.uniform(mask_key, (b, self.config.num_tokens)),
             "drop_uniforms": jax.random.uniform(label_key, (b,)),
             "dropout": dropout_key,
         }
 
-    def tokens_of(frozen, batch: Batch) -> jax.Array:
-        if "tokens" in batch:
-            return batch["tokens"]
-        return nnx.merge(tokenizer_graphdef, frozen).quantized(float_images(batch["image"])).tokens
-
-    def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        tokens = tokens_of(frozen, batch)
-        masked, mask = masking.mask_tokens(tokens, draws["timesteps"], draws["order_uniforms"], config.mask_id)
-        labels = jnp.where(draws["drop_uniforms"] < config.class_label_dropout, config.num_classes, batch["label"])
+    def update(self, state: State, frozen: Any, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        """Cross entropy of the masked tokens, given the others and the class."""
+        config, parts = self.config, self.options.gradient_accumulation
+        tokens, masked, mask = self.masked(frozen, batch, draws)
         rows = {
             "ids": masked,
-            "labels": labels,
+            "labels": jnp.where(draws["drop_uniforms"] < config.class_label_dropout, config.num_classes, batch["label"]),
             "targets": tokens,
             "mask": mask,
-            # Normalised over the whole batch, before it is cut; `accumulate` takes the mean over the parts.
-            "weights": losses.token_weights(mask, loss.unmasked_weight) * parts,
+            # Normalised over the whole batch before it is split; `accumulate` takes the mean over the parts.
+            "weights": losses.token_weights(mask, self.weights.unmasked_weight) * parts,
             # One dropout key per part: the key of its first row.
             "keys": jax.random.split(draws["dropout"], tokens.shape[0]),
         }
+        grads, metrics, _ = accumulate(self.token_loss, state["params"]["generator"], rows, parts)
+        return self.advance(state, grads, metrics), metrics
 
-        def loss_of(params, rows):
-            dropout_key = None if config.dropout == config.attn_dropout == 0.0 else rows["keys"][0]
-            logits = network.module(params).logits(rows["ids"], rows["labels"], key=dropout_key)
-            total = losses.weighted_token_loss(
-                logits, rows["targets"], rows["weights"], label_smoothing=loss.label_smoothing
-            )
-            correct = losses.correct_tokens(logits, rows["targets"], rows["mask"])
-            return total, ({"loss": total, "correct_tokens": correct}, None)
+    def masked(self, frozen: Any, batch: Batch, draws: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(tokens [B, N], the same with the mask id where they are masked, whether they are masked [B, N])."""
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        else:
+            tokens = nnx.merge(self.tokenizer[1], frozen).quantized(float_images(batch["image"])).tokens
+        return tokens, *masking.mask_tokens(tokens, draws["timesteps"], draws["order_uniforms"], self.config.mask_id)
 
-        params, opt = state["params"]["generator"], state["opt"]["generator"]
-        grads, metrics, _ = accumulate(loss_of, params, rows, parts)
-        metrics["lr"] = network.schedule(state["step"])
-        params, opt, metrics["grad_norm"] = network.apply(params, opt, grads)
-        ema = ema_update(state["ema"]["generator"], params, state["step"], ema_decay)
-        new = {"step": state["step"] + 1, "params": {"generator": params}, "opt": {"generator": opt}}
-        return {**new, "ema": {"generator": ema}}, metrics
+    def token_loss(self, params: convert.Params, rows: Batch) -> tuple[jax.Array, tuple[Metrics, None]]:
+        """(the loss, (what is logged, None)) of some rows of a batch."""
+        dropout_key = None if self.config.dropout == self.config.attn_dropout == 0.0 else rows["keys"][0]
+        logits = self.networks["generator"].module(params).logits(rows["ids"], rows["labels"], key=dropout_key)
+        smoothing = self.weights.label_smoothing
+        total = losses.weighted_token_loss(logits, rows["targets"], rows["weights"], label_smoothing=smoothing)
+        correct = losses.correct_tokens(logits, rows["targets"], rows["mask"])
+        return total, ({"loss": total, "correct_tokens": correct}, None)
 
-    def evaluate(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """The loss of each example over its own tokens, without dropout, and the share of masked tokens that is right."""
-        tokens, draws = tokens_of(frozen, batch), draw(key, batch)
-        masked, mask = masking.mask_tokens(tokens, draws["timesteps"], draws["order_uniforms"], config.mask_id)
-        logits = network.module(state["ema"]["generator"]).logits(masked, batch["label"], key=None)
+        tokens, masked, mask = self.masked(frozen, batch, self.draw(key, batch))
+        logits = self.networks["generator"].module(state["ema"]["generator"]).logits(masked, batch["label"], key=None)
+        loss = partial(losses.masked_token_loss, **dataclasses.asdict(self.weights))
+        return jax.vmap(lambda *example: loss(*(part[None] for part in example))[1])(logits, tokens, mask)
 
-        def one(logits, tokens, mask):
-            return losses.masked_token_loss(
-                logits[None],
-                tokens[None],
-                mask[None],
-                label_smoothing=loss.label_smoothing,
-                unmasked_weight=loss.unmasked_weight,
-            )[1]
-
-        return jax.vmap(one)(logits, tokens, mask)
-
-    def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """Samples of the classes in turn, with the model's sampling settings."""
+        config, sampling = self.config, self.config.sampling
         labels = jnp.arange(batch["label"].shape[0]) % config.num_classes
-        keys = jax.random.split(key, labels.shape[0])
-        generator, sampling = network.module(state["ema"]["generator"]), config.sampling
         ids = decoding.parallel_decode(
-            generator.logits,
+            self.networks["generator"].module(state["ema"]["generator"]).logits,
             labels,
             num_tokens=config.num_tokens,
             codebook_size=config.codebook_size,
             num_classes=config.num_classes,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            guidance_schedule=sampling.guidance_schedule,
-            temperature=sampling.temperature,
-            softmax_temperature_annealing=sampling.softmax_temperature_annealing,
-            noise=decoding.noise_from_keys(keys),
+            noise=decoding.noise_from_keys(jax.random.split(key, labels.shape[0])),
+            **dataclasses.asdict(sampling),
         ).ids
-        images = nnx.merge(tokenizer_graphdef, frozen).decode_tokens(ids)
-        return {"sample": jnp.clip(images, 0.0, 1.0)}
+        return {"sample": jnp.clip(nnx.merge(self.tokenizer[1], frozen).decode_tokens(ids), 0.0, 1.0)}
 
-    def export(state: State, folder: Path) -> None:
-        pretrained.save(folder, config, state["ema"]["generator"], tokenizer=tokenizer, overwrite=True)
+    def export(self, state: State, folder: Path) -> None:
+        """Writes the averaged generator, with the tokenizer that made its tokens, as a pretrained folder."""
+        tokenizer = (self.tokenizer[0], self.frozen) if self.tokenizer else None
+        pretrained.save(folder, self.config, state["ema"]["generator"], tokenizer=tokenizer, overwrite=True)
 
-    return Task(
-        networks={"generator": network},
+
+def make_task(
+    config: GeneratorConfig,
+    loss: LossConfig,
+    *,
+    tokenizer: tuple[TiTokConfig, convert.Params] | None = None,
+    **options: Any,
+) -> GeneratorTask:
+    """The task.
+
+    Args:
+      tokenizer: makes tokens of the batch's images, and images of the previews' tokens; None for batches of tokens.
+      options: as in `TaskOptions`. With `gradient_accumulation` the gradient is that of the whole batch but for the
+        dropout's draws.
+    """
+    given = TaskOptions(**options)
+    return GeneratorTask(
+        networks={"generator": given.network(config)},
+        options=given,
         frozen=tokenizer[1] if tokenizer else None,
-        init=init,
-        draw=draw,
-        update=update,
-        preview=preview if tokenizer else None,
-        export=export,
-        loss="loss",
-        start=None if start is None else {"generator": start},
-        evaluate=evaluate,
+        weights=loss,
+        tokenizer=(tokenizer[0], models.abstract(tokenizer[0])[0]) if tokenizer else None,
     )

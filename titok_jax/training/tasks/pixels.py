@@ -5,30 +5,19 @@ on the discriminator's, on the same reconstructions, made before the update; the
 """
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.layers import float_images
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.training import losses
-from titok_jax.training.optimizer import ema_update
-from titok_jax.training.tasks import (
-    Batch,
-    Metrics,
-    Network,
-    State,
-    Task,
-    accumulate,
-    make_network,
-    reconstruction_quality,
-    restarted,
-)
-from titok_jax.training.tasks.adversarial import init_state, make_adversary
-from titok_jax.weights import convert, pretrained
-from titok_jax.weights.perceptual_files import Perceptual, check_perceptual
+from titok_jax.training.accumulation import accumulate
+from titok_jax.training.tasks.adversarial import AdversarialTask, make_adversary
+from titok_jax.training.tasks.base import Batch, Metrics, State, TaskOptions
+from titok_jax.weights import convert
+from titok_jax.weights.perceptual_files import check_perceptual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,152 +44,114 @@ class LossConfig:
     lecam_decay: float = 0.999
 
 
-def make_task(
-    config: TiTokConfig,
-    loss: LossConfig,
-    *,
-    optimizer: dict,
-    num_steps: int,
-    discriminator: DiscriminatorConfig | None = None,
-    discriminator_optimizer: dict | None = None,
-    perceptual: Perceptual | None = None,
-    trained: tuple[str, ...] | None = None,
-    start: convert.Params | None = None,
-    ema_decay: float = 0.999,
-    compute_dtype: str = "float32",
-    remat: bool = False,
-    gradient_accumulation: int = 1,
-    restart_codes: bool = False,
-) -> Task:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PixelTask(AdversarialTask):
+    """See the module.
+
+    Attributes:
+      weights: of the loss.
+    """
+
+    weights: LossConfig
+
+    @property
+    def trains_codebook(self) -> bool:
+        """Whether there is a codebook, and it is trained."""
+        trained = self.networks["tokenizer"].trained
+        return self.config.quantize_mode == "vq" and (trained is None or "quantize" in trained)
+
+    def draw(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """The noise of a VAE's posterior."""
+        if self.config.quantize_mode == "vq":
+            return {}
+        shape = (batch["image"].shape[0], self.config.num_latent_tokens, self.config.token_size)
+        return {"noise": jax.random.normal(key, shape)}
+
+    def update(self, state: State, frozen: Any, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        """The tokenizer against the discriminator as it is, then the discriminator on the same reconstructions."""
+        images = float_images(batch["image"])
+
+        def loss(trainable, rows):
+            return self.pixel_loss(trainable, rows, state=state, frozen=frozen)
+
+        trainable = self.networks["tokenizer"].trainable(state["params"]["tokenizer"])
+        rows, parts = {"images": images, **draws}, self.options.gradient_accumulation
+        grads, metrics, outputs = accumulate(loss, trainable, rows, parts, convolutions=True)
+        new = self.advance(self.restarted(state, outputs) if self.options.restart_codes else state, grads, metrics)
+        if self.adversary:
+            new, of_discriminator = self.adversary.update(state, new, images, outputs["reconstructions"])
+            metrics |= of_discriminator
+        if outputs["tokens"] is not None:
+            metrics |= losses.codebook_metrics(outputs["tokens"], self.config.codebook_size)
+        return new, metrics
+
+    def pixel_loss(self, trainable: convert.Params, rows: Batch, *, state: State, frozen: Any):
+        """(the loss, (what is logged, reconstructions, tokens and latents)) of some rows of a batch."""
+        model = self.networks["tokenizer"].module({**state["params"]["tokenizer"], **trainable})
+        images, weights = rows["images"], self.weights
+        bottleneck = posterior = None
+        if self.config.quantize_mode == "vq":
+            bottleneck = model.quantized(images)
+            reconstructions = model.decode(bottleneck.quantized)
+        else:
+            posterior = model.posterior(images)
+            reconstructions = model.decode(posterior.sample(rows["noise"]))
+        factor, logits_fake = self.judge(state, reconstructions)
+        shared = {
+            "perceptual": self.perceptual_distance(frozen, images, reconstructions),
+            "logits_fake": logits_fake,
+            "factor": factor,
+            "kind": weights.reconstruction,
+            "reconstruction_weight": weights.reconstruction_weight,
+            "perceptual_weight": weights.perceptual_weight,
+            "discriminator_weight": weights.discriminator_weight,
+        }
+        if posterior is not None:
+            kl, kl_weight = posterior.kl(), weights.kl_weight
+            total, metrics = losses.vae_generator_loss(images, reconstructions, kl=kl, kl_weight=kl_weight, **shared)
+            return total, (metrics, {"reconstructions": reconstructions, "tokens": None, "latents": None})
+        counts = self.trains_codebook  # of a quantizer that is not trained, the losses are logged as 0
+        total, metrics = losses.vq_generator_loss(
+            images,
+            reconstructions,
+            quantizer_loss=counts * bottleneck.quantizer_loss,
+            commitment_loss=counts * bottleneck.commitment_loss,
+            codebook_loss=counts * bottleneck.codebook_loss,
+            quantizer_weight=weights.quantizer_weight,
+            **shared,
+        )
+        outputs = {"reconstructions": reconstructions, "tokens": bottleneck.tokens, "latents": bottleneck.latents}
+        return total, (metrics, outputs)
+
+    def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """Images and their reconstructions; a VAE's from the mean of the posterior."""
+        del frozen, key
+        model, images = self.networks["tokenizer"].module(state["ema"]["tokenizer"]), float_images(batch["image"])
+        vq = self.config.quantize_mode == "vq"
+        z = model.quantized(images).quantized if vq else model.posterior(images).mean
+        return {"image": images, "reconstruction": jnp.clip(model.decode(z), 0.0, 1.0)}
+
+
+def make_task(config: TiTokConfig, loss: LossConfig, *, trained: tuple[str, ...] | None = None, **options: Any) -> PixelTask:
     """The task.
 
     Args:
-      optimizer: see `tasks.make_network`.
-      num_steps: length of the training; the discriminator's schedule spans what is left of it after its start.
-      discriminator, discriminator_optimizer: needed if `loss.discriminator_weight` is not 0.
-      perceptual: the network that `loss.perceptual` names, None for "none".
-      trained: the top-level parts of the tokenizer that are trained; None: all.
-      start: the tokenizer's parameters to begin with; None: new ones.
-      gradient_accumulation: parts that a batch is cut into; the step is that of the whole batch.
-      restart_codes: see `quantizer.restart_codes`.
+      trained: the parts of the tokenizer that are trained; None: all.
+      options: as in `TaskOptions`.
 
     Raises:
-      ValueError: a loss without what it needs.
+      ValueError: a loss without what it needs, or restarts without a codebook in training.
     """
-    check_perceptual(loss.perceptual, perceptual)
-    if restart_codes and (config.quantize_mode != "vq" or (trained is not None and "quantize" not in trained)):
-        raise ValueError("restart_codes is set, but there is no codebook in training: it is for stage 1 and single-stage vq")
-    tokenizer = make_network(config, optimizer, num_steps, trained=trained, compute_dtype=compute_dtype, remat=remat)
-    networks: dict[str, Network] = {"tokenizer": tokenizer}
-    adversary = None
-    if loss.discriminator_weight > 0:
-        adversary = make_adversary(
-            discriminator,
-            discriminator_optimizer,
-            num_steps,
-            compute_dtype=compute_dtype,
-            start=loss.discriminator_start,
-            factor=loss.discriminator_factor,
-            lecam_weight=loss.lecam_weight,
-            lecam_decay=loss.lecam_decay,
-            parts=gradient_accumulation,
-        )
-        networks["discriminator"] = adversary.network
-
-    def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
-        state = init_state(networks, key, start)
-        if restart_codes:
-            state["code_usage"] = jnp.zeros(config.codebook_size)
-        return state
-
-    def draw(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        if config.quantize_mode == "vq":
-            return {}
-        shape = (batch["image"].shape[0], config.num_latent_tokens, config.token_size)
-        return {"noise": jax.random.normal(key, shape)}
-
-    def tokenizer_loss(trainable, rows, *, state: State, frozen):
-        images = rows["images"]
-        model = tokenizer.module({**state["params"]["tokenizer"], **trainable})
-        if config.quantize_mode == "vq":
-            bottleneck = model.quantized(images)
-            z, tokens, latents = bottleneck.quantized, bottleneck.tokens, bottleneck.latents
-        else:
-            posterior = model.posterior(images)
-            z, tokens, latents = posterior.sample(rows["noise"]), None, None
-        reconstructions = model.decode(z)
-
-        factor, logits_fake = adversary.judge(state, reconstructions) if adversary else (jnp.float32(0.0), None)
-        shared = {
-            "perceptual": jnp.float32(0.0) if perceptual is None else perceptual.distance(frozen, images, reconstructions),
-            "logits_fake": logits_fake,
-            "factor": factor,
-            "kind": loss.reconstruction,
-            "reconstruction_weight": loss.reconstruction_weight,
-            "perceptual_weight": loss.perceptual_weight,
-            "discriminator_weight": loss.discriminator_weight,
-        }
-        if config.quantize_mode == "vq":
-            # Of a quantizer that is not trained, the losses are logged as 0.
-            counts = trained is None or "quantize" in trained
-            total, metrics = losses.vq_generator_loss(
-                images,
-                reconstructions,
-                quantizer_loss=counts * bottleneck.quantizer_loss,
-                commitment_loss=counts * bottleneck.commitment_loss,
-                codebook_loss=counts * bottleneck.codebook_loss,
-                quantizer_weight=loss.quantizer_weight,
-                **shared,
-            )
-        else:
-            total, metrics = losses.vae_generator_loss(
-                images, reconstructions, kl=posterior.kl(), kl_weight=loss.kl_weight, **shared
-            )
-        return total, (metrics, {"reconstructions": reconstructions, "tokens": tokens, "latents": latents})
-
-    def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        images = float_images(batch["image"])
-        params, opt, ema = dict(state["params"]), dict(state["opt"]), dict(state["ema"])
-
-        def loss_of(trainable, rows):
-            return tokenizer_loss(trainable, rows, state=state, frozen=frozen)
-
-        rows, trainable = {"images": images, **draws}, tokenizer.trainable(params["tokenizer"])
-        grads, metrics, outputs = accumulate(loss_of, trainable, rows, gradient_accumulation, convolutions=True)
-        metrics["lr"] = tokenizer.schedule(state["step"])
-        new: State = {"step": state["step"] + 1, "params": params, "opt": opt, "ema": ema}
-        if restart_codes:
-            params["tokenizer"], new["code_usage"] = restarted(config, params["tokenizer"], state["code_usage"], outputs)
-        params["tokenizer"], opt["tokenizer"], metrics["grad_norm"] = tokenizer.apply(
-            params["tokenizer"], opt["tokenizer"], grads
-        )
-        if adversary:
-            trained = adversary.update(state, images, outputs["reconstructions"])
-            params["discriminator"], opt["discriminator"], new["lecam"], disc_metrics = trained
-            metrics |= disc_metrics
-        if outputs["tokens"] is not None:
-            metrics |= losses.codebook_metrics(outputs["tokens"], config.codebook_size)
-        ema["tokenizer"] = ema_update(ema["tokenizer"], params["tokenizer"], state["step"], ema_decay)
-        return new, metrics
-
-    def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        del frozen, key
-        model, images = tokenizer.module(state["ema"]["tokenizer"]), float_images(batch["image"])
-        z = model.quantized(images).quantized if config.quantize_mode == "vq" else model.posterior(images).mean
-        return {"image": images, "reconstruction": jnp.clip(model.decode(z), 0.0, 1.0)}
-
-    def export(state: State, folder: Path) -> None:
-        pretrained.save(folder, config, state["ema"]["tokenizer"], overwrite=True)
-
-    return Task(
-        networks=networks,
-        frozen=None if perceptual is None else perceptual.params,
-        init=init,
-        draw=draw,
-        update=update,
-        preview=preview,
-        export=export,
-        loss="total_loss",
-        start=None if start is None else {"tokenizer": start},
-        evaluate=reconstruction_quality(preview),
+    given = TaskOptions(**options)
+    check_perceptual(loss.perceptual, given.perceptual)
+    adversary = make_adversary(loss, given, factor=loss.discriminator_factor)
+    task = PixelTask(
+        networks={"tokenizer": given.network(config, trained)} | ({"discriminator": adversary.network} if adversary else {}),
+        options=given,
+        frozen=None if given.perceptual is None else given.perceptual.params,
+        adversary=adversary,
+        weights=loss,
     )
+    if given.restart_codes and not task.trains_codebook:
+        raise ValueError("restart_codes is set, but there is no codebook in training: it is for stage 1 and single-stage vq")
+    return task

@@ -5,11 +5,11 @@ reconstruction, perceptual, the bottleneck's (commitment and codebook, or KL), a
 """
 
 from titok_jax.models.titok import TiTokConfig
-from titok_jax.training.tasks import Task, pixels
-from titok_jax.training.tasks.pixels import LossConfig
+from titok_jax.training.tasks import pixels
+from titok_jax.training.tasks.pixels import LossConfig, PixelTask
 
 
-def make_task(config: TiTokConfig, loss: LossConfig, **options) -> Task:
+def make_task(config: TiTokConfig, loss: LossConfig, **options) -> PixelTask:
     """The task; `options` as in `pixels.make_task`.
 
     Raises:

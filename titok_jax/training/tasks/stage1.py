@@ -5,7 +5,7 @@ targets. Losses: cross entropy of the codes, and the quantizer's.
 """
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ from titok_jax.models.layers import float_images
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import PROXY_CODES, TiTokConfig
 from titok_jax.training import losses
-from titok_jax.training.optimizer import ema_update
-from titok_jax.training.tasks import Batch, Metrics, State, Task, accumulate, make_network, reconstruction_quality, restarted
-from titok_jax.weights import convert, pretrained
+from titok_jax.training.accumulation import accumulate
+from titok_jax.training.tasks.base import Batch, Metrics, State, Task, TaskOptions
+from titok_jax.weights import convert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +32,76 @@ class LossConfig:
     quantizer_weight: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Stage1(Task):
+    """See the module.
+
+    Attributes:
+      weights: of the loss.
+      vqgan: the frozen network that gives the target codes; None if the batches hold them.
+    """
+
+    weights: LossConfig
+    vqgan: nnx.GraphDef | None
+    vqgan_codes: int = PROXY_CODES
+
+    @property
+    def shows_pictures(self) -> bool:
+        return self.vqgan is not None
+
+    def _init_keys(self, key: jax.Array) -> dict[str, jax.Array]:
+        return {self.model: key}
+
+    def update(self, state: State, frozen: Any, batch: Batch, draws: Any) -> tuple[State, Metrics]:
+        """Cross entropy of the VQGAN's codes, and the quantizer's losses."""
+        images = float_images(batch["image"])
+        rows = {"images": images, "codes": self.target_codes(frozen, batch, images)}
+        parts = self.options.gradient_accumulation
+        grads, metrics, outputs = accumulate(self.code_loss, state["params"]["tokenizer"], rows, parts)
+        metrics |= losses.codebook_metrics(outputs["tokens"], self.config.codebook_size)
+        if self.options.restart_codes:
+            state = self.restarted(state, outputs)
+        return self.advance(state, grads, metrics), metrics
+
+    def target_codes(self, frozen: Any, batch: Batch, images: jax.Array) -> jax.Array:
+        """The codes to predict, int [B, h, w] or [B, h w]."""
+        return batch["codes"] if "codes" in batch else nnx.merge(self.vqgan, frozen).get_codes(images)
+
+    def code_loss(self, params: convert.Params, rows: Batch) -> tuple[jax.Array, tuple[Metrics, dict[str, jax.Array]]]:
+        """(the loss, (what is logged, tokens and latents)) of some rows of a batch."""
+        model = self.networks["tokenizer"].module(params)
+        bottleneck = model.quantized(rows["images"])
+        total, metrics = losses.stage1_loss(
+            model.decode(bottleneck.quantized),
+            rows["codes"],
+            quantizer_loss=bottleneck.quantizer_loss,
+            commitment_loss=bottleneck.commitment_loss,
+            codebook_loss=bottleneck.codebook_loss,
+            quantizer_weight=self.weights.quantizer_weight,
+        )
+        return total, (metrics, {"tokens": bottleneck.tokens, "latents": bottleneck.latents})
+
+    def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """The most likely codes through the VQGAN's decoder, below what the VQGAN itself makes of the image."""
+        del key
+        model, images = self.networks["tokenizer"].module(state["ema"]["tokenizer"]), float_images(batch["image"])
+        vqgan = nnx.merge(self.vqgan, frozen)
+        logits = model.decode(model.quantized(images).quantized)[..., : self.vqgan_codes]
+        return {
+            "image": images,
+            "target": vqgan.decode_codes(vqgan.get_codes(images)),
+            "reconstruction": vqgan.decode_codes(jnp.argmax(logits, axis=-1)),
+        }
+
+
 def make_task(
-    config: TiTokConfig,
-    loss: LossConfig,
-    *,
-    optimizer: dict,
-    num_steps: int,
-    vqgan: tuple[MaskgitVQGANConfig, convert.Params] | None,
-    start: convert.Params | None = None,
-    ema_decay: float = 0.999,
-    compute_dtype: str = "float32",
-    remat: bool = False,
-    gradient_accumulation: int = 1,
-    restart_codes: bool = False,
-) -> Task:
+    config: TiTokConfig, loss: LossConfig, *, vqgan: tuple[MaskgitVQGANConfig, convert.Params] | None, **options: Any
+) -> Stage1:
     """The task.
 
     Args:
-      optimizer: see `tasks.make_network`.
       vqgan: gives the target codes, in float32; None for batches that hold them as "codes" [B, h w].
-      start: the parameters to begin with; None: new ones.
-      gradient_accumulation: parts that a batch is cut into; the gradient is that of the whole batch.
-      restart_codes: see `quantizer.restart_codes`.
+      options: as in `TaskOptions`.
 
     Raises:
       ValueError: a model that does not predict codes, or a VQGAN with another grid or more codes.
@@ -65,74 +113,12 @@ def make_task(
             f"the VQGAN has {vqgan[0].codebook_size} codes and one per {vqgan[0].downsampling} x {vqgan[0].downsampling} "
             f"pixels; the model takes {PROXY_CODES} and one per {config.patch_size} x {config.patch_size}"
         )
-    network = make_network(config, optimizer, num_steps, compute_dtype=compute_dtype, remat=remat)
-    vqgan_graphdef = models.abstract(vqgan[0])[0] if vqgan else None
-
-    def init(key: jax.Array, start: dict[str, convert.Params] | None = None) -> State:
-        params, opt = network.init(key, (start or {}).get("tokenizer"))
-        state = {"step": jnp.zeros((), jnp.int32), "params": {"tokenizer": params}, "opt": {"tokenizer": opt}}
-        if restart_codes:
-            state["code_usage"] = jnp.zeros(config.codebook_size)
-        return {**state, "ema": {"tokenizer": params}}
-
-    def draw(key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        del key, batch
-        return {}
-
-    def loss_of(params, rows):
-        model = network.module(params)
-        bottleneck = model.quantized(rows["images"])
-        total, metrics = losses.stage1_loss(
-            model.decode(bottleneck.quantized),
-            rows["codes"],
-            quantizer_loss=bottleneck.quantizer_loss,
-            commitment_loss=bottleneck.commitment_loss,
-            codebook_loss=bottleneck.codebook_loss,
-            quantizer_weight=loss.quantizer_weight,
-        )
-        return total, (metrics, {"tokens": bottleneck.tokens, "latents": bottleneck.latents})
-
-    def update(state: State, frozen, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        del draws
-        images = float_images(batch["image"])
-        codes = batch["codes"] if "codes" in batch else nnx.merge(vqgan_graphdef, frozen).get_codes(images)
-        rows = {"images": images, "codes": codes}
-        params, opt = state["params"]["tokenizer"], state["opt"]["tokenizer"]
-        grads, metrics, outputs = accumulate(loss_of, params, rows, gradient_accumulation)
-        metrics["lr"] = network.schedule(state["step"])
-        metrics |= losses.codebook_metrics(outputs["tokens"], config.codebook_size)
-        usage = {}
-        if restart_codes:
-            params, usage["code_usage"] = restarted(config, params, state["code_usage"], outputs)
-        params, opt, metrics["grad_norm"] = network.apply(params, opt, grads)
-        ema = ema_update(state["ema"]["tokenizer"], params, state["step"], ema_decay)
-        new = {"step": state["step"] + 1, "params": {"tokenizer": params}, "opt": {"tokenizer": opt}}
-        return {**new, **usage, "ema": {"tokenizer": ema}}, metrics
-
-    def preview(state: State, frozen, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """The most likely codes through the VQGAN's decoder, below what the VQGAN itself makes of the image."""
-        del key
-        model, images = network.module(state["ema"]["tokenizer"]), float_images(batch["image"])
-        two_dimensional = nnx.merge(vqgan_graphdef, frozen)
-        predicted = jnp.argmax(model.decode(model.quantized(images).quantized)[..., : vqgan[0].codebook_size], axis=-1)
-        return {
-            "image": images,
-            "target": two_dimensional.decode_codes(two_dimensional.get_codes(images)),
-            "reconstruction": two_dimensional.decode_codes(predicted),
-        }
-
-    def export(state: State, folder: Path) -> None:
-        pretrained.save(folder, config, state["ema"]["tokenizer"], overwrite=True)
-
-    return Task(
-        networks={"tokenizer": network},
+    given = TaskOptions(**options)
+    return Stage1(
+        networks={"tokenizer": given.network(config)},
+        options=given,
         frozen=vqgan[1] if vqgan else None,
-        init=init,
-        draw=draw,
-        update=update,
-        preview=preview if vqgan else None,
-        export=export,
-        loss="total_loss",
-        start=None if start is None else {"tokenizer": start},
-        evaluate=reconstruction_quality(preview) if vqgan else None,
+        weights=loss,
+        vqgan=models.abstract(vqgan[0])[0] if vqgan else None,
+        vqgan_codes=vqgan[0].codebook_size if vqgan else PROXY_CODES,
     )

@@ -8,8 +8,8 @@ The step is in `tasks/pixels.py`.
 """
 
 from titok_jax.models.titok import PROXY_CODES, TiTokConfig
-from titok_jax.training.tasks import Task, pixels
-from titok_jax.training.tasks.pixels import LossConfig
+from titok_jax.training.tasks import pixels
+from titok_jax.training.tasks.pixels import LossConfig, PixelTask
 from titok_jax.weights import convert
 
 TRAINED = ("decoder", "pixel_quantize", "pixel_decoder")
@@ -20,7 +20,7 @@ def from_stage1(stage1: convert.Params, vqgan: convert.Params) -> convert.Params
     return {**stage1, "pixel_quantize": vqgan["quantize"], "pixel_decoder": vqgan["decoder"]}
 
 
-def make_task(config: TiTokConfig, loss: LossConfig, **options) -> Task:
+def make_task(config: TiTokConfig, loss: LossConfig, **options) -> PixelTask:
     """The task; `options` as in `pixels.make_task`. `start` is made by `from_stage1`, or is a whole stage 2 model.
 
     Raises:

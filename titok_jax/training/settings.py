@@ -1,0 +1,282 @@
+"""A recipe's ConfigDict, parsed once into frozen dataclasses. Nothing behind this module sees a ConfigDict.
+
+Whatever can be wrong with a configuration, and known without the data and the weights, is an error here.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from titok_jax import models
+from titok_jax.inference import check_pair
+from titok_jax.models.discriminator import DiscriminatorConfig
+from titok_jax.models.generator import GeneratorConfig, SamplingConfig
+from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
+from titok_jax.models.titok import TiTokConfig, transformer_size
+from titok_jax.training.optimizer import OptimizerConfig, constant_decay
+from titok_jax.training.tasks import generator, maskgit_vqgan, pixels, stage1
+from titok_jax.weights import known_models, pretrained
+
+LossConfig = generator.LossConfig | maskgit_vqgan.LossConfig | stage1.LossConfig | pixels.LossConfig
+LOSSES: dict[str, type] = {
+    "generator": generator.LossConfig,
+    "maskgit_vqgan": maskgit_vqgan.LossConfig,
+    "stage1": stage1.LossConfig,
+    "stage2": pixels.LossConfig,
+    "single_stage": pixels.LossConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """What the batches are made of.
+
+    Attributes:
+      source, eval_source: as `sources.make_source` takes them; without eval_source nothing is held out.
+      transform: as `transforms.make_train_transform` takes it; None: none.
+      eval_transform: as `transforms.make_eval_transform` takes it; None: none.
+      batch_size: global.
+      num_workers, num_threads: that prepare batches, in each process.
+    """
+
+    source: Mapping[str, Any]
+    batch_size: int
+    num_workers: int
+    num_threads: int
+    eval_source: Mapping[str, Any] | None = None
+    transform: Mapping[str, Any] | None = None
+    eval_transform: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Sizes of the mesh's axes; one may be -1: what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A training.
+
+    Attributes:
+      task: the kind of training.
+      seed: decides every random number.
+      num_steps: updates.
+      model: complete: what it takes from a tokenizer, a VQGAN or the model that it begins with is filled in.
+      image_size: side of the images that the training takes; None if it takes tokens only.
+      loss: weights of its terms.
+      discriminator, discriminator_optimizer: None where the loss has no adversarial term.
+      tokenizer, vqgan, perceptual_weights, init_from: names, folders or files of what a training begins with; "": none.
+      vqgan_model: sizes of a VQGAN with random weights, which the smoke recipes have.
+      ema_decay, ema_ramp: of the averages: the published ramp up to a decay, or that decay at every step.
+      compute_dtype, remat, gradient_accumulation, restart_codes: as in `TaskOptions`.
+      log_every, checkpoint_every, eval_every, preview_every: steps between two; eval_every and preview_every 0: never.
+      keep_checkpoints: how many of the newest are kept.
+      max_nonfinite_steps: in a row, after which a training ends.
+      eval_images, preview_images, preview_columns: how many are measured, are drawn, and stand in a row.
+      recipe: values of the recipe that belong together, of which a training that has others is warned.
+      given: the whole configuration as JSON has it, which checkpoints keep.
+      text: the same for reading.
+    """
+
+    task: str
+    seed: int
+    num_steps: int
+    data: DataSettings
+    mesh: MeshSettings
+    model: models.Config
+    image_size: int | None
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    ema_decay: float
+    ema_ramp: bool
+    compute_dtype: str
+    remat: bool
+    gradient_accumulation: int
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    eval_every: int
+    eval_images: int
+    max_nonfinite_steps: int
+    preview_every: int
+    preview_images: int
+    preview_columns: int
+    recipe: Mapping[str, Any]
+    given: Mapping[str, Any]
+    text: str
+    discriminator: DiscriminatorConfig | None = None
+    discriminator_optimizer: OptimizerConfig | None = None
+    tokenizer: str = ""
+    vqgan: str = ""
+    vqgan_model: MaskgitVQGANConfig | None = None
+    perceptual_weights: str = ""
+    init_from: str = ""
+    restart_codes: bool = False
+
+    def __post_init__(self):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps", "max_nonfinite_steps", "eval_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.{name} is {getattr(self, name)}, expected at least 1")
+
+    @property
+    def ema_schedule(self) -> float | Callable[[jax.Array], jax.Array]:
+        """The decay of the averages, as `TaskOptions` takes it."""
+        return self.ema_decay if self.ema_ramp else constant_decay(self.ema_decay)
+
+
+def parse_settings(config: ConfigDict, *, abstract: bool = False) -> Settings:
+    """The settings of a recipe.
+
+    Args:
+      abstract: ask no network: a known name of a model means its published configuration. For compiling a step without
+        running it.
+
+    Raises:
+      ValueError: a bad field; the message names it.
+      FileNotFoundError, DownloadError, WeightsError: a model that the recipe names is not there or not readable.
+    """
+    fields = config.to_dict()
+    task = fields.get("task")
+    if task not in LOSSES:
+        others = ", ".join(repr(name) for name in LOSSES if name != "generator")
+        raise ValueError(f"config.task is {task!r}, expected 'generator' or one of {others}")
+    loss = section(LOSSES[task], fields.pop("loss"), "loss")
+    vqgan_model = fields.pop("vqgan_model", None)
+    parsed = {
+        "loss": loss,
+        "data": section(DataSettings, fields.pop("data"), "data"),
+        "mesh": section(MeshSettings, fields.pop("mesh"), "mesh"),
+        "optimizer": section(OptimizerConfig, fields.pop("optimizer"), "optimizer"),
+        "vqgan_model": None if vqgan_model is None else section(MaskgitVQGANConfig, vqgan_model, "vqgan_model"),
+    }
+    sections = {"discriminator": DiscriminatorConfig, "discriminator_optimizer": OptimizerConfig}
+    given = {name: fields.pop(name) for name in sections if name in fields}
+    if getattr(loss, "discriminator_weight", 0) > 0:
+        parsed |= {name: section(sections[name], value, name) for name, value in given.items()}
+    as_json = {"given": json.loads(config.to_json()), "text": str(config), "recipe": fields.pop("recipe", {})}
+    model = fields.pop("model")
+    incomplete = functools.partial(Settings, model=None, image_size=None)
+    settings = section(incomplete, fields | parsed | as_json, "", Settings)
+    model, image_size = _model(settings, model, abstract)
+    settings = dataclasses.replace(settings, model=model, image_size=image_size)
+    _check_sizes(settings)
+    return settings
+
+
+def section(make: Callable, fields: Mapping[str, Any], name: str, cls: type | None = None) -> Any:
+    """`make(**fields)`; a field that it does not have, or a bad value, is an error that names the section.
+
+    Args:
+      cls: the dataclass that `make` gives, if it is not one itself.
+    """
+    where = f"config.{name}" if name else "config"
+    unknown = set(fields) - {field.name for field in dataclasses.fields(cls or make)}
+    if unknown:
+        raise ValueError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
+    try:
+        return make(**fields)
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("config."):
+            raise
+        raise ValueError(f"{where}: {error}") from None
+
+
+def load_model_config(source: str, kind: type, *, abstract: bool = False) -> models.Config:
+    """The configuration of a model that a recipe names; `abstract` as in `parse_settings`."""
+    if abstract:
+        known = {name: config for (_, name), config in known_models.known_configs(kind).items()}
+        if source in known:
+            return known[source]
+    return pretrained.load_config(source, kind)
+
+
+def vqgan_config(settings: Settings, *, abstract: bool = False) -> MaskgitVQGANConfig:
+    """The configuration of the MaskGIT-VQGAN `config.vqgan`: a name, folder or file; or "random", in smoke recipes.
+
+    Raises:
+      ValueError: none is set, or "random" without sizes.
+    """
+    if not settings.vqgan:
+        raise ValueError("no MaskGIT-VQGAN is set: set --config.vqgan to a name, a folder or a file of it")
+    if settings.vqgan != "random":
+        return load_model_config(settings.vqgan, MaskgitVQGANConfig, abstract=abstract)
+    if settings.vqgan_model is None:
+        raise ValueError("config.vqgan: 'random' is for the smoke recipes, expected a name, a folder or a file")
+    return settings.vqgan_model
+
+
+def _model(settings: Settings, fields: dict[str, Any], abstract: bool) -> tuple[models.Config, int | None]:
+    """(the complete configuration of the model, the side of the images that the training takes)."""
+    if settings.task == "maskgit_vqgan":
+        vqgan = section(MaskgitVQGANConfig, fields, "model")
+        return vqgan, vqgan.resolution
+    if settings.task == "generator":
+        tokenizer = None
+        if settings.tokenizer:
+            tokenizer = load_model_config(settings.tokenizer, TiTokConfig, abstract=abstract)
+            fields |= {"num_tokens": tokenizer.num_latent_tokens, "codebook_size": tokenizer.codebook_size}
+        fields["sampling"] = section(SamplingConfig, fields.get("sampling", {}), "model.sampling")
+        model = section(GeneratorConfig, fields, "model")
+        if tokenizer:
+            check_pair(tokenizer, model)
+        return model, tokenizer.image_size if tokenizer else None
+    fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder") if tower in fields}
+    if settings.task == "stage2":
+        fields["pixel_decoder"] = _pixel_decoder(settings, abstract)
+    model = section(TiTokConfig, fields, "model")
+    return model, model.image_size
+
+
+def _pixel_decoder(settings: Settings, abstract: bool) -> MaskgitVQGANConfig:
+    """Stage 2's pixel decoder: that of a stage 2 model that it begins with, else the VQGAN's."""
+    if not settings.init_from and not abstract:
+        raise ValueError("stage 2 fine-tunes a stage 1 model: set --config.init_from to it, or to 'random' for a trial")
+    if settings.init_from != "random" and not abstract:
+        found = load_model_config(settings.init_from, TiTokConfig)
+        if not found.predicts_codes:
+            return found.pixel_decoder
+    return vqgan_config(settings, abstract=abstract)
+
+
+def _check_sizes(settings: Settings) -> None:
+    """Raises ValueError if images would be cropped to another size than the model takes."""
+    expected, data = settings.image_size, settings.data
+    if expected is None:
+        return
+    for name, transform in (("transform", data.transform), ("eval_transform", data.eval_transform)):
+        for option in ("crop_size", "size"):
+            if transform and option in transform and transform[option] != expected:
+                found = f"config.data.{name}.{option} is {transform[option]}"
+                raise ValueError(f"{found}, but the model takes images of {expected} x {expected} pixels")
+
+
+def check_batch(batch: Mapping[str, np.ndarray], settings: Settings) -> None:
+    """Raises ValueError if the data do not have what the task reads, in the model's size."""
+    model = settings.model
+    if isinstance(model, GeneratorConfig) and "tokens" in batch:
+        shape, name, expected = batch["tokens"].shape[1:], "tokens", (model.num_tokens,)
+        if batch["tokens"].max(initial=0) >= model.codebook_size:
+            raise ValueError(f"a token of the data is {batch['tokens'].max()}, the codebook has {model.codebook_size} codes")
+    else:
+        if "image" not in batch:
+            raise ValueError(f"data source {settings.data.source['name']!r} has no images, and this task needs them")
+        if settings.image_size is None:
+            raise ValueError("the data are images: set --config.tokenizer to the tokenizer that makes their tokens")
+        shape, name, expected = batch["image"].shape[1:], "images", (settings.image_size, settings.image_size, 3)
+    if tuple(shape) != tuple(expected):
+        raise ValueError(f"the data's {name} have shape {list(shape)}, the model takes {list(expected)}: see config.data")
+    if isinstance(model, GeneratorConfig) and not 0 <= batch["label"].min() <= batch["label"].max() < model.num_classes:
+        raise ValueError(
+            f"labels of the data reach from {batch['label'].min()} to {batch['label'].max()}, "
+            f"the model takes 0 to {model.num_classes - 1}"
+        )
