@@ -155,7 +155,7 @@ def test_a_random_vqgan_is_for_small_recipes(file):
         build_task(parse_settings(found))
 
 
-# What a run may set as it likes; everything else of a recipe is in the tables of docs/training.md.
+# What a run may set as it likes; everything else of a recipe is in the tables of docs/recipes.md.
 NOT_RECIPE = {
     "task", "init_from", "vqgan", "tokenizer", "perceptual_weights", "data.source", "data.eval_source",
     "data.num_workers", "data.num_threads", "remat", "gradient_accumulation", "mesh", "log_every", "checkpoint_every",
@@ -172,9 +172,9 @@ RECIPES = {
 
 
 def documented(file: str) -> dict[str, dict]:
-    """{variant: {field: value}} of the table of a recipe in docs/training.md; a row that names variants goes before one that
+    """{variant: {field: value}} of the table of a recipe in docs/recipes.md; a row that names variants goes before one that
     does not, and a row without a source is none."""
-    text = (ROOT / "docs/training.md").read_text()
+    text = (ROOT / "docs/recipes.md").read_text()
     table = text.split(f"### configs/{file}.py\n")[1].split("\n#")[0]
     rows = re.findall(r"^\| `([\w.]+)`(?: \(([^)]*)\))? \| `([^`]*)` \| \S.* \|$", table, re.MULTILINE)
     assert len(rows) == sum(line.startswith("| `") for line in table.splitlines()), "a row of another form"
