@@ -84,9 +84,7 @@ def read_torch(path: Path) -> dict[str, _TorchTensor]:
         if mapped:
             _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (
-        Exception
-    ) as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, AttributeError, ...
+    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, AttributeError, ...
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0])
         raise WeightsError(
