@@ -1,5 +1,7 @@
-"""Runs the published PyTorch code for benchmarks/speed.py, which starts this script in an interpreter with torch:
-`python published.py CLONE`. It reads requests as lines of JSON, and writes each answer as JSON after a marker.
+"""Runs the published PyTorch code for benchmarks/speed.py: `python published.py CLONE`.
+
+speed.py starts this script in an interpreter with torch. The script reads requests as lines of JSON, and writes each answer
+as a line of JSON after a marker.
 
 Models have new weights, because the speed does not depend on them. Inference is that of the published scripts. A training
 step is what the published trainer does between two batches: forward under autocast, backward, clipping, AdamW and the moving

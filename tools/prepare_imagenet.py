@@ -1,9 +1,9 @@
-"""Converts ImageNet to the ArrayRecord files that the recipes read. They hold the original bytes of the JPEGs, with labels
-0 to 999 in the order of the sorted WordNet ids.
+"""Converts ImageNet to the ArrayRecord files that the recipes read.
 
-Archives are read in place and not unpacked. A shard appears only when it is complete. After an interruption, the same
-command makes the missing shards, and no image is lost or duplicated. Every image is decoded as a check; images that cannot
-be decoded are left out and listed.
+The files hold the original bytes of the JPEGs, with labels 0 to 999 in the order of the sorted WordNet ids. Archives are
+read in place and not unpacked. A shard appears only when it is complete. After an interruption, the same command makes the
+missing shards, and no image is lost or duplicated. Every image is decoded as a check; images that cannot be decoded are left
+out and listed.
 """
 
 import argparse
@@ -94,7 +94,7 @@ class TarImages:
         return len(self.spans)
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """An image's file, its label, and where it is."""
+        """Returns the bytes of an image file, its label, and its location for error messages."""
         offset, length, label = self.spans[index].tolist()
         with self._path.open("rb") as file:
             file.seek(offset)

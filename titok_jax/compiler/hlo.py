@@ -148,7 +148,7 @@ def program_cost(hlo: str) -> Cost:
                 total.add(max(found, key=lambda branch: branch.cycles))
             elif opcode in ("fusion", "call", "async-start"):
                 called = re.search(r"(?:calls|to_apply)=%([\w.\-]+)", text)
-                if called:  # a fusion's own estimate includes its cycles
+                if called:  # the estimate of a fusion already includes these cycles
                     total.add(cost(called[1]), cycles=opcode != "fusion")
         return total
 

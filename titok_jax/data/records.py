@@ -115,7 +115,7 @@ def image_writer(path: str | os.PathLike) -> Iterator[Callable[[bytes, int], Non
 
 
 def _encode_json_tokens(tokens: np.ndarray, label: int) -> str:
-    encode_tokens(tokens, label)  # for its checks
+    encode_tokens(tokens, label)  # only for its checks
     return json.dumps({"class_id": int(label), "tokens": np.asarray(tokens).tolist()}) + "\n"
 
 

@@ -106,7 +106,7 @@ class FolderSource:
         return _decoded(*self.encoded(index))
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """An image's file, its label, and where it is."""
+        """Returns the bytes of an image file, its label, and its location for error messages."""
         path = self.paths[index]
         return read_bytes(path), int(self._labels[index]), path
 
@@ -169,7 +169,7 @@ class TfdsSource:
         return _decoded(*self.encoded(index))
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """An image's file, its label, and where it is."""
+        """Returns the bytes of an image file, its label, and its location for error messages."""
         example = self._examples[index]
         label = -1 if self._label_key is None else int(example[self._label_key])
         return example[self._image_key], label, f"tfds {self._name}, example {index}"
@@ -196,7 +196,7 @@ class WebDatasetSource:
         return _decoded(*self.encoded(index))
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """An image's file, its label, and where it is."""
+        """Returns the bytes of an image file, its label, and its location for error messages."""
         shard, offset, length, label = self._spans[index].tolist()
         path = self._paths[shard]
         return read_bytes(path, offset, length), label, f"{path}, image {index} at byte {offset}"

@@ -1,4 +1,4 @@
-"""Locks on files and folders of this machine. Imports no JAX."""
+"""Locks on local files and folders. Imports no JAX."""
 
 import contextlib
 import fcntl

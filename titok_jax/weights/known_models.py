@@ -34,7 +34,7 @@ def buffers(config: models.Config) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=64)
 def published_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
-    """{published name: shape} of a model's parameters."""
+    """Returns {published name: shape} for a model's parameters."""
     return convert.published_shapes(convert.table_for(config), abstract_params(config))
 
 

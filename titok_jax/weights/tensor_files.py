@@ -70,7 +70,7 @@ def _detect_format(path: Path, start: bytes) -> str:
         return "torch"
     if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
         return "flax"
-    # The first bytes are damaged, or the file is something else. A name that ends in .safetensors decides.
+    # The first bytes are damaged, or the file is something else. If the name ends in .safetensors, read it as such.
     if path.suffix == ".safetensors":
         return "safetensors"
     raise WeightsError(
