@@ -1,13 +1,13 @@
-"""How many examples a second one CPU core prepares for training, by source and augmentation: `python benchmarks/input.py`.
+"""Measures the examples per second that one CPU core prepares for training, by source and augmentation.
 
-Synthetic JPEGs of 256 to 500 pixels are read from every kind of source, decoded, and augmented as the published recipes
-do for tokenizers (shorter side to 256, random crop, flip) and for generators (center crop, flip); the digits as their own
-recipes do; token records, of 32 tokens, need neither. All but the first column comes in batches from the training's loader,
-whose own work is most of it where examples are small. Sources take turns, round after round; the table has the median over
-the rounds, per second of CPU time, so that other work on the machine matters little. Everything is on the local disk and
-in its cache: what a network adds is not measured.
+Synthetic JPEGs of 256 to 500 pixels are read from every kind of source, decoded, and augmented as in the published recipes
+for tokenizers (shorter side to 256, random crop, flip) and for generators (center crop, flip). The digits are augmented as
+in their own recipes. Token records, with 32 tokens each, need neither. All columns but the first measure batches from the
+training's loader, whose own work is most of the cost if examples are small. The sources are measured in turn, for several
+rounds. The table shows the median over the rounds, per second of CPU time, so other work on the machine matters little. All
+files are on the local disk and in its cache, so the cost of a network is not measured.
 
-A host that trains at R images/s needs R / (images/s per core) cores for it.
+A host that trains at R images/s needs R / (images/s per core) cores for its input.
 """
 
 import argparse
@@ -39,9 +39,9 @@ AUGMENTATIONS = {
 
 
 def jpeg(rng: np.random.Generator) -> bytes:
-    """A picture of large shapes, fine texture and a little noise, 256 to 500 pixels a side."""
+    """Makes a JPEG with large shapes, fine texture and a little noise, with 256 to 500 pixels per side."""
     width, height = (int(side) for side in rng.integers(256, 501, 2))
-    layers = [(8, 90.0), (64, 25.0), (200, 14.0)]  # (cells a side, contrast)
+    layers = [(8, 90.0), (64, 25.0), (200, 14.0)]  # (cells per side, contrast)
     pixels = np.full((height, width, 3), 128.0)
     for cells, contrast in layers:
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
@@ -53,7 +53,7 @@ def jpeg(rng: np.random.Generator) -> bytes:
 
 
 def make_sources(folder: Path, images: Sequence[bytes]) -> dict[str, object]:
-    """The same images in every kind of source."""
+    """Writes the same images for every kind of source and opens the sources."""
     for index, data in enumerate(images):
         path = folder / "folder" / f"class{index % 10}" / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def make_sources(folder: Path, images: Sequence[bytes]) -> dict[str, object]:
     rng = np.random.default_rng(0)
     for kind in ("array_record", "jsonl"):
         with token_writer(folder / f"tokens.{kind}") as write:
-            for index in range(5 * len(images)):  # a batch has a cost of its own, and generators have large ones
+            for index in range(5 * len(images)):  # each batch has a fixed cost, and generators use large batches
                 write(rng.integers(0, 4096, 32), index % 10)
     specs = {
         "folder of JPEGs": {"name": "folder", "path": str(folder / "folder")},
@@ -107,14 +107,14 @@ def _write_tfds(folder: Path, images: Sequence[bytes]) -> None:
 
 
 def seconds(prepare: Callable[[], object]) -> float:
-    """CPU time of a call in one thread."""
+    """The CPU time of a call in one thread."""
     began = time.thread_time()
     prepare()
     return time.thread_time() - began
 
 
 def suited(title: str) -> list[str]:
-    """The augmentations that a source's examples get."""
+    """The augmentations to measure for a source."""
     return ["none"] if title.startswith("tokens") else ["jitter"] if title.startswith("digits") else list(AUGMENTATIONS)[:2]
 
 

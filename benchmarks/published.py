@@ -1,9 +1,11 @@
-"""The published PyTorch code's side of benchmarks/speed.py, which starts it in an interpreter that has torch:
-`python published.py CLONE`. Requests come as lines of JSON, answers go out as lines of JSON behind a mark.
+"""Runs the published PyTorch code for benchmarks/speed.py: `python published.py CLONE`.
 
-Models have new weights: the speed does not depend on them. Inference is that of the published scripts. A training step is
-what its trainer does between two batches: forward under autocast, backward, clipping, AdamW, the moving average; without its
-logging, which waits for the device at every loss.
+speed.py starts this script in an interpreter with torch. The script reads requests as lines of JSON, and writes each answer
+as a line of JSON after a marker.
+
+Models have new weights, because the speed does not depend on them. Inference is that of the published scripts. A training
+step is what the published trainer does between two batches: forward under autocast, backward, clipping, AdamW and the moving
+average. Its logging is left out, because it waits for the device at every loss.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ def main() -> None:
     import torchvision
     from omegaconf import OmegaConf
 
-    # No weights of other networks are fetched.
+    # Weights of other networks are not downloaded.
     for name in ("vgg16", "convnext_small"):
         make = getattr(torchvision.models, name)
         setattr(torchvision.models, name, lambda *args, make=make, **kwargs: make(weights=None))
@@ -42,7 +44,7 @@ def main() -> None:
             pass
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its scripts set it
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in the published scripts
 
     def autocast(dtype):
         return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
@@ -55,7 +57,7 @@ def main() -> None:
         with device:
             model = (UViTBert if config.model.generator.model_type == "UViT" else ImageBert)(config)
             if hasattr(model, "model"):
-                # Some versions of transformers tie this to the embedding, which makes it another size.
+                # Some versions of transformers tie this layer to the embedding, which changes its size.
                 model.model.lm_head = torch.nn.Linear(
                     config.model.generator.hidden_size, config.model.vq_model.codebook_size
                 )
@@ -184,7 +186,7 @@ def main() -> None:
 
     run = None
     answers = sys.stdout
-    sys.stdout = sys.stderr  # what the published code prints
+    sys.stdout = sys.stderr  # so that prints of the published code do not mix with the answers
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(ANSWER + json.dumps({"torch": torch.__version__, "device": device_name}), file=answers, flush=True)
     for line in sys.stdin:
@@ -207,7 +209,7 @@ def main() -> None:
                     run()
                 wait()
                 answer = {"seconds": time.perf_counter() - began}
-        except Exception as error:  # of whatever the published code, torch and its compiler raise
+        except Exception as error:  # the published code, torch and its compiler may raise anything
             lines = str(error).strip().splitlines()
             answer = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"}
         print(ANSWER + json.dumps(answer), file=answers, flush=True)

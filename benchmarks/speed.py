@@ -1,10 +1,10 @@
-"""How fast it is on this machine, and beside the published PyTorch code: `python benchmarks/speed.py`.
+"""Measures the speed on this machine, alone or compared with the published PyTorch code: `python benchmarks/speed.py`.
 
-Encoding, decoding, sampling (published settings, labels to pixels) and training steps at full size, from inputs on the
-device. With --reference the published code does the same in a process of its own on the same device: the two take turns,
-round after round, and the table has medians and their ratio. Inference in float32 multiplies in TF32 on a GPU on both
-sides, as the published scripts do; bfloat16 is autocast there. Weights are new, which changes no time. Steps with a
-discriminator have both of its updates.
+It times encoding, decoding, sampling (published settings, labels to pixels) and training steps at full size, with inputs on
+the device. With --reference, a second process runs the same with the published code on the same device. The two take turns
+for several rounds, and the table shows medians and their ratio. On a GPU, inference in float32 multiplies in TF32 on both
+sides, as the published scripts do; bfloat16 means autocast in the published code. Weights are new, which does not change the
+speed. Steps with a discriminator include the updates of the model and of the discriminator.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from published import ANSWER
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the configurations, from any folder
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find the configurations from any current folder
 
 from titok_jax.evaluation.comparison import check_clone, reference_environment
 from titok_jax.runtime.command import command
@@ -44,14 +44,14 @@ _EPILOG = """examples:
 
 
 class Case(NamedTuple):
-    """Something to measure.
+    """A case to measure.
 
     Attributes:
       kind: "encode", "decode", "sample" or "train".
-      model: a name of the zoo, or a recipe TASK:VARIANT.
-      batches: images at a time, (on a CPU, else).
-      recipe: file of the published trainer, for a training.
-      changes: in that file, what makes it our recipe.
+      model: a name in the zoo, or a recipe TASK:VARIANT.
+      batches: batch sizes, (on a CPU, on other devices).
+      recipe: for training, the configuration file of the published trainer.
+      changes: changes to that file that make it equal to our recipe.
     """
 
     kind: str
@@ -76,7 +76,7 @@ _GENERATOR_S128 = {
 }
 _SINGLE_STAGE = "configs/training/TA-TiTok/tatitok_bl64_vq.yaml"
 
-# Batches of trainings: the published ones of one GPU.
+# Training uses the published batch sizes per GPU.
 CASES = (
     *(Case(kind, f"titok_{name}", (4, 64)) for name in ("l32", "s128", "bl64_vq8k") for kind in ("encode", "decode")),
     *(Case("sample", f"titok_{name}", (4, 64)) for name in ("l32", "b64", "s128")),
@@ -93,7 +93,7 @@ CASES = (
 
 
 def _new(tree: Any, *, scale: float) -> Any:
-    """Arrays of the shapes and placements of a tree: floats from Normal(0, scale), integers anything that fits in a byte."""
+    """New arrays with the shapes and shardings of a tree: floats from Normal(0, scale), random integers in 0..255."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +107,7 @@ def _new(tree: Any, *, scale: float) -> Any:
 
 
 def ours(case: Case, dtype: str, batch: int) -> Callable[[int], None]:
-    """-> a function that does it so many times and waits for the last."""
+    """Prepares a case with titok_jax. Returns a function that runs it a number of times and waits for the last result."""
     import jax
     import jax.numpy as jnp
 
@@ -175,7 +175,7 @@ def ours(case: Case, dtype: str, batch: int) -> Callable[[int], None]:
 
 
 class Published:
-    """The process of the published code; it writes what it says beside its answers to `log`."""
+    """A process that runs the published code. `log` gets its output, except for its answers."""
 
     def __init__(self, clone: Path, python: str, log: Path):
         arguments = [python, str(Path(__file__).with_name("published.py")), str(clone.resolve())]
@@ -198,7 +198,7 @@ class Published:
         self._process.stdin.flush()
 
     def make(self, case: Case, dtype: str, batch: int, *, compiled: bool) -> None:
-        """Begins to prepare a case and to run it once; `made` waits for it."""
+        """Asks the process to prepare a case and run it once. `made` waits until it has."""
         from titok_jax.weights import known_models
 
         request: dict[str, Any] = {"make": batch, "kind": case.kind, "dtype": dtype, "compile": compiled}
@@ -224,11 +224,11 @@ class Published:
         self._ask(**request)
 
     def made(self) -> str | None:
-        """-> None, or why it is not possible."""
+        """Waits until the case is prepared. Returns None, or the reason why it cannot run."""
         return self._answer().get("error")
 
     def run(self, times: int) -> float:
-        """Seconds for so many."""
+        """Runs the case `times` times. Returns the seconds that this took."""
         self._ask(run=times)
         answer = self._answer()
         if "error" in answer:
@@ -251,7 +251,7 @@ def seconds(run: Callable[[int], None], times: int) -> float:
 
 
 def measure(case: Case, dtype: str, batch: int, published: Published | None, rounds: int, compiled: bool) -> dict[str, Any]:
-    """-> the row: seconds for one batch, in every round, of each side that could run, and why another could not."""
+    """Measures a case. Returns its row: seconds per batch in every round, or the error, for each side."""
     import jax
 
     row: dict[str, Any] = {"case": case.name, "dtype": dtype, "batch": batch, "titok_jax": []}
@@ -267,7 +267,7 @@ def measure(case: Case, dtype: str, batch: int, published: Published | None, rou
         if sides:
             published.made()
         return row
-    # Half a second at a time, so that a clock's grain does not matter.
+    # Each measurement takes half a second, so the resolution of the clock does not matter.
     times = max(1, min(100, round(0.5 / seconds(run, 1))))
     for side in sides:
         if side == "compiled":
@@ -287,7 +287,7 @@ def measure(case: Case, dtype: str, batch: int, published: Published | None, rou
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table: milliseconds for a batch, medians over the rounds, and ratios of the medians."""
+    """Formats the rows as a Markdown table: milliseconds per batch (medians over the rounds), and ratios of medians."""
     lines = [
         "| what | dtype | batch | titok_jax | images/s | published | ratio | published, torch.compile | ratio |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",

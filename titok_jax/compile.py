@@ -1,4 +1,4 @@
-"""Compiles training steps and samplers for TPU slices on a machine without a TPU: does it fit, what does it send?"""
+"""Compiles training steps and samplers for TPU slices on a machine without a TPU, to check memory and communication."""
 
 import argparse
 import json
@@ -44,7 +44,7 @@ def _write_row(path: Path | epath.Path, row: Mapping[str, Any]) -> None:
 
 
 def _compile_all(results: Path | epath.Path) -> int:
-    """Each program in its own process: the compiler's memory goes back, and if it dies, one row is lost."""
+    """Compiles each program in its own process, which frees the compiler's memory. A crash loses only one row."""
     order = [(row_name(what, options), slice_name) for what, slice_name, options in TABLE]
     done = {(row["name"], row["slice"]) for row in _read_rows(results)}
     for number, (name, (what, slice_name, options)) in enumerate(zip(order, TABLE, strict=True), 1):

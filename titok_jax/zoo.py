@@ -1,6 +1,6 @@
-"""The published models as one table, and the embedded one: what they are, where their weights live, how they are sampled.
+"""Table of the published models and the embedded one: architecture, location of the weights, sampling settings.
 
-python -m titok_jax.zoo prints it. Imports no JAX.
+`python -m titok_jax.zoo` prints it. Imports no JAX.
 """
 
 import argparse

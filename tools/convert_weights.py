@@ -1,6 +1,7 @@
-"""Converts weights between their forms: folder, .safetensors, PyTorch .bin, and the JAX checkpoint of the MaskGIT-VQGAN.
+"""Converts weights between formats: folder, .safetensors, PyTorch .bin, and the JAX checkpoint of the MaskGIT-VQGAN.
 
-Also the published files of the perceptual networks and of FID's InceptionV3, so that training and evaluation need no torch.
+It also converts the published files of the perceptual networks and of FID's InceptionV3, so that training and evaluation
+need no torch.
 """
 
 import argparse
@@ -83,8 +84,11 @@ class Cast:
 
 
 def config_of(files: pretrained.Source, kind: type | None) -> models.Config | None:
-    """The model that a configuration file describes: of the kinds that it can be (a published one may describe a tokenizer
-    and a generator) the one whose tensors the weights are. None: there is no such file."""
+    """Reads the configuration file. Returns None if there is none.
+
+    A published file may describe both a tokenizer and a generator. The weights decide: the result is the configuration whose
+    tensor names they match best.
+    """
     if files.config is None:
         return None
     configs, errors = [], []
@@ -96,13 +100,13 @@ def config_of(files: pretrained.Source, kind: type | None) -> models.Config | No
     if not configs:
         raise errors[0]
     with tensor_files.open_weights(files.weights) as (_, tensors):
-        # The check of what is read says later what does not fit.
+        # A later check reports tensors that do not fit.
         return max(configs, key=lambda config: len(tensors.keys() & known_models.published_shapes(config).keys()))
 
 
 @contextlib.contextmanager
 def open_input(files: pretrained.Source, kind: type | None) -> Iterator[tuple[models.Config | None, Mapping[str, Any]]]:
-    """(configuration, tensors) of the input; of a file of a perceptual network no configuration."""
+    """Yields the configuration and the tensors of the input. The configuration of a perceptual network's file is None."""
     with contextlib.ExitStack() as stack:
         if files.config is None and kind is None:
             used = perceptual.used_tensors(stack.enter_context(tensor_files.open_weights(files.weights)).tensors)
@@ -113,7 +117,7 @@ def open_input(files: pretrained.Source, kind: type | None) -> Iterator[tuple[mo
 
 
 def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
-    """Names, shapes and dtypes (before and after) as lines of text."""
+    """Formats names, shapes and dtypes (before and after) as lines of text."""
     width = max(map(len, tensors))
     lines = []
     for name, tensor in tensors.items():
@@ -123,10 +127,10 @@ def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
 
 
 def write(path: Path, format: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:
-    """Writes {published name: tensor} in a format, not a folder."""
-    bare = config is None or isinstance(config, models.DiscriminatorConfig)  # has no configuration file
+    """Writes {published name: tensor} to a single file in a format."""
+    bare = config is None or isinstance(config, models.DiscriminatorConfig)  # these have no configuration file
     if isinstance(config, models.DiscriminatorConfig):
-        tensors = {**tensors, **known_models.buffers(config)}  # a published state dict has them
+        tensors = {**tensors, **known_models.buffers(config)}  # a published state dict has the buffers
     if isinstance(config, models.InceptionConfig):
         safetensors_file.write_safetensors(path, tensors, features.CONVERTED_FROM_PUBLISHED)
     elif format == "safetensors" and bare:
@@ -140,7 +144,7 @@ def write(path: Path, format: str, tensors: Mapping[str, Any], config: models.Co
 
 
 def compare(path: Path, tensors: Mapping[str, Any], config: models.Config | None) -> None:
-    """Reads a written file; raises WeightsError unless it holds exactly these tensors."""
+    """Reads a written file back. Raises WeightsError unless it holds exactly these tensors."""
     opened = tensor_files.open_weights(path) if config is None else pretrained.open_model(path, type(config), config)
     with opened as (_, written):
         for name, tensor in tensors.items():

@@ -1,8 +1,8 @@
-"""Turns ImageNet into the ArrayRecord files that the recipes read: the JPEGs' own bytes, labels 0 to 999 in the order of the
-sorted WordNet ids.
+"""Converts ImageNet to the ArrayRecord files that the recipes read.
 
-Nothing is unpacked: archives are read in place. A shard appears when it is complete, so the same command, started again
-after any kill, makes the missing ones; no image is lost or doubled. Every image is decoded; those that cannot be are left
+The files hold the original bytes of the JPEGs, with labels 0 to 999 in the order of the sorted WordNet ids. Archives are
+read in place and not unpacked. A shard appears only when it is complete. After an interruption, the same command makes the
+missing shards, and no image is lost or duplicated. Every image is decoded as a check; images that cannot be decoded are left
 out and listed.
 """
 
@@ -60,13 +60,13 @@ NUM_CLASSES = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What a part of ImageNet is known to be.
+    """Known facts about a split of ImageNet.
 
     Attributes:
-      images: how many.
-      per_class: the fewest and the most images of a class.
-      tfds: its name in TFDS.
-      shards: into how many files it is written unless it is said otherwise, about 1 and 0.4 GB each.
+      images: number of images.
+      per_class: smallest and largest number of images in a class.
+      tfds: name of the split in TFDS.
+      shards: default number of files to write, about 1 GB (train) or 0.4 GB (val) each.
     """
 
     images: int
@@ -79,12 +79,12 @@ SPLITS = {"train": Split(1_281_167, (732, 1300), "train", 128), "val": Split(50_
 
 
 class TarImages:
-    """Files in an uncompressed tar, or in tars inside it, each read at its place.
+    """Image files in an uncompressed tar, or in tars inside it. Each is read at its offset.
 
     Attributes:
-      names: of the files [n].
+      names: names of the files [n].
       spans: int64 [n, 3]: offset in the outer file, length, label.
-      class_names: WordNet ids by label.
+      class_names: WordNet ids, indexed by label.
     """
 
     def __init__(self, path: Path, names: list[str], spans: np.ndarray, class_names: list[str]):
@@ -94,7 +94,7 @@ class TarImages:
         return len(self.spans)
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """An image's file, its label, and where it is."""
+        """Returns the bytes of an image file, its label, and its location for error messages."""
         offset, length, label = self.spans[index].tolist()
         with self._path.open("rb") as file:
             file.seek(offset)
@@ -103,7 +103,7 @@ class TarImages:
 
 @contextlib.contextmanager
 def tar_errors(what: str) -> Iterator[None]:
-    """What a damaged tar raises, as a ValueError that says which."""
+    """Turns the errors that a damaged tar raises into a ValueError that names the tar as `what`."""
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -111,10 +111,10 @@ def tar_errors(what: str) -> Iterator[None]:
 
 
 def train_archive(path: Path) -> TarImages:
-    """The images of ILSVRC2012_img_train.tar, a tar of one tar for each class. Only headers are read here.
+    """The images of ILSVRC2012_img_train.tar, which holds one tar for each class. Only headers are read here.
 
     Raises:
-      ValueError: it is damaged, cut short or another tar.
+      ValueError: the file is damaged, truncated or another tar.
     """
     names, spans = [], []
     with contextlib.ExitStack() as stack:
@@ -139,11 +139,11 @@ def train_archive(path: Path) -> TarImages:
 
 
 def val_archive(path: Path, devkit: Path) -> TarImages:
-    """The images of ILSVRC2012_img_val.tar, labelled by the development kit.
+    """The images of ILSVRC2012_img_val.tar, with labels from the development kit.
 
     Raises:
       FileNotFoundError: there is no development kit.
-      ValueError: one of them is damaged, cut short or another tar.
+      ValueError: the archive or the kit is damaged, truncated or another tar.
     """
     class_names, truth = read_devkit(devkit)
     with tar_errors(str(path)), tarfile.open(path, "r:") as tar:
@@ -161,13 +161,16 @@ def val_archive(path: Path, devkit: Path) -> TarImages:
 
 
 def read_devkit(path: Path) -> tuple[list[str], np.ndarray]:
-    """(WordNet ids by label, label of each validation image [n]) of ILSVRC2012_devkit_t12.tar.gz.
+    """Reads the labels of the validation images from ILSVRC2012_devkit_t12.tar.gz.
 
-    The kit numbers its classes 1 to 1000 in another order than that of the WordNet ids, which gives labels elsewhere.
+    The kit numbers its classes 1 to 1000 in an order of its own. Labels follow the sorted WordNet ids instead, as elsewhere.
+
+    Returns:
+      (WordNet ids, indexed by label; label of each validation image [n]).
 
     Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is damaged, or not this kit.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or not this kit.
     """
     import scipy.io
 
@@ -187,22 +190,25 @@ def read_devkit(path: Path) -> tuple[list[str], np.ndarray]:
             raise ValueError(f"{path}: holds no {name}; expected the development kit of ILSVRC2012, tasks 1 and 2")
     try:
         synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"])
-        leaves = synsets[synsets["num_children"] == 0]  # others are above these in WordNet
+        leaves = synsets[synsets["num_children"] == 0]  # the other synsets are ancestors of these in WordNet
         wnids = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
         class_names = sorted(wnids.values())
         label_of = {number: class_names.index(wnid) for number, wnid in wnids.items()}
         truth = files["ILSVRC2012_validation_ground_truth.txt"].split()
         return class_names, np.array([label_of[int(number)] for number in truth], np.int64)
-    except Exception as error:  # SciPy has many for a file that is not what it seems
+    except Exception as error:  # SciPy raises many kinds of exceptions for an unexpected file
         raise ValueError(f"{path}: its meta.mat and ground truth are not those of ILSVRC2012: {error!r}") from error
 
 
 def open_images(inputs: Sequence[str], split: str, devkit: Path | None) -> tuple[str, Any, list[str]]:
-    """(what it is in words, images with `encoded`, files that they are in) of an input, told by what is there.
+    """Detects the kind of the input and opens it.
+
+    Returns:
+      (description, images with a method `encoded`, files that hold the images).
 
     Raises:
-      FileNotFoundError: nothing is there.
-      ValueError: what is there is nothing known, or not this split.
+      FileNotFoundError: no such file or folder.
+      ValueError: an unknown kind of input, or another split.
     """
     paths = [Path(name).expanduser() for name in inputs]
     if len(paths) == 1 and paths[0].is_dir():
@@ -225,7 +231,7 @@ def open_images(inputs: Sequence[str], split: str, devkit: Path | None) -> tuple
 
 
 def open_folder(folder: Path, split: str, devkit: Path | None) -> tuple[str, Any, list[Path]]:
-    """`open_images` of a folder."""
+    """`open_images` for a folder."""
     archive = folder / f"ILSVRC2012_img_{split}.tar"
     if archive.is_file():
         return open_images([str(archive)], split, devkit)
@@ -260,8 +266,10 @@ def open_folder(folder: Path, split: str, devkit: Path | None) -> tuple[str, Any
 
 
 def fingerprint(files: Sequence[Any]) -> str:
-    """SHA-256 of names and sizes of files, by which a command sees that its input is another one. Of very many, as in a
-    folder of images, of the names only."""
+    """SHA-256 of the names and sizes of files, to detect that the input has changed.
+
+    With very many files, as in a folder of images, only the names are used.
+    """
     digest = hashlib.sha256()
     for file in map(Path, files):
         size = file.stat().st_size if len(files) < 10_000 else 0
@@ -270,7 +278,7 @@ def fingerprint(files: Sequence[Any]) -> str:
 
 
 def problem(data: bytes, label: int, name: str, verify: bool) -> str | None:
-    """Why an image is left out; None if it is not."""
+    """The reason to leave out an image; None if it is valid."""
     if not 0 <= label < NUM_CLASSES:
         return f"{name}: its label is {label}, expected 0 to {NUM_CLASSES - 1}"
     try:
@@ -285,7 +293,7 @@ def write_shard(source, indices: range, path: Path, verify: bool, stop: threadin
     """Writes one shard.
 
     Returns:
-      "counts": int64 [NUM_CLASSES], images written of each class; "left_out": str [n], why the others were not.
+      "counts": int64 [NUM_CLASSES], number of images written per class; "left_out": str [n], reasons for leaving out others.
     """
     counts, left_out = np.zeros(NUM_CLASSES, np.int64), []
     with image_writer(path) as write:
@@ -304,10 +312,10 @@ def write_shard(source, indices: range, path: Path, verify: bool, stop: threadin
 
 
 def write_shards(source, shards: Shards, paths: list[Path], *, verify: bool, workers: int) -> None:
-    """Writes those that are missing, and what is in each to `shards`, with a progress bar.
+    """Writes the missing shards to `paths`, and the contents of each to `shards`, with a progress bar.
 
     Raises:
-      OSError: a shard cannot be written; the others that were begun are not there either.
+      OSError: a shard cannot be written. Other unfinished shards are removed.
     """
     indices = [range(number, len(source), len(paths)) for number in range(len(paths))]
     missing = set(shards.missing()) | {number for number, path in enumerate(paths) if not path.exists()}
@@ -315,8 +323,8 @@ def write_shards(source, shards: Shards, paths: list[Path], *, verify: bool, wor
     stop = threading.Event()
     with (
         tqdm(total=len(source), initial=there, unit="image", desc="writing") as bar,
-        # Threads: half of the time is Pillow's decoding, during which others run. Processes could be faster on many cores,
-        # by a quarter of an hour of a job that is done once.
+        # Threads are enough: half of the time is spent in Pillow's decoding, which lets other threads run. On many cores,
+        # processes could save a quarter of an hour, in a job that runs once.
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
         try:
@@ -332,10 +340,13 @@ def write_shards(source, shards: Shards, paths: list[Path], *, verify: bool, wor
 
 
 def check_shards(shards: Shards, paths: list[Path]) -> tuple[np.ndarray, list[str]]:
-    """(images of each class [NUM_CLASSES], why others were left out) of all shards.
+    """Checks the number of records in every shard.
+
+    Returns:
+      (number of images per class [NUM_CLASSES], reasons for leaving out other images), over all shards.
 
     Raises:
-      ValueError: a file is damaged: it does not hold as many records as were written to it.
+      ValueError: a file is damaged, because it does not hold as many records as were written to it.
     """
     counts, left_out = np.zeros(NUM_CLASSES, np.int64), []
     for path, piece in zip(paths, shards, strict=True):
@@ -354,7 +365,7 @@ def check_shards(shards: Shards, paths: list[Path]) -> tuple[np.ndarray, list[st
 
 
 def findings(split: str, counts: np.ndarray, left_out: list[str], class_names: list[str]) -> list[str]:
-    """What is not as in ImageNet, in words."""
+    """Describes every difference from ImageNet."""
     known, found = SPLITS[split], []
     if left_out:
         found.append(f"{len(left_out):,} images were left out, the first is {left_out[0]}")
@@ -425,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     paths = [args.out / f"{args.split}-{n:05d}-of-{num_shards:05d}.array_record" for n in range(num_shards)]
-    work = args.out / f"{args.split}.shards"  # of each finished shard, what is in it
+    work = args.out / f"{args.split}.shards"  # records the contents of each finished shard
     old = set(args.out.glob(f"{args.split}-*.array_record"))
     stale = sorted(old if complete or not work.exists() else old - set(paths))
     if stale and not args.overwrite:
@@ -435,14 +446,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with file_lock(work, wait=False, go_on=True) as alone:
         if not alone:
             raise ValueError(f"another process is at work in {work}; wait for it")
-        # In this order: killed here, what is left is not taken for complete, nor for made by these settings.
+        # The order matters: if the process is killed here, the remaining files must not look complete, nor seem to come from
+        # these settings.
         for path in (*(work.iterdir() if complete else ()), report, listed, *stale):
             path.unlink(missing_ok=True)
         shards = Shards(work, settings, num_shards, 1, restart=args.overwrite)
-        for path in args.out.glob(f".{args.split}-*"):  # of killed writers
+        for path in args.out.glob(f".{args.split}-*"):  # leftovers of killed writers
             path.unlink()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
+            warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             write_shards(source, shards, paths, verify=not args.no_verify, workers=args.workers)
         counts, left_out = check_shards(shards, paths)
         found = findings(args.split, counts, left_out, class_names)

@@ -1,4 +1,4 @@
-"""Trains the network whose features digits-FID is defined on, from the embedded training digits alone."""
+"""Trains the network whose features define digits-FID, on the embedded training digits only."""
 
 import argparse
 import json
@@ -30,8 +30,11 @@ with each other only if all are of the embedded one.
 
 
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """[B, 32, 32] float in [0, 1] -> the same, each turned (up to 17 degrees), scaled, sheared, moved (3 pixels) and bent by
-    a smooth random field, its contrast changed, noise added. Never mirrored: that makes another character."""
+    """Augments images, float [B, 32, 32] in [0, 1].
+
+    Each image is rotated (up to 17 degrees), scaled, sheared, shifted (up to 3 pixels) and warped by a smooth random field.
+    Then the contrast changes and noise is added. Images are never mirrored, because that makes another character.
+    """
     keys, batch = jax.random.split(key, 8), images.shape[0]
 
     def uniform(i, shape, largest):
@@ -52,7 +55,10 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def train(steps: int, seed: int, batch_size: int = 128) -> convert.Params:
-    """The network's parameters after `steps` updates; on one machine always the same for the same arguments."""
+    """Trains the network for `steps` updates and returns its parameters.
+
+    On one machine, the same arguments always give the same parameters.
+    """
     grey, labels = load_digits("train", IMAGE_SIZE)
     grey, targets = jnp.asarray(grey / 255.0, jnp.float32), jax.nn.one_hot(labels, NUM_CLASSES)
     graphdef, _ = models.abstract(DigitsNetConfig())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates a TPU slice, runs a command on all of its workers, brings it back after a preemption, deletes it. See --help.
+# Creates a TPU slice, runs a command on all of its workers, recreates it after a preemption, and deletes it. See --help.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -47,7 +47,7 @@ say() {
   echo "[$(date '+%F %T')] $*"
 }
 
-# Runs a command, or prints it so that it can be pasted.
+# Runs a command. With --dry-run, prints it in a form that can be pasted into a shell.
 run() {
   if [[ $DRY_RUN == yes ]]; then
     printf '%q ' "$@"
@@ -57,7 +57,7 @@ run() {
   fi
 }
 
-# Of so many looks (default: 1).
+# Waits for the given number of polling intervals (default: 1).
 pause() {
   local looks
   for ((looks = ${1:-1}; looks > 0; looks--)); do sleep "$POLL_SECONDS"; done
@@ -80,10 +80,11 @@ queued() {
   [[ $PROVISIONING == queued || $PROVISIONING == queued-spot ]]
 }
 
-# gcloud's state of the node, or of the queued resource, in one word: NONE, WAITING, READY, GONE (it is there by name, and
-# will never run again), DELETING. No answer is never NONE, so that nothing is made twice: after five looks it is an error, but
-# babysit asks for ever. What does not pass by itself is an error at once, but for a babysit that has had an answer before: it
-# says so at each look, and goes on when somebody has logged in again. (gcloud advises to log in without a network, too.)
+# Prints gcloud's state of the node, or of the queued resource, in one word: NONE, WAITING, READY, GONE (it still exists, but
+# will never run again) or DELETING. If gcloud does not answer, the state is never NONE, so that nothing is created twice.
+# After five attempts without an answer the script fails, but babysit keeps asking. An error that will not pass by itself
+# fails at once, unless babysit has had an answer before. Then it reports the error at each attempt, and continues when
+# somebody has logged in again. (gcloud also advises to log in when there is no network.)
 slice_state() {
   local kind=tpu-vm field="value(state)" state errors tries hint
   if queued; then
@@ -142,7 +143,7 @@ delete_slice() {
   fi
 }
 
-# Returns when it is not there: a slice costs money until then.
+# Deletes the slice and returns when it no longer exists. Until then it costs money.
 delete_for_sure() {
   local state
   while true; do
@@ -156,7 +157,7 @@ delete_for_sure() {
   done
 }
 
-# One that is gone is deleted and asked for again; returns when the slice is ready.
+# Requests the slice and returns when it is ready. A slice that is GONE is deleted and requested again.
 create() {
   local state last=""
   if [[ $DRY_RUN == yes ]]; then
@@ -179,11 +180,12 @@ create() {
 # ----------------------------------------------------------------------------------------------------------------------
 # Its workers
 
-# Always all of them: a program that is started on some waits for the others until it gives up.
+# Runs a command line on the given worker, or on all. A run must start on all workers: a program that is started on some of
+# them waits for the others until it gives up.
 on_workers() {
   local worker=$1
   shift
-  # Without ServerAliveInterval a connection whose other end is gone would be waited on for hours. 9: not the lock.
+  # Without ServerAliveInterval, ssh would wait for hours if the other end is gone. 9>&- keeps the lock of babysit from ssh.
   run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$worker" --quiet --ssh-flag=-oServerAliveInterval=30 \
     --command="$*" 9>&-
 }
@@ -201,7 +203,7 @@ setup() {
   on_workers all "mkdir -p titok_jax && tar -xzf titok_jax.tar.gz -C titok_jax && bash titok_jax/tpu_scripts/worker.sh setup"
 }
 
-# The command as one word for the shell of a worker; the words of CMD arrive there as they are here.
+# Quotes the command as one word for the shell of a worker, so that the words of CMD arrive unchanged.
 quoted() {
   local command
   command=$(printf '%q ' "$@")
@@ -216,9 +218,13 @@ stop() {
   on_workers all "bash titok_jax/tpu_scripts/worker.sh stop $STOP_SECONDS"
 }
 
-# Of all workers in one word: bare (not set up), idle (CMD is to be started, again or for the first time), running, finished,
-# refused (our commands end with 2 if what they were asked for cannot be, bash with 126 or 127 if there is no such program),
-# failed (otherwise by itself, or the start reached a part of the workers). Not 0: they cannot be reached.
+# Prints the state of the run on all workers in one word:
+#   bare      the workers are not set up
+#   idle      CMD must be started, for the first time or again
+#   running, finished
+#   refused   CMD ended with status 2 (our commands reject an impossible request) or with 126 or 127 (bash: no such program)
+#   failed    CMD failed otherwise by itself, or it was started on only some of the workers
+# Returns a nonzero status if the workers cannot be reached.
 run_state() {
   local lines
   lines=$(on_workers all "bash titok_jax/tpu_scripts/worker.sh status $(quoted "$@") || echo 'worker ? bare'") || return
@@ -227,10 +233,10 @@ run_state() {
     *" bare"*) echo bare ;;
     *" exit "[1-9]*) if grep -qE ' exit (2|126|127)$' <<<"$lines"; then echo refused; else echo failed; fi ;;
     *" running"*)
-      # One that has come to its end waits for no other; one without the run is waited for by all.
+      # A worker that has finished does not wait for others. But if the run is missing on one worker, all others wait for it.
       if grep -qE ' (none|dead|stopped)$' <<<"$lines"; then echo failed; else echo running; fi
       ;;
-    # SIGTERM ends a training well, and all workers with the one that got it: that is not its end.
+    # A training that gets SIGTERM saves and ends on all workers, but it has not finished.
     *" none"* | *" dead"* | *" stopped"*) echo idle ;;
     *) echo finished ;;
   esac
@@ -256,7 +262,7 @@ babysit() {
       create
       continue
     fi
-    # Where they cannot be reached the slice is perhaps being preempted: its state will tell.
+    # If the workers cannot be reached, the slice may be about to be preempted. Its next state will show that.
     state=$(run_state "$@") || state=unreachable
     [[ $state == "$last" ]] || say "the workers: $state"
     last=$state
@@ -278,7 +284,8 @@ babysit() {
         say "the command failed ($failures of $MAX_FAILURES times); the ends of the logs:"
         logs all || true
         stop || true
-        # Perhaps because of a moment's trouble where it ran before, so only in the first ten minutes of all.
+        # A command that ran before may be refused because of a temporary problem. So give up only in the first ten minutes
+        # after the first start.
         if [[ $state == refused ]] && ((starts == 1 && SECONDS - started < 600)); then
           die "the command cannot do what it was told to; see the logs above. $NAME is still there: tpu_scripts/tpu.sh delete"
         fi
@@ -345,7 +352,7 @@ esac
 [[ $DRY_RUN == yes ]] || command -v gcloud >/dev/null || die "gcloud is not on the PATH: install the Google Cloud CLI"
 WHERE=(--project="$PROJECT" --zone="$ZONE")
 
-# CMD, after --.
+# Checks that the arguments are -- CMD...
 take_command() {
   [[ ${1:-} == -- && $# -ge 2 ]] || die "$COMMAND needs a command after --, such as: $COMMAND -- python -m titok_jax.train ..."
 }
@@ -379,7 +386,7 @@ case $COMMAND in
       shift
     fi
     take_command "$@"
-    # Two of them for one slice would undo each other's work.
+    # Two babysits for one slice would undo each other's work.
     exec 9>"${TMPDIR:-/tmp}/titok_babysit_${PROJECT}_${ZONE}_$NAME.lock"
     flock -n 9 || die "another babysit watches over $NAME"
     babysit "${@:2}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# with_bucket.sh BUCKET CMD...: mounts gs://BUCKET at /tmp/BUCKET on this machine, for reading, unless it is there already, and
-# runs CMD in its place. ArrayRecord files are read at random places, which needs a path of the file system.
+# with_bucket.sh BUCKET CMD...: mounts gs://BUCKET read-only at /tmp/BUCKET on this machine, unless it is mounted already,
+# and then executes CMD. ArrayRecord files are read at random offsets, which needs a path in the file system.
 set -euo pipefail
 
 [[ $# -ge 2 ]] || {

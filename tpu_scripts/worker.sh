@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# One worker's part of tpu.sh, which copies it there and calls it:
-#   setup              install the repository
-#   start CMD          run CMD, a line for bash, in the background
-#   status [CMD]       "worker HOST none|running|dead|stopped|exit N"; of another command than CMD: none. stopped: by SIGTERM,
-#                      whatever it made of it; dead: together with this machine, without a word
-#   stop SECONDS       SIGTERM, and SIGKILL after SECONDS
-#   log                the end of the log
-# The run lies in ~/titok_run: command, pid, exit, log; the logs of earlier runs in log.1, log.2, ..., oldest first, the newest 20
+# The part of tpu.sh that runs on each worker. tpu.sh copies it there and calls it:
+#   setup              installs the repository
+#   start CMD          runs CMD, a bash command line, in the background
+#   status [CMD]       prints "worker HOST none|running|dead|stopped|exit N". none: there is no run, or its command is not
+#                      CMD. stopped: it got SIGTERM, whatever its exit status. dead: it ended without a status, for example
+#                      because the machine restarted
+#   stop SECONDS       sends SIGTERM, and SIGKILL after SECONDS
+#   log                prints the end of the log
+# ~/titok_run holds the files of the run: command, pid, exit and log. Logs of earlier runs are log.1, log.2, ..., from oldest
+# to newest; the newest 20 are kept.
 set -euo pipefail
 
 CODE=$HOME/titok_jax
 RUN=$HOME/titok_run
 VENV=$HOME/titok_venv
-LOCKFILE=${LIBTPU_LOCKFILE:-/tmp/libtpu_lockfile} # of the runtime, which leaves it behind when it is killed
+LOCKFILE=${LIBTPU_LOCKFILE:-/tmp/libtpu_lockfile} # the TPU runtime leaves it behind when it is killed
 
 setup() {
   local python
@@ -20,7 +22,7 @@ setup() {
     chmod 600 "$HOME/.titok_env"
   fi
   if [[ ! -x $VENV/bin/python ]]; then
-    # The images of TPU machines have Python 3.10; uv brings a newer one.
+    # The images of TPU machines have Python 3.10; uv installs a newer one.
     if python=$(command -v python3.12 || command -v python3.11); then
       "$python" -m venv "$VENV"
     else
@@ -34,19 +36,19 @@ setup() {
   echo "worker $(hostname) ready"
 }
 
-# The process group of the run, if it lives.
+# Whether the process group of the run is alive.
 alive() {
   [[ -f $RUN/pid ]] && kill -0 -- "-$(<"$RUN/pid")" 2>/dev/null
 }
 
-# A process that an earlier run left behind holds the chips, and JAX then falls back to the CPU.
+# Kills processes that an earlier run left behind: they hold the chips, so JAX would fall back to the CPU.
 free_chips() {
   local devices=() device
   for device in /dev/accel* /dev/vfio/[0-9]*; do
     [[ ! -e $device ]] || devices+=("$device")
   done
   if ((${#devices[@]})) && command -v fuser >/dev/null; then
-    sudo fuser --silent --kill -KILL "${devices[@]}" || true # 1: nobody holds them
+    sudo fuser --silent --kill -KILL "${devices[@]}" || true # status 1: no process holds them
   fi
   rm -f "$LOCKFILE" 2>/dev/null || sudo rm -f "$LOCKFILE"
 }
@@ -68,8 +70,8 @@ start() {
   fi
   rm -f "$RUN/exit" "$RUN/pid"
   printf '%s' "$command" >"$RUN/command"
-  # Its own session: it outlives this connection, and its process group has its number.
-  # shellcheck disable=SC2016 # expanded there
+  # The run gets its own session, so it outlives this connection and its process group has its process id.
+  # shellcheck disable=SC2016 # expanded by the inner bash
   setsid nohup bash -c '
     echo $$ >"$1/pid"
     if [[ -f $HOME/.titok_env ]]; then set -a; source "$HOME/.titok_env"; set +a; fi
@@ -89,7 +91,7 @@ status() {
   local state=none
   [[ -f $RUN/ready ]] || return 1
   if [[ -f $RUN/command && ($# -eq 0 || $(<"$RUN/command") == "${1:-}") ]]; then
-    if alive; then # asked first: a run that ends now has then written how
+    if alive; then # checked first: a run that has ended by then has written its exit status
       state=running
     elif [[ -f $RUN/exit ]]; then
       state=$(<"$RUN/exit")

@@ -1,5 +1,5 @@
 """Training steps and samplers compiled for TPU slices on a machine without a TPU: memory, collectives, estimated time.
 
-Importing the room imports no JAX: the environment of the TPU compiler must be set first (`slices.topology_devices`).
+Importing the room imports no JAX, because `slices.topology_devices` must first set environment variables for the compiler.
 May import: every other room.
 """

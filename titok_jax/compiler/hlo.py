@@ -1,4 +1,4 @@
-"""What the compiler made: operations, estimated cycles and collectives, read from the text of a program."""
+"""Operations, estimated cycles and collectives of a compiled program, read from its text."""
 
 import dataclasses
 import math
@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 @dataclasses.dataclass
 class Cost:
-    """What one run of a computation takes on one device.
+    """The cost of one run of a computation on one device.
 
     Attributes:
-      cycles: as the TPU compiler estimates them, without waiting for other devices; infinite if it says so of something.
-      bytes: {kind of collective: bytes of the arrays that it makes}; those of an all-gather are whole on every device, an
-        all-reduce sends them about twice.
-      count: {kind of collective: how many are run}.
-      arrays: the shapes that collectives make, each once.
-      unknown_loops: loops whose number of rounds could not be told; they count as one round.
+      cycles: the TPU compiler's estimate, without waiting for other devices. Infinite if any part is estimated as infinite.
+      bytes: {kind of collective: bytes of its results}. For an all-gather this is the full array on every device; an
+        all-reduce sends its bytes about twice.
+      count: {kind of collective: number of executions}.
+      arrays: the shapes of the results of collectives, each once.
+      unknown_loops: number of loops whose trip count is unknown. They count as one iteration.
     """
 
     cycles: float = 0.0
@@ -36,14 +36,14 @@ class Cost:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends, about: an all-reduce is a reduce-scatter and an all-gather."""
+        """Approximate number of bytes that a device sends. An all-reduce counts as a reduce-scatter plus an all-gather."""
         return sum(value * (2 if kind == "all-reduce" else 1) for kind, value in self.bytes.items())
 
 
 class _Instruction(NamedTuple):
     name: str
     opcode: str
-    shapes: list[tuple[str, tuple[int, ...]]]  # (type, dimensions) of the result, flat if it is a tuple
+    shapes: list[tuple[str, tuple[int, ...]]]  # (type, dimensions) of the result; a tuple is flattened
     text: str
 
 
@@ -60,7 +60,7 @@ def num_bytes(shape: tuple[str, tuple[int, ...]]) -> float:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """The instructions of each computation of an HLO module's text, and the name of the first one."""
+    """Parses the text of an HLO module: the instructions of each computation, and the name of the entry computation."""
     found: dict[str, list[_Instruction]] = {}
     entry, current = "", None
     for line in hlo.splitlines():
@@ -85,7 +85,7 @@ def _operands(instruction: _Instruction) -> list[str]:
 
 
 def _rounds(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> float | None:
-    """How often a `while` that counts up from 0 goes round; None if it is of another kind."""
+    """The trip count of a `while` loop that counts up from 0; None for any other loop."""
     known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
     if known:
         return float(known[1])
@@ -115,8 +115,10 @@ def _rounds(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) 
 
 
 def program_cost(hlo: str) -> Cost:
-    """The cost of a TPU program from the text of its optimised HLO, loops counted as often as they go round and of
-    branches the dearest."""
+    """Computes the cost of a TPU program from the text of its optimised HLO.
+
+    The body of a loop is multiplied by its trip count. A conditional costs as much as its most expensive branch.
+    """
     computations, entry = _computations(hlo)
     costs: dict[str, Cost] = {}
 
@@ -146,7 +148,7 @@ def program_cost(hlo: str) -> Cost:
                 total.add(max(found, key=lambda branch: branch.cycles))
             elif opcode in ("fusion", "call", "async-start"):
                 called = re.search(r"(?:calls|to_apply)=%([\w.\-]+)", text)
-                if called:  # a fusion has its own estimate
+                if called:  # the estimate of a fusion already includes these cycles
                     total.add(cost(called[1]), cycles=opcode != "fusion")
         return total
 
@@ -154,8 +156,10 @@ def program_cost(hlo: str) -> Cost:
 
 
 def matmul_flops(jaxpr) -> float:
-    """Floating point operations of all matrix products and convolutions of a traced program, for all devices together;
-    of branches the dearest. Loops without a fixed length are not expected."""
+    """The floating-point operations of all matrix products and convolutions of a traced program, over all devices.
+
+    A conditional counts as its most expensive branch. Loops must have a fixed length.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         name, shapes = equation.primitive.name, [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]

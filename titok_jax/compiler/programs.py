@@ -1,4 +1,4 @@
-"""Programs to compile for a slice, and what is wrong with them."""
+"""Programs to compile for a slice, and checks of the results."""
 
 import dataclasses
 import importlib.metadata
@@ -11,15 +11,15 @@ from titok_jax.compiler.slices import Chip, slice_chip
 
 
 class Program(NamedTuple):
-    """Something to compile.
+    """A program to compile.
 
     Attributes:
-      name: for the table.
-      mesh: the mesh.
-      batch_size: global.
-      function, args, kwargs: `function.trace(*args, **kwargs)`; the arguments are shapes with their shardings.
-      trained: parameters that are trained, as shapes; None: nothing is.
-      parameters: all parameters, as shapes with shardings.
+      name: its name in the table.
+      mesh: the mesh it runs on.
+      batch_size: the global batch size.
+      function, args, kwargs: traced as `function.trace(*args, **kwargs)`; the arguments are shapes with shardings.
+      trained: shapes of the trained parameters; None if the program trains nothing.
+      parameters: shapes of all parameters, with shardings.
     """
 
     name: str
@@ -76,8 +76,9 @@ def training_step(name: str, settings, devices: list) -> Program:
 
 
 def sampler(name: str, devices: list, images_per_device: int = 64) -> Program:
-    """A published generator with its sampling settings, then its tokenizer's decoder, in bfloat16; the models whole on every
-    device. Labels [B] to images.
+    """A program from labels [B] to images: a published generator with its sampling settings, then its tokenizer's decoder.
+
+    It runs in bfloat16, with the models replicated on every device.
 
     Raises:
       ValueError: an unknown generator.
@@ -127,7 +128,7 @@ def sampler(name: str, devices: list, images_per_device: int = 64) -> Program:
 
 
 def compile_program(program: Program, slice_name: str) -> dict[str, Any]:
-    """Compiles -> the row of the table: figures per device and step, and `problems`, which should be empty."""
+    """Compiles a program. Returns its table row: figures per device and step, and `problems`, which should be empty."""
     import jax
 
     chip = slice_chip(slice_name)
@@ -172,7 +173,7 @@ def compile_program(program: Program, slice_name: str) -> dict[str, Any]:
 
 
 def find_problems(program: Program, cost: Cost, total_bytes: float, chip: Chip) -> list[str]:
-    """What is not as the mesh should give it, in words."""
+    """Describes everything in a compiled program that does not fit its mesh."""
     import jax
 
     problems = []
@@ -180,18 +181,18 @@ def find_problems(program: Program, cost: Cost, total_bytes: float, chip: Chip) 
         problems.append(f"takes {total_bytes / 2**30:.1f} GiB of {chip.hbm}")
     fsdp = program.mesh.shape["fsdp"]
     leaves = jax.tree.leaves(program.parameters)
-    # Parameters that are cut, and are gathered in bfloat16 at least once.
+    # The size of the sharded parameters, which are gathered in bfloat16 at least once.
     cut = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
     gathered = sum(cost.bytes.get(kind, 0) for kind in ("all-gather", "collective-permute", "all-to-all"))
     reduced = sum(cost.bytes.get(kind, 0) for kind in ("all-reduce", "reduce-scatter"))
-    trained = sum(leaf.size for leaf in jax.tree.leaves(program.trained))  # gradients are in bfloat16 at least
+    trained = sum(leaf.size for leaf in jax.tree.leaves(program.trained))  # gradients are at least bfloat16
     if fsdp > 1 and gathered + reduced < 2 * cut:
         problems.append(f"{(gathered + reduced) / 1e6:.0f} MB are exchanged, less than the parameters that are cut")
     if fsdp == 1 and program.trained is not None and program.mesh.size > 1 and gathered + reduced < 1.9 * trained:
         problems.append(f"{reduced / 1e6:.0f} MB are reduced, less than the gradients")
     if program.trained is None and gathered + reduced > 1e6:
         problems.append(f"{(gathered + reduced) / 1e6:.0f} MB are exchanged, though every image is made on one device")
-    # An array with the whole batch in front, larger than any parameter of that shape, is what no device should ever hold.
+    # No device should ever hold an array with the whole batch in front, unless it has the shape of a parameter or is small.
     parameters = {tuple(sorted(n for n in leaf.shape if n > 1)) for leaf in leaves}
     stacked = {tuple(sorted(n for n in leaf.shape[1:] if n > 1)) for leaf in leaves}
     for kind, dims in sorted(cost.arrays):

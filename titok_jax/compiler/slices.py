@@ -1,4 +1,4 @@
-"""TPU slices: their chips, and their devices to compile for without one."""
+"""TPU slices: their chips, and descriptions of their devices for compilation without a TPU."""
 
 import importlib.metadata
 import os
@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-    """A TPU chip; with megacore (v4, v5p) it is one device. Published figures, but for the clock: see `clock_ghz`.
+    """A TPU chip. A chip with megacore (v4, v5p) is one device. All figures except `clock_ghz` are published.
 
     Attributes:
       topology: name in topology descriptions.
       hbm: GiB of memory that the compiler lets a program use.
-      tflops: peak bfloat16 multiply-adds, counted as two operations.
-      clock_ghz: the clock at which the matrix units give `tflops`; turns the compiler's cycles into seconds.
+      tflops: peak TFLOP/s in bfloat16; a multiply-add counts as two operations.
+      clock_ghz: the clock at which the matrix units reach `tflops`. It converts the compiler's cycles to seconds.
       ici: GB/s out of a chip over all its links, in one direction.
     """
 
@@ -31,7 +31,7 @@ CHIPS = {
 }
 
 
-# Google's names: of v4 and v5p they count TensorCores, two to a chip; of v5e and v6e, chips.
+# {Google's name: topology}. The names of v4 and v5p count TensorCores, two per chip; those of v5e and v6e count chips.
 SLICES = {
     "v4-8": "2x2x1",
     "v4-32": "2x2x4",
@@ -56,7 +56,7 @@ def slice_chip(name: str) -> Chip:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a slice, one per chip, to be compiled for. Call it before anything else of JAX.
+    """The devices of a slice, one per chip, for compilation. Call this before any other use of JAX.
 
     Raises:
       ValueError: an unknown slice, or the TPU compiler is not installed.
@@ -64,11 +64,11 @@ def topology_devices(name: str) -> list[Any]:
     chip = slice_chip(name)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU compiler is not installed: pip install libtpu, of the version in constraints.txt")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks the metadata server of a cloud machine otherwise
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it holds no chip, so it need not be alone on the machine
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu asks the metadata server of a cloud machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may load it: none holds a chip
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jax.experimental import topologies
 
-    # On v4 a device is a chip where "megacore" is said, else a core; v5p is so by itself.
+    # On v4 a device is a chip only with the option "megacore", otherwise a core. On v5p it is always a chip.
     options = {"chip_config_name": "megacore"} if chip.topology == "v4" else {}
     return list(topologies.get_topology_desc(f"{chip.topology}:{SLICES[name]}", "tpu", **options).devices)

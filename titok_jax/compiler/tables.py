@@ -1,4 +1,4 @@
-"""The programs of docs/tpu.md, and its two tables."""
+"""The programs in docs/tpu.md, and its two tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ _REMAT, _FSDP16 = "--config.remat=True", "--config.mesh.fsdp=16"
 _ACCUMULATION = "--config.gradient_accumulation={}".format
 
 
-_LOW = "--effort=-0.3"  # training through a pixel decoder and a discriminator takes the compiler hours otherwise
+_LOW = "--effort=-0.3"  # otherwise, training with a pixel decoder and a discriminator takes hours to compile
 
 
 _LOWEST = "--effort=-1"
@@ -20,7 +20,7 @@ _LOWEST = "--effort=-1"
 Row = tuple[str, str, tuple[str, ...]]  # recipe or sampler, slice, options
 
 
-# What is compiled so well that the estimated time says something.
+# Programs that are compiled with enough effort for a meaningful time estimate.
 TIMED: tuple[Row, ...] = (
     ("configs/generator.py:l32", "v5e-16", ()),
     ("configs/generator.py:b64", "v4-32", ()),
@@ -51,13 +51,14 @@ TIMED: tuple[Row, ...] = (
 )
 
 
-# Every recipe for 256 pixels and every sampler on each of these slices; {slice: options that it needs there}.
+# Every recipe for 256 pixels and every sampler is compiled for each of these slices.
 ALL_SLICES = ("v4-32", "v5e-16", "v5p-32", "v6e-64", "v6e-256")
 
 
 _SINGLE_STAGE = {"v4-32": (_REMAT,), "v5e-16": (_REMAT, _ACCUMULATION(2))}
 
 
+# {program: {slice: options that the program needs there}}
 EVERYWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "configs/maskgit_vqgan.py:imagenet256": {},
     "configs/stage1.py:l32": {"v4-32": (_REMAT,)},
@@ -80,8 +81,8 @@ EVERYWHERE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-# Those for 512 pixels on one slice, where the VQGAN is set to the one that has a name, as its sizes are the same; and the
-# smallest slice in docs/tpu.md.
+# The recipes for 512 pixels on one slice, and the smallest slice in docs/tpu.md. For 512 pixels, the VQGAN is set to the
+# published one, which has the same sizes.
 _VQGAN = "--config.vqgan=maskgit_vqgan"
 
 
@@ -114,7 +115,7 @@ TABLE: tuple[Row, ...] = (
 
 
 def fits(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Memory and what is sent, of each program (line) on each slice (column), as Markdown."""
+    """A Markdown table of memory and bytes sent, with a line for each program and a column for each slice."""
     slices = [name for name in SLICES if any(row["slice"] == name for row in rows)]
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -134,7 +135,7 @@ def fits(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Formats the rows as a Markdown table."""
     lines = [
         "| program | slice | mesh | batch | memory GiB (arguments + temporaries) | TFLOP | collectives: MB made (number) "
         "| effort | estimate ms | of peak | compile s |",
@@ -163,7 +164,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def row_name(what: str, options: Sequence[str] = ()) -> str:
-    """What the table calls a recipe with the changes among `options`, or a sampler."""
+    """The name in the table of a sampler, or of a recipe with the configuration changes in `options`."""
     if not what.startswith("configs/"):
         return f"sample {what}"
     changes = [option.removeprefix("--config.") for option in options if option.startswith("--config.")]

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# The split is a permutation by this seed. RandomState, whose stream numpy has frozen, keeps it the same for ever.
+# The split is a permutation with this seed. numpy has frozen the stream of RandomState, so the split never changes.
 SPLIT_SEED = 1797
 TRAIN_FRACTION = 0.8
 
-# The scans are cropped to the ink. One empty pixel all round leaves room for the resampling filter to fade the strokes
-# out and for shifts of a few pixels; without it digits are cut hard at the top and bottom.
+# The scans are cropped to the ink. A margin of one empty pixel leaves room for shifts of a few pixels and lets the
+# resampling filter fade out the strokes. Without it the digits would end abruptly at the top and bottom.
 _MARGIN = 1
 
 

@@ -1,4 +1,4 @@
-"""Image files and folders of them that a user names."""
+"""Image files and image folders that a user names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,10 @@ from titok_jax.runtime.paths import as_path
 
 
 def find_images(arguments: Sequence[str]) -> list[tuple[str, Path | epath.Path]]:
-    """(name, file) of image files and of all images in folders and below, sorted there; the name is the path as given.
+    """Finds the named image files, and all images in the named folders and their sub-folders, sorted within each folder.
+
+    Returns:
+      (name, file) for each image. The name is the path as a string, relative if it was given as a relative path.
 
     Raises:
       FileNotFoundError: no such file or folder.
@@ -33,13 +36,13 @@ def find_images(arguments: Sequence[str]) -> list[tuple[str, Path | epath.Path]]
 
 
 class ImageFiles:
-    """Images as the published reconstruction score takes them: shorter side to `size`, then the centre.
+    """Images as the published reconstruction score uses them: shorter side resized to `size`, then cropped to the centre.
 
-    `files[a:b]` decodes some, uint8 [b - a, size, size, 3]; `len(files)` is their number. All are decoded once at the start,
-    and none is kept but the last that were asked for.
+    `files[a:b]` decodes images to uint8 [b - a, size, size, 3]; `len(files)` is their number. The constructor decodes every
+    image once, as a check. Only the last requested slice is kept in memory.
 
     Raises:
-      ValueError: naming every file that cannot be read.
+      ValueError: the message names every file that cannot be read.
     """
 
     def __init__(self, paths: Sequence[Path | epath.Path], size: int):

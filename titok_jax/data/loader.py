@@ -1,9 +1,9 @@
-"""From a random-access source to batches, on every process of a run, in an order that only the seed and the step decide.
+"""Loaders that turn a random-access source into batches, on every process of a run. Only seed and step decide the order.
 
-The order and the augmentation draws belong to the position in the stream of all examples, before it is cut into batches
-and shared among processes. So a run on one process and a run on many see the same global batches, row by row (process p
-holds the p-th block of rows), and a run that resumes at step s continues with the batch it would have seen: the position
-of the data is the step, and no iterator state is ever saved.
+The order and the random numbers of the augmentation depend on the position in the stream of all examples, before the stream
+is split into batches and processes. So a run on one process and a run on many see the same global batches, row by row
+(process p holds the p-th block of rows). A run that resumes at step s continues with the batch it would have seen: the step
+is the position in the data, and no iterator state is saved.
 """
 
 import multiprocessing
@@ -23,14 +23,14 @@ Batch = dict[str, Any]  # the arrays of the examples, stacked: "image" uint8 [B,
 
 
 class Loader(Iterator[Batch]):
-    """Batches as numpy dicts. Close it, or use it in a `with` block: that ends its threads and worker processes."""
+    """Iterator over batches of numpy arrays. Close it, or use it in a `with` block, to end its threads and processes."""
 
     def __init__(self, batches: grain.MapDataset, num_threads: int, num_workers: int):
-        # One batch of read-ahead per thread, and never less than two.
+        # Each thread reads one batch ahead; at least two batches are read ahead.
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads) if num_threads else 0)
         dataset = batches.to_iter_dataset(options)
         if num_workers:
-            # Grain's workers read absl flags, which no command here parses.
+            # Grain's workers read absl flags, but our commands do not parse them.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
@@ -41,7 +41,7 @@ class Loader(Iterator[Batch]):
         return next(self._iterator)
 
     def close(self) -> None:
-        """Ends threads and workers; the loader gives no more batches. Closing twice is allowed."""
+        """Ends threads and workers. The loader then yields no more batches. Closing twice is allowed."""
         self._iterator.close()
 
     def __enter__(self) -> Self:
@@ -52,7 +52,7 @@ class Loader(Iterator[Batch]):
 
 
 def _end_with_parent(worker: int, num_workers: int) -> None:
-    """Lets a worker process end when the one that started it has been killed; Grain's own would wait for it for ever."""
+    """Ends a worker process when its parent has been killed. Without this, Grain's workers would wait for ever."""
     del worker, num_workers
 
     def watch():
@@ -76,20 +76,21 @@ def make_loader(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Loader:
-    """Training batches.
+    """Makes a loader of training batches.
 
     Args:
-      source: anything with `__len__` and `__getitem__` that gives examples (see sources.py).
+      source: an object with `__len__` and `__getitem__` that returns examples (see sources.py).
       seed: decides the order and the augmentation; not negative.
-      global_batch_size: over all processes; batches here have `global_batch_size // process_count` rows.
-      start_step: how many global batches to skip, at no cost.
-      train_transform: augmentation, given a generator that belongs to the position in the stream.
-      shuffle: a new permutation of all examples in every epoch; otherwise the order of the source.
-      repeat: for ever, batches running on from one epoch into the next; otherwise one epoch without its last partial batch.
+      global_batch_size: rows over all processes. Each process gets `global_batch_size // process_count` of them.
+      start_step: number of global batches to skip, at no cost.
+      train_transform: the augmentation. It gets a random generator that depends on the position in the stream.
+      shuffle: use a new permutation of all examples in every epoch. Otherwise keep the order of the source.
+      repeat: continue for ever, with batches that may span two epochs. Otherwise stop after one epoch, without its last
+        partial batch.
       num_workers: processes that prepare batches; 0 for none. The program then needs an `if __name__ == "__main__"` guard.
       num_threads: threads that prepare batches, in each worker or in this process.
-      process_index, process_count: which of how many parts of a batch are given, see `sharding.batch_part`; by default one
-        for each of this run's JAX processes.
+      process_index, process_count: the part of each batch to load, and the number of parts (see `sharding.batch_part`). By
+        default the index and the number of this run's JAX processes.
 
     Raises:
       ValueError: the batch does not divide among processes, or the source is smaller than one global batch.
@@ -109,7 +110,7 @@ def make_loader(
         dataset = dataset[: len(source) // global_batch_size * global_batch_size]
     if train_transform is not None:
         dataset = dataset.random_map(train_transform)
-    # Processes take whole local batches in turn, so that the rows of a global batch keep their order.
+    # The processes take local batches in turn, so that the rows of a global batch keep their order.
     batches = dataset.batch(local_batch_size, drop_remainder=True)[index::count][start_step:]
     return Loader(batches, num_threads, num_workers)
 
@@ -124,13 +125,13 @@ def make_eval_loader(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Loader:
-    """Every example once, in the order of the source.
+    """Makes a loader that yields every example once, in the order of the source.
 
-    All batches are full and every process has equally many, so that one compiled step serves and no process waits
-    for another: the last global batch is filled up with copies of the last example. Each batch has `valid`, bool [B], false
-    for those copies.
+    All batches are full, and every process gets the same number, so one compiled step is enough and no process waits for
+    another. The last global batch is filled with copies of the last example. Each batch has `valid`, bool [B], which is
+    False for these copies.
 
-    Arguments and errors as in `make_loader`; the source may be smaller than a batch, but not empty.
+    Arguments and errors are those of `make_loader`. The source may be smaller than a batch, but not empty.
     """
     index, count, local_batch_size = _share(global_batch_size, process_index, process_count)
     if len(source) == 0:
@@ -142,7 +143,7 @@ def make_eval_loader(
 
 
 class _FilledUp:
-    """A source lengthened to a multiple of the batch size by repeating its last example, marked not `valid`."""
+    """A source extended to a multiple of the batch size by repeating its last example; the copies are not `valid`."""
 
     def __init__(self, source, batch_size: int):
         self._source = source
@@ -157,7 +158,7 @@ class _FilledUp:
 
 
 def _share(global_batch_size: int, process_index: int | None, process_count: int | None) -> tuple[int, int, int]:
-    """This process's index, how many there are, and its number of rows in a global batch."""
+    """The index of this process, the number of processes, and the number of rows of each in a global batch."""
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
     if global_batch_size < 1 or global_batch_size % count:

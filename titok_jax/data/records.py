@@ -1,4 +1,4 @@
-"""Records of tokens and images: one compact ArrayRecord encoding of our own, and the published JSON lines.
+"""Records of tokens and images: our own compact encoding for ArrayRecord, and the published JSON lines.
 
 A record is an 8-byte little-endian header and a payload:
 
@@ -7,7 +7,7 @@ A record is an 8-byte little-endian header and a payload:
     uint16 n       tokens: how many; image: 0
     payload        tokens: n uint16, or n int32 if one of them exceeds 65535; image: the encoded file (JPEG, PNG, WebP)
 
-256 tokens of a codebook of 1,024 take 520 bytes, a fifth of what JSON takes for them.
+256 tokens from a codebook of 1,024 take 520 bytes, a fifth of their size in JSON.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ _TOKENS, _IMAGE = 1, 2
 
 
 def encode_tokens(tokens: np.ndarray, label: int) -> bytes:
-    """One record of token ids [N], 0 <= id < 2^31, and a label.
+    """Encodes token ids [N], 0 <= id < 2^31, and a label as one record.
 
     Raises:
-      ValueError: not one-dimensional, more than 65535, negative, or not integers.
+      ValueError: the ids are not one-dimensional, none or more than 65535, out of range, or not integers.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not 0 < tokens.size < 2**16 or tokens.dtype.kind not in "iu":
@@ -44,15 +44,15 @@ def encode_tokens(tokens: np.ndarray, label: int) -> bytes:
 
 
 def encode_image(data: bytes, label: int) -> bytes:
-    """One record of an encoded image file and a label."""
+    """Makes one record from the bytes of an image file and a label."""
     return _HEADER.pack(_IMAGE, label, 0) + data
 
 
 def decode_record(record: bytes, name: str = "record") -> Example:
-    """{"tokens": int32 [N], "label": int32 []} or {"image": uint8 [H, W, 3], "label": int32 []}.
+    """Decodes a record to {"tokens": int32 [N], "label": int32 []} or {"image": uint8 [H, W, 3], "label": int32 []}.
 
     Raises:
-      ValueError: not one of our records; `name` says where it came from.
+      ValueError: not one of our records. The message begins with `name`, the origin of the record.
     """
     kind, label, n = _HEADER.unpack_from(record) if len(record) >= _HEADER.size else (0, 0, 0)
     payload = record[_HEADER.size :]
@@ -68,10 +68,10 @@ def decode_record(record: bytes, name: str = "record") -> Example:
 
 
 def decode_json_tokens(line: bytes | str, name: str = "line") -> Example:
-    """A published line {"class_id": 207, "tokens": [240, ...]} -> {"tokens": int32 [N], "label": int32 []}.
+    """Decodes a published line, {"class_id": 207, "tokens": [240, ...]}, to {"tokens": int32 [N], "label": int32 []}.
 
     Raises:
-      ValueError: not such a line; `name` says where it came from.
+      ValueError: not such a line. The message begins with `name`, the origin of the line.
     """
     try:
         fields = json.loads(line)
@@ -85,16 +85,16 @@ def decode_json_tokens(line: bytes | str, name: str = "line") -> Example:
 
 @contextlib.contextmanager
 def token_writer(path: str | os.PathLike) -> Iterator[Callable[[np.ndarray, int], None]]:
-    """Writes token records to `*.array_record` or, for the published code, `*.jsonl`.
+    """Writes token records to `*.array_record`, or to `*.jsonl` for the published code.
 
         with token_writer("train.array_record") as write:
             write(tokens, label)  # ids [N] and a class index
 
-    The file appears under its name, whole, when the block ends without an exception; until then it is a hidden file
-    beside it (for a bucket: of this machine), so that a killed run leaves nothing that could be taken for a finished one.
+    The file appears under its name when the block ends without an exception, so an interrupted run leaves no file that
+    looks complete. Until then it is a hidden file beside it, or a local file if the output is in a bucket.
 
     Raises:
-      ValueError: neither suffix; tokens that `encode_tokens` refuses.
+      ValueError: the path has neither suffix, or `encode_tokens` rejects the tokens.
     """
     suffix = Path(path).suffix
     if suffix == ".array_record":
@@ -109,13 +109,13 @@ def token_writer(path: str | os.PathLike) -> Iterator[Callable[[np.ndarray, int]
 
 @contextlib.contextmanager
 def image_writer(path: str | os.PathLike) -> Iterator[Callable[[bytes, int], None]]:
-    """Writes encoded images and labels to an ArrayRecord file, whole or not at all, as `token_writer` does."""
-    with _array_record_writer(path, "uncompressed") as write:  # they are already
+    """Writes encoded images and labels to an ArrayRecord file, which is complete or absent, as with `token_writer`."""
+    with _array_record_writer(path, "uncompressed") as write:  # the images are already compressed
         yield lambda data, label: write(encode_image(data, label))
 
 
 def _encode_json_tokens(tokens: np.ndarray, label: int) -> str:
-    encode_tokens(tokens, label)  # for its checks
+    encode_tokens(tokens, label)  # only for its checks
     return json.dumps({"class_id": int(label), "tokens": np.asarray(tokens).tolist()}) + "\n"
 
 
@@ -124,11 +124,11 @@ def _array_record_writer(path: str | os.PathLike, compression: str) -> Iterator[
     def checked(function: Callable, *record: bytes) -> None:
         try:
             function(*record)
-        except RuntimeError as error:  # the only kind it has: a full disk, for one
+        except RuntimeError as error:  # the library raises it for everything, such as a full disk
             raise OSError(f"cannot write {path}: {error}") from error
 
     with _whole_or_nothing(path) as temporary:
-        # Groups of one record: random access reads 15 times as fast as with groups of 64.
+        # With groups of one record, random access is 15 times as fast as with groups of 64.
         file = ArrayRecordWriter(str(temporary), f"group_size:1,{compression}")
         try:
             yield lambda record: checked(file.write, record)
@@ -138,7 +138,7 @@ def _array_record_writer(path: str | os.PathLike, compression: str) -> Iterator[
 
 @contextlib.contextmanager
 def _whole_or_nothing(path: str | os.PathLike) -> Iterator[Path]:
-    """`cli.new_file` in a folder that is made if need be."""
+    """`outputs.new_file`, but creates the parent folder if it does not exist."""
     as_path(path).parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as partial:
         yield partial

@@ -2,7 +2,7 @@
 
 Folders, tars and token files may be in a bucket, gs://BUCKET/...
 
-An example is a dict: "label", int32 [] (-1 where there is none), and either "image", uint8 [H, W, 3] RGB, decoded, or
+An example is a dict with "label", int32 [] (-1 if there is none), and either "image", decoded uint8 [H, W, 3] RGB, or
 "tokens", int32 [N]. Sources are picklable (worker processes get a copy) and safe to read from many threads.
 """
 
@@ -28,14 +28,15 @@ Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or pattern (
 
 
 def make_source(spec: Mapping[str, Any], flag: str = ""):
-    """The source named by `spec`: {"name": "digits", "split": "train"}; the other entries are its constructor's arguments,
-    except those that are "", which are as if they were not there.
+    """Makes the source that `spec` describes.
 
     Args:
-      flag: what sets `spec` on the command line, which errors then name: "--config.data.source".
+      spec: "name" and the arguments of that source, e.g. {"name": "digits", "split": "train"}. Entries that are "" are
+        ignored.
+      flag: the command-line flag that sets `spec`, for error messages: "--config.data.source".
 
     Raises:
-      ValueError: unknown name or option, or what the files hold is not what is expected.
+      ValueError: unknown name or option, or unexpected contents of the files.
       FileNotFoundError: a path or pattern that matches nothing.
     """
     if flag:
@@ -75,9 +76,9 @@ class FolderSource:
     """The images under a folder, at any depth, sorted by path.
 
     Attributes:
-      paths: of the images, in order.
-      class_names: the names of the first-level sub-folders, sorted: an image's label is the position of its folder. Empty if
-        the images lie directly in the folder, or with `labels=False`; every label is then -1.
+      paths: paths of the images, in order.
+      class_names: sorted names of the first-level sub-folders. An image's label is the index of its sub-folder. If the
+        images are directly in the folder, or with `labels=False`, this is empty and every label is -1.
     """
 
     def __init__(self, path: str | os.PathLike, labels: bool = True):
@@ -105,20 +106,20 @@ class FolderSource:
         return _decoded(*self.encoded(index))
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """An image's file, its label, and where it is."""
+        """Returns the bytes of an image file, its label, and its location for error messages."""
         path = self.paths[index]
         return read_bytes(path), int(self._labels[index]), path
 
 
 class TfdsSource:
-    """A prepared TensorFlow Datasets set in ArrayRecord format, read without TensorFlow; nothing is downloaded.
+    """A prepared TensorFlow Datasets dataset in ArrayRecord format, read without TensorFlow. Nothing is downloaded.
 
     Args:
       split: e.g. "train" or "validation[:10%]".
-      dataset: its name, e.g. "imagenet2012" or "imagenet2012:5.1.0", to be found in `data_dir`.
-      data_dir: where TFDS keeps its sets; `TFDS_DATA_DIR` or ~/tensorflow_datasets if not given.
-      path: instead of these two, the folder of one version, which holds dataset_info.json.
-      image_key, label_key: names of the features; a `label_key` of None makes every label -1.
+      dataset: name of a dataset in `data_dir`, e.g. "imagenet2012" or "imagenet2012:5.1.0".
+      data_dir: folder of the TFDS datasets (default: `TFDS_DATA_DIR` or ~/tensorflow_datasets).
+      path: instead of `dataset` and `data_dir`, the folder of one version, which holds dataset_info.json.
+      image_key, label_key: names of the features. If `label_key` is None, every label is -1.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class TfdsSource:
                 raise ValueError(f"tfds {self._name}: no feature {', '.join(missing)}; it has {', '.join(sorted(features))}")
             if not builder.info.splits:
                 raise FileNotFoundError("it has not been prepared there")
-            decoders = {image_key: tfds.decode.SkipDecoding()}  # bytes, as TFDS would decode with TensorFlow or OpenCV
+            decoders = {image_key: tfds.decode.SkipDecoding()}  # TFDS would decode with TensorFlow or OpenCV
             self._examples = builder.as_data_source(split, decoders=decoders)
         except (FileNotFoundError, AssertionError, NotImplementedError, tfds.core.DatasetNotFoundError) as error:
             raise FileNotFoundError(
@@ -168,7 +169,7 @@ class TfdsSource:
         return _decoded(*self.encoded(index))
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """An image's file, its label, and where it is."""
+        """Returns the bytes of an image file, its label, and its location for error messages."""
         example = self._examples[index]
         label = -1 if self._label_key is None else int(example[self._label_key])
         return example[self._image_key], label, f"tfds {self._name}, example {index}"
@@ -177,13 +178,13 @@ class TfdsSource:
 class WebDatasetSource:
     """Uncompressed tar shards of images (`KEY.jpg`, `.png`, ...) and class indices (`KEY.cls`, decimal text).
 
-    The headers of every shard are read once here; afterwards an image is one read at its offset. A sample without `.cls`
-    has the label -1, one without an image is an error.
+    The constructor reads the headers of every shard once. After that, an image takes one read at its offset. A sample
+    without `.cls` has the label -1. A sample without an image is an error.
     """
 
     def __init__(self, paths: Paths):
         self._paths = find_files(paths, "WebDataset shards (*.tar)")
-        with ThreadPoolExecutor() as threads:  # from a bucket, each comes whole: a seek over an image reads it
+        with ThreadPoolExecutor() as threads:  # a shard in a bucket is read in full: seeking over an image reads it
             samples = list(threads.map(_samples_of_tar, self._paths))
         numbers = np.repeat(np.arange(len(samples)), [len(shard) for shard in samples])
         self._spans = np.column_stack([numbers, np.concatenate(samples)])  # [n, 4]: shard, offset, length, label
@@ -195,17 +196,17 @@ class WebDatasetSource:
         return _decoded(*self.encoded(index))
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """An image's file, its label, and where it is."""
+        """Returns the bytes of an image file, its label, and its location for error messages."""
         shard, offset, length, label = self._spans[index].tolist()
         path = self._paths[shard]
         return read_bytes(path, offset, length), label, f"{path}, image {index} at byte {offset}"
 
 
 def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar that is open as a seekable file, in order; only their headers are read.
+    """Yields the regular files of a seekable tar, in order. Only headers are read.
 
     Raises:
-      tarfile.ReadError: it is damaged or cut short, also where `tarfile` itself would take that for the end of the archive.
+      tarfile.ReadError: the tar is damaged or truncated, also where `tarfile` itself would see the end of the archive.
     """
     yield from filter(tarfile.TarInfo.isfile, tar)
     tar.fileobj.seek(tar.offset)
@@ -214,13 +215,13 @@ def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _samples_of_tar(path: str) -> np.ndarray:
-    """int64 [n, 3]: offset, length, label."""
+    """The samples of a tar, int64 [n, 3]: offset, length, label."""
     samples: dict[tuple[str, str], list[int]] = {}
     try:
         with as_path(path).open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar_files(tar):
                 folder, _, file_name = member.name.rpartition("/")
-                key, _, extension = file_name.partition(".")  # as WebDataset: up to the first dot
+                key, _, extension = file_name.partition(".")  # as in WebDataset, the key ends at the first dot
                 if not key:
                     continue  # hidden files, such as the ._KEY.jpg that macOS adds
                 sample = samples.setdefault((folder, key), [0, 0, -1])
@@ -240,8 +241,10 @@ def _samples_of_tar(path: str) -> np.ndarray:
 
 
 class ArrayRecordSource:
-    """Files of this project's records (records.py), of tokens or of images, one after the other. They are of this machine:
-    the library that reads them reaches no bucket."""
+    """ArrayRecord files with this project's token or image records (records.py), one after the other.
+
+    The files must be local, because the ArrayRecord library cannot read from a bucket.
+    """
 
     def __init__(self, paths: Paths):
         for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
@@ -261,15 +264,15 @@ class ArrayRecordSource:
 
 
 class JsonLinesSource:
-    """Published token files, {"class_id": int, "tokens": [int, ...]} per line.
+    """Published token files, with {"class_id": int, "tokens": [int, ...]} on each line.
 
-    Every file is read once here to find where its lines begin. For large sets write ArrayRecord with
-    `records.token_writer`: that is a fifth of the size and opens at once.
+    The constructor reads every file once to find where its lines begin. For large datasets write ArrayRecord files with
+    `records.token_writer`: they have a fifth of the size and open at once.
     """
 
     def __init__(self, paths: Paths):
         self._paths = find_files(paths, "JSON lines of tokens")
-        spans = []  # file, line number, offset, length
+        spans = []  # (file, line number, offset, length)
         for number, path in enumerate(self._paths):
             offset = 0
             with open(path, "rb") as file:
@@ -291,11 +294,12 @@ class JsonLinesSource:
 
 
 def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
-    """Pretokenized images from `*.array_record` or `*.jsonl` files, told apart by their suffix. Those in a bucket are copied
-    to this machine, once: of ImageNet 256 MB.
+    """Opens files of pretokenized images, `*.array_record` or `*.jsonl`.
+
+    Files in a bucket are copied to this machine once (256 MB for ImageNet).
 
     Raises:
-      ValueError: another suffix, or both kinds at once; records of images.
+      ValueError: another suffix, both suffixes at once, or records of images.
     """
     files = find_files(paths, "token files (*.array_record or *.jsonl)")
     suffixes = {Path(path).suffix for path in files}
@@ -310,20 +314,21 @@ def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
 
 
 def find_files(paths: Paths, what: str) -> list[str]:
-    """The files that paths and patterns name, in the order given, those of one glob pattern sorted.
+    """Finds the files that match paths and patterns, in the order given. The files of one glob pattern are sorted.
 
-    Patterns are globs (*, ?, [0-9]; of this machine also **) and the shell's braces, which WebDataset takes too:
-    train-{0000..0252}.tar, {train,val}-*.tar. What braces stand for has to be there, each of it.
+    Patterns are globs (*, ?, [0-9]; for local files also **) and shell braces, as in WebDataset: train-{0000..0252}.tar,
+    {train,val}-*.tar. Every alternative in braces must match a file.
 
     Raises:
-      FileNotFoundError: a path, pattern or part of one in braces that no file has; `what` says what was expected.
+      FileNotFoundError: a path, pattern or alternative in braces that matches no file; the message says that `what` was
+        expected.
       ValueError: no paths.
     """
     patterns = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     parts = [part for pattern in map(os.fspath, patterns) for part in _expand_braces(pattern)]
     if not parts:
         raise ValueError(f"no paths given; expected {what}")
-    with ThreadPoolExecutor() as threads:  # each of a bucket is a question to it
+    with ThreadPoolExecutor() as threads:  # each part in a bucket is one request
         found = list(threads.map(_matches, parts))
     for part, matches in zip(parts, found, strict=True):
         if not matches:
@@ -332,7 +337,7 @@ def find_files(paths: Paths, what: str) -> list[str]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """a{08..10}.tar -> a08.tar, a09.tar, a10.tar; {a,b}.tar -> a.tar, b.tar; every other brace is part of a name."""
+    """a{08..10}.tar -> a08.tar, a09.tar, a10.tar; {a,b}.tar -> a.tar, b.tar. Other braces are part of the name."""
     braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if braces is None or (not is_remote(pattern) and os.path.isfile(pattern)):
         return [pattern]
@@ -346,7 +351,7 @@ def _expand_braces(pattern: str) -> list[str]:
     parts = [
         part for choice in choices for part in _expand_braces(pattern[: braces.start()] + choice + pattern[braces.end() :])
     ]
-    return list(dict.fromkeys(parts))  # of braces in braces, some come more than once
+    return list(dict.fromkeys(parts))  # nested braces give some names more than once
 
 
 def _matches(pattern: str) -> list[str]:
@@ -365,7 +370,7 @@ def _remote_matches(pattern: str) -> list[str]:
         raise ValueError(f"{pattern}: ** is for files of this machine, expected * for each folder")
     bucket, *names = pattern.partition("://")[2].split("/")
     root = as_path(f"{pattern.partition('://')[0]}://{bucket}")
-    matches = root.glob("/".join(names))  # also of hidden files, as an upload that was killed may leave
+    matches = root.glob("/".join(names))  # also matches hidden files, such as leftovers of a killed upload
     return sorted(os.fspath(match) for match in matches if not match.name.startswith(".") and match.is_file())
 
 
@@ -384,10 +389,10 @@ _SOURCES = {
 
 
 def parse_source(text: str) -> dict[str, str]:
-    """What `DATA` means, for `make_source`.
+    """Parses the command-line argument `DATA` into a `spec` for `make_source`.
 
     Raises:
-      ValueError: a known prefix without what must follow it.
+      ValueError: a known prefix without the rest that it needs.
     """
     kind, _, rest = text.partition(":")
     if kind == "digits" and rest:

@@ -1,4 +1,4 @@
-"""Images to token records, in shards that are complete or absent: what `python -m titok_jax.pretokenize` does."""
+"""Pretokenization: images to token records, in shards that are complete or absent. See `python -m titok_jax.pretokenize`."""
 
 import collections
 import concurrent.futures
@@ -23,13 +23,13 @@ MANIFEST = "pretokenize.json"
 
 
 def views(image: np.ndarray, size: int, crops: str, seed: Sequence[int]) -> np.ndarray:
-    """The pictures of one image that are tokenized.
+    """Makes the crops of one image that are tokenized.
 
     Args:
       image: uint8 [H, W, 3].
-      size: of the tokenizer's images.
+      size: height and width of the tokenizer's images.
       crops: one of CROPS; "center", "flip" and "ten" use ADM's crop, as the published pretokenization does.
-      seed: of "random": that of the run, the pass and the image's index.
+      seed: for "random": the run's seed, the pass, and the image's index.
 
     Returns:
       uint8 [n, size, size, 3]; n is 1, 2, 10 or 1.
@@ -44,13 +44,15 @@ def views(image: np.ndarray, size: int, crops: str, seed: Sequence[int]) -> np.n
 
 
 def shard_range(shard: int, num_shards: int, length: int) -> range:
-    """The positions of shard `shard` of `num_shards` in a stream of `length`: contiguous, sizes differing by one at most."""
+    """The positions of shard `shard` of `num_shards` in a stream of `length`. Shard sizes differ by one at most."""
     return range(shard * length // num_shards, (shard + 1) * length // num_shards)
 
 
 def in_threads(function: Callable[[int], Any], items: Iterable[int]) -> Iterator[Any]:
-    """`map(function, items)`, computed a little ahead by as many threads as there are cores (of decoding and cropping two
-    thirds of the time are Pillow's, during which others run)."""
+    """`map(function, items)`, computed a little ahead by one thread per core.
+
+    Decoding and cropping spend two thirds of their time in Pillow, which lets other threads run.
+    """
     num_threads = os.cpu_count() or 1
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         ahead: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -68,16 +70,17 @@ def in_threads(function: Callable[[int], Any], items: Iterable[int]) -> Iterator
 def records(
     source, positions: range, *, encode: Callable[[np.ndarray], Any], size: int, crops: str, seed: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens [N], label) of every view at some positions of the stream, in order.
+    """Yields (tokens [N], label) for every crop of the images at `positions` of the stream, in order.
 
     Args:
-      source: examples with "image" and "label"; position p of the stream is image p % len(source) in pass p // len(source).
+      source: examples with "image" and "label". Position p of the stream is image p % len(source) in pass p // len(source).
+      positions: the positions to encode.
       encode: uint8 [batch_size, size, size, 3] -> int [batch_size, N].
     """
     pictures, labels = [], []
 
     def flush() -> Iterator[tuple[np.ndarray, int]]:
-        # Filled up to one size, so that one program serves all.
+        # The last batch is filled up, so that one compiled program is enough.
         batch = np.stack(pictures + pictures[-1:] * (batch_size - len(pictures)))
         yield from zip(np.asarray(encode(batch)), labels, strict=False)
         pictures.clear()
@@ -108,13 +111,13 @@ def pretokenize(
     process_count: int = 1,
     batch_size: int = 64,
 ) -> tuple[int, int]:
-    """Writes the shards of one process that are not there yet.
+    """Writes the shards of one process that do not exist yet.
 
     Args:
-      settings: crops, seed, passes, shards, format; with what else decides the records they are in the manifest.
+      settings: crops, seed, passes, shards, format, and everything else that the records depend on. The manifest holds them.
 
     Returns:
-      (shards written now, shards of this process that were there).
+      (number of shards written now, number of this process's shards that existed already).
 
     Raises:
       ValueError: the folder was begun with other settings; the message lists them.

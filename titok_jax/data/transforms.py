@@ -1,7 +1,7 @@
 """Crops, augmentations and uint8 conversions, in numpy and Pillow.
 
-Images are uint8 [H, W, 3] RGB throughout: a quarter of the bytes of float32 on the way to the device, which divides by
-255 itself. The published code has two evaluation crops and two roundings; each is a function of its own here that says
+All images are uint8 [H, W, 3] RGB. This is a quarter of the size of float32 in the transfer to the device, which divides by
+255. The published code has two evaluation crops and two roundings. Each has its own function here, whose docstring says
 which published number it belongs to.
 """
 
@@ -20,13 +20,15 @@ from titok_jax.runtime.paths import files_below
 
 Example = dict[str, Any]  # "image": uint8 [H, W, 3] or "tokens": int32 [N]; "label": int32 []
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # what is an image in a folder
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # files with these suffixes are images
 _BICUBIC = Image.Resampling.BICUBIC
 
 
 def image_files(folder: str | os.PathLike) -> list[tuple[str, ...]]:
-    """The images in a folder and below, sorted: the names on the way to each, its own last. Links are followed: folders of
-    classes are often links to a copy elsewhere."""
+    """The images in a folder and its sub-folders, sorted, each as a tuple of path components.
+
+    Links are followed, because class folders are often links to a copy elsewhere.
+    """
     return sorted(
         names
         for names in files_below(folder)
@@ -35,12 +37,13 @@ def image_files(folder: str | os.PathLike) -> list[tuple[str, ...]]:
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Decodes JPEG, PNG, WebP, ... to uint8 [H, W, 3] RGB; grey (also of 16 bits) and CMYK are converted,
-    transparency is dropped.
+    """Decodes JPEG, PNG, WebP, ... to uint8 [H, W, 3] RGB.
+
+    Grey images (also with 16 bits) and CMYK are converted. Transparency is dropped.
 
     Raises:
-      ValueError: the bytes are no image Pillow can read, are cut short, or have grey levels of 32 bits (some TIFF files), of
-        which no one knows what is white; `name` says where they came from.
+      ValueError: Pillow cannot read the bytes, they are truncated, or the grey levels have 32 bits (some TIFF files), for
+        which the value of white is unknown. The message begins with `name`, the origin of the image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -50,18 +53,18 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
                 raise ValueError(
                     f"its pixels are {kind} of 32 bits, of which none is known to be white; save it with 8 or 16"
                 )
-            if sixteen_bits:  # grey, whose values Pillow would cut off at 255
+            if sixteen_bits:  # Pillow would clip these grey values at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
-    except Exception as error:  # each of Pillow's readers has exceptions of its own for damaged files
+    except Exception as error:  # each of Pillow's readers raises its own exceptions for damaged files
         raise ValueError(f"{name}: cannot read these {len(data)} bytes as an image (JPEG, PNG, WebP): {error}") from error
 
 
 def center_crop_torchvision(image: np.ndarray, size: int) -> np.ndarray:
-    """Shorter side to `size` (bicubic), then the centre: the crop of the published rFID.
+    """The crop of the published rFID: resizes the shorter side to `size` (bicubic), then crops the centre.
 
-    As torchvision's Resize and CenterCrop on a PIL image: the longer side is truncated to a whole number, the offset is
-    rounded half to even.
+    This equals torchvision's Resize and CenterCrop on a PIL image: the longer side is truncated to a whole number, and the
+    offset is rounded half to even.
 
     Args:
       image: uint8 [H, W, 3].
@@ -75,10 +78,10 @@ def center_crop_torchvision(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def center_crop_adm(image: np.ndarray, size: int) -> np.ndarray:
-    """Halvings, shorter side to `size`, then the centre: the crop of published pretokenization, after ADM.
+    """The crop of the published pretokenization, from ADM: resizes the shorter side to `size`, then crops the centre.
 
-    Large images are halved with a box filter first. The longer side is rounded, the offset rounded down, so the result
-    differs from `center_crop_torchvision` even where nothing is halved (300x410 pixels, for one).
+    Large images are first halved with a box filter, once or more. The longer side is rounded, and the offset is rounded
+    down, so the result differs from `center_crop_torchvision` even if nothing is halved (for example with 300x410 pixels).
 
     Args:
       image: uint8 [H, W, 3].
@@ -98,7 +101,7 @@ def center_crop_adm(image: np.ndarray, size: int) -> np.ndarray:
 def ten_crop(image: np.ndarray, size: int) -> np.ndarray:
     """The four corners and the centre of a 10 % larger ADM crop, then the same five of its mirror image.
 
-    One pretokenization pass with these stands for ten epochs with augmentation in the published generator training.
+    In the published generator training, one pretokenization pass with these crops replaces ten epochs with augmentation.
 
     Args:
       image: uint8 [H, W, 3].
@@ -116,14 +119,14 @@ def ten_crop(image: np.ndarray, size: int) -> np.ndarray:
 def random_resize_crop_flip(
     image: np.ndarray, rng: np.random.Generator, *, resize_shorter_edge: int, crop_size: int, flip_probability: float = 0.5
 ) -> np.ndarray:
-    """The published training augmentation: shorter side to a fixed length (bicubic), random crop, random mirror image.
+    """The published training augmentation: resizes the shorter side (bicubic), then crops and mirrors at random.
 
     Args:
       image: uint8 [H, W, 3].
       rng: draws the crop and the flip.
       resize_shorter_edge: length of the shorter side before cropping, at least `crop_size`.
       crop_size: height and width of the crop.
-      flip_probability: of mirroring left and right.
+      flip_probability: probability of mirroring left and right.
 
     Returns:
       uint8 [crop_size, crop_size, 3].
@@ -142,8 +145,9 @@ def random_resize_crop_flip(
 
 
 def center_crop_flip(image: np.ndarray, rng: np.random.Generator, *, size: int, flip_probability: float = 0.5) -> np.ndarray:
-    """`center_crop_torchvision`, mirrored half of the time: the published augmentation of the generator when it is trained
-    on images (`random_crop: False`, `random_flip: True`).
+    """`center_crop_torchvision`, mirrored with probability `flip_probability`.
+
+    The published code trains generators on images with this augmentation (`random_crop: False`, `random_flip: True`).
 
     Args:
       image: uint8 [H, W, 3].
@@ -159,16 +163,16 @@ def center_crop_flip(image: np.ndarray, rng: np.random.Generator, *, size: int, 
 def jitter(
     image: np.ndarray, rng: np.random.Generator, *, rotation: float = 8.0, shift: float = 2.0, scale: float = 0.05
 ) -> np.ndarray:
-    """A small random rotation, shift and change of size about the centre; what enters from outside is black.
+    """Rotates, shifts and scales an image slightly and at random about its centre. Pixels from outside are black.
 
-    For digits, which must not be mirrored.
+    This is the augmentation for digits, which must not be mirrored.
 
     Args:
       image: uint8 [H, W, 3].
       rng: draws four uniform numbers.
-      rotation: up to so many degrees either way.
-      shift: up to so many pixels either way, in both directions.
-      scale: up to so much smaller or larger, as a fraction.
+      rotation: largest rotation, in degrees, in either direction.
+      shift: largest shift, in pixels, along each axis and in either direction.
+      scale: largest change of size, as a fraction, smaller or larger.
 
     Returns:
       uint8 [H, W, 3].
@@ -177,7 +181,7 @@ def jitter(
     shift_x, shift_y = rng.uniform(-shift, shift, 2)
     zoom = 1 + rng.uniform(-scale, scale)
     height, width = image.shape[:2]
-    # Pillow asks for the inverse: where in the input each output pixel comes from. Its coordinates count pixel edges.
+    # Pillow expects the inverse map, from output to input coordinates. Its coordinates count pixel edges.
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     x, y = width / 2 + shift_x, height / 2 + shift_y
     inverse = (cos, sin, width / 2 - cos * x - sin * y, -sin, cos, height / 2 + sin * x - cos * y)
@@ -185,17 +189,17 @@ def jitter(
 
 
 def to_uint8_round(images: np.ndarray) -> np.ndarray:
-    """Float images clipped to [0, 1] -> uint8 by rounding: the published rFID, and what to write to a file."""
+    """Clips float images to [0, 1] and rounds them to uint8, as for the published rFID. Use this for files too."""
     return np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
 
 
 def to_uint8_truncate(images: np.ndarray) -> np.ndarray:
-    """Float images clipped to [0, 1] -> uint8 by truncation: the published gFID samples, half a level darker."""
+    """Clips float images to [0, 1] and truncates them to uint8, as for the published gFID: half a level darker."""
     return (np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
 
 
 def make_train_transform(spec: Mapping[str, Any]) -> Callable[[Example, np.random.Generator], Example]:
-    """The augmentation named by `spec`, as a picklable function of an example and a random generator.
+    """Makes the augmentation that `spec` names: a picklable function of an example and a random generator.
 
     Args:
       spec: "name" (`random_resize_crop_flip`, `center_crop_flip` or `jitter`) and that function's keyword arguments,
@@ -214,7 +218,7 @@ def make_train_transform(spec: Mapping[str, Any]) -> Callable[[Example, np.rando
 
 
 def make_eval_transform(spec: Mapping[str, Any]) -> Callable[[Example], Example]:
-    """The crop named by `spec`, as a picklable function of an example.
+    """Makes the crop that `spec` names: a picklable function of an example.
 
     Args:
       spec: "name" (`center_crop_torchvision` or `center_crop_adm`) and "size".
@@ -247,7 +251,7 @@ def _apply(function: Callable, options: dict[str, Any], example: Example) -> Exa
 
 
 def _resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> the same with min(H, W) == size, bicubic; the longer side is truncated to a whole number."""
+    """Resizes uint8 [H, W, 3] so that min(H, W) == size (bicubic). The longer side is truncated to a whole number."""
     height, width = image.shape[:2]
     short, long = min(height, width), int(size * max(height, width) / min(height, width))
     if short == size:

@@ -1,5 +1,5 @@
-"""The machine: devices, processes, paths here and in buckets, files that are complete or absent, locks, resumable shards.
+"""The machine: devices, processes, local and bucket paths, files that are complete or absent, locks, resumable shards.
 
-Knows nothing of models, data or training. Imports no other room. What a command needs before JAX (command, outputs, locks,
-paths, shards) imports no JAX.
+Knows nothing of models, data or training. Imports no other room. The modules that a command needs before it starts JAX
+(command, outputs, locks, paths, shards) import no JAX.
 """

@@ -1,4 +1,4 @@
-"""What every command shares: errors as one line. Imports no JAX."""
+"""Error handling that all commands share: an error is printed as one line. Imports no JAX."""
 
 import functools
 import sys
@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
-    """Makes a command of `main(argv)`: what was asked for and cannot be (ValueError, OSError) and a training that diverged
-    (FloatingPointError) end as the line `error: ...` on stderr and status 2, as argparse's own errors do; every other
-    exception is a bug and keeps its traceback.
+    """Decorator that turns `main(argv)` into a command.
+
+    An impossible request (ValueError, OSError) or a diverged training (FloatingPointError) prints `error: ...` on stderr and
+    gives status 2, as argparse's own errors do. Every other exception is a bug and keeps its traceback.
 
     Returns:
-      main(argv=None) -> exit status, for `sys.exit(main())`: what `main` returns, 0 if nothing.
+      main(argv=None) -> exit status, for `sys.exit(main())`: the value that `main` returns, or 0 if it returns None.
     """
 
     @functools.wraps(main)

@@ -1,4 +1,4 @@
-"""Locks on files and folders of this machine. Imports no JAX."""
+"""Locks on local files and folders. Imports no JAX."""
 
 import contextlib
 import fcntl
@@ -8,10 +8,17 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def file_lock(path: str | os.PathLike, *, wait: bool = True, go_on: bool = False) -> Iterator[bool]:
-    """Holds a lock on a folder, or on a file that is made for it, which ends with the process at the latest.
+    """Holds a lock on a folder or a file; the file is created if it does not exist.
 
-    Gives whether it does. Without `wait` another process may have it. Where a file system has no locks, as that of some
-    clusters, it does not, or with `go_on` it says so and goes on as if it did.
+    The lock is released when the block ends, at the latest when the process ends. Some clusters have file systems without
+    locks.
+
+    Args:
+      wait: wait until no other process holds the lock. If False, return at once.
+      go_on: on a file system without locks, print a warning and act as if the lock were held.
+
+    Yields:
+      Whether the lock is held.
     """
     folder = os.path.isdir(path)
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, and outputs that are refused before any work is done. Imports no JAX."""
+"""Writing files and folders that are complete or absent, and checking outputs before any work is done. Imports no JAX."""
 
 import contextlib
 import ctypes
@@ -20,22 +20,22 @@ from titok_jax.runtime.paths import as_path, files_below, is_remote
 
 
 def check_output(path: str | os.PathLike, overwrite: bool, *, folder_of: str | None = None) -> Path | epath.Path:
-    """Refuses an output that cannot or must not be written, before any work is done for it.
+    """Rejects an output that cannot or must not be written, before any work is done for it.
 
     Args:
       path: the file or folder to write, also in a bucket.
-      overwrite: allow that it exists. A folder is replaced as a whole, so it must then hold nothing else.
+      overwrite: allow an existing output. A folder is replaced as a whole, so it must hold no other files.
       folder_of: the output is a folder of files whose names match this regular expression.
 
     Returns:
       The path.
 
     Raises:
-      FileExistsError: it exists and `overwrite` is not set, or it is a folder with other files in it.
-      FileNotFoundError: the folder to write it in does not exist.
-      PermissionError: that folder, or the bucket, is not writable.
-      ValueError: a folder where a file is wanted, or the other way round; what cannot be replaced, such as a device, a mount
-        point or the current folder; a name too long.
+      FileExistsError: the output exists and `overwrite` is not set, or it is a folder with other files in it.
+      FileNotFoundError: the parent folder does not exist.
+      PermissionError: the parent folder, or the bucket, is not writable.
+      ValueError: the path is a folder where a file is wanted, or the other way round; it cannot be replaced, because it is
+        a device, a mount point or the current folder; or its name is too long.
     """
     path = as_path(path)
     if is_remote(path):
@@ -62,8 +62,8 @@ def check_output(path: str | os.PathLike, overwrite: bool, *, folder_of: str | N
 
 
 def _check_place(path: Path) -> None:
-    """The checks of `check_output` that are those of a file system."""
-    real = Path(os.path.realpath(path))  # what is written: a link stays a link
+    """The part of `check_output` that checks a local file system."""
+    real = Path(os.path.realpath(path))  # the file that is written; a link stays a link
     parent = real.parent
     if not parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: {parent} is not an existing folder; create it first")
@@ -77,12 +77,12 @@ def _check_place(path: Path) -> None:
 
 
 def _try_bucket(path: epath.Path) -> None:
-    """Writes an object beside `path` and removes it: there is no other way to know that it can be done."""
+    """Writes an object beside `path` and removes it. There is no other way to find out whether the bucket is writable."""
     trial = _partial(path)
     try:
         trial.write_bytes(b"")
         trial.unlink()
-    except Exception as error:  # each storage has its own
+    except Exception as error:  # each storage raises its own exceptions
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise PermissionError(
             f"cannot write {path}: {lines[0]}; does the bucket exist, with permission to write in it?"
@@ -91,8 +91,11 @@ def _try_bucket(path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well and is removed otherwise. Of a link, it
-    is the file that the link leads to. For a bucket it is a file of this machine, copied to its place at the end."""
+    """Yields a temporary name beside `path`. The file replaces `path` if the block succeeds and is removed otherwise.
+
+    If `path` is a link, the file that it points to is replaced. For a bucket, the temporary file is local and is uploaded
+    at the end.
+    """
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="titok_jax-") as folder:
             local = Path(folder) / os.path.basename(path)
@@ -109,13 +112,12 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _partial(path: Path | epath.Path) -> Path | epath.Path:
-    # The suffix is kept: Pillow takes the format from it.
+    # The suffix stays the same because Pillow chooses the format by it.
     return path.with_name(f".{_short(path.stem)}.partial-{os.getpid()}{path.suffix}")
 
 
 def _upload(local: Path, path: epath.Path) -> None:
-    """Copies a file to a bucket. By way of another name: an interrupted writer closes what it has written so far, at which
-    that appears."""
+    """Copies a file to a bucket, first under a temporary name: an interrupted upload would leave an incomplete object."""
     partial = _partial(path)
     try:
         epath.Path(local).copy(partial, overwrite=True)
@@ -128,18 +130,20 @@ def _upload(local: Path, path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, *, last: str | None = None) -> Iterator[Path]:
-    """A new empty folder beside `path` that takes its place, and that of what it held, when the block ends well. Of a link,
-    it is the folder that the link leads to.
+    """Yields a new empty folder beside `path`. It replaces `path` and all its contents if the block succeeds.
 
-    For a bucket, where a folder cannot be replaced at one stroke, it is a folder of this machine whose files are copied at
-    the end: `last`, by default the last by name, is removed before the others change and written after them, so that a
-    folder which holds it is whole.
+    If `path` is a link, the folder that it points to is replaced.
 
-    Killed at any time, it leaves the old folder or the new one under this name. (Where the file system cannot exchange two
-    names, the old one may be found beside it as `.NAME.old-...`.) What else it leaves, the next one for this path removes.
+    A folder in a bucket cannot be replaced atomically. There the new folder is local, and its files are uploaded at the end.
+    The file `last` (by default the last by name) is removed before the others change and written after them, so a folder
+    that holds it is complete.
+
+    If the process is killed at any time, the old folder or the new one remains at `path`. (Where the file system cannot
+    exchange two names, the old one may remain beside it as `.NAME.old-...`.) The next call for this path removes other
+    leftovers.
 
     Raises:
-      FileExistsError: there was nothing under this name because a writer was killed; the old folder has been put back.
+      FileExistsError: a killed writer had left nothing at `path`; the old folder has been restored.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="titok_jax-") as folder:
@@ -156,8 +160,8 @@ def new_folder(path: str | os.PathLike, *, last: str | None = None) -> Iterator[
             if path.exists() and not existed:
                 raise FileExistsError(f"{path} is back, which a killed process had moved aside; try again to replace it")
             partial = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=path.parent))
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # if it holds the old one too
-            stack.enter_context(file_lock(partial))  # says that it is in use
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # also when it holds the old folder
+            stack.enter_context(file_lock(partial))  # marks it as in use
         yield partial
         partial.chmod(0o755)
         if not path.exists():
@@ -183,13 +187,13 @@ def _upload_folder(local: Path, folder: epath.Path, last: str | None) -> None:
 
 
 def _short(name: str) -> str:
-    """A name, or one made of it that leaves room for additions in the 255 bytes that a name can have."""
+    """Shortens a long name, to leave room for additions within the 255 bytes that a file name may have."""
     data = os.fsencode(name)
     return name if len(data) <= 100 else f"{data[:80].decode(errors='ignore')}-{zlib.crc32(data):08x}"
 
 
 def _clean(path: Path, name: str) -> None:
-    """Removes what killed writers of `path` left; what was there before comes back if nothing has taken its place."""
+    """Removes the leftovers of killed writers of `path`. The old folder is restored if `path` does not exist."""
     for old in path.parent.glob(f"{glob.escape(name)}.old-*"):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -203,15 +207,15 @@ def _clean(path: Path, name: str) -> None:
 
 
 def _exchange(one: Path, two: Path) -> bool:
-    """Exchanges the names of two folders at one stroke; False if the system or the file system cannot (not Linux, NFS)."""
+    """Exchanges two folders atomically. Returns False if the system or the file system cannot (not Linux, NFS)."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: in no module of Python's
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: no Python module defines them
     return renameat2(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Of a file, as hexadecimal digits."""
+    """The SHA-256 of a file, as hexadecimal digits."""
     with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

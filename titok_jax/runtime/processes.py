@@ -1,4 +1,4 @@
-"""Several processes on one run: how they meet, and how a dead one is noticed."""
+"""Runs with several processes: how the processes connect, and how they notice that one has died."""
 
 import glob
 import os
@@ -9,27 +9,27 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# A process that has died without a word is noticed after so long; the others then end too, to be started again together.
+# A process that dies silently is noticed after this time. The others then end too, so that all can be restarted together.
 HEARTBEAT_SECONDS = 30
 
 
-# So long a process that has ended waits for the others, and one that has started for them.
+# How long a process waits for the others when it ends, and when it starts.
 SHUTDOWN_SECONDS, START_SECONDS = 60, 300
 
 
 def initialize_distributed() -> None:
-    """Joins this process to the others of its run; to be called before anything asks JAX for its devices.
+    """Connects this process to the other processes of its run. Call it before anything asks JAX for its devices.
 
-    On every host of a TPU pod the same command is started, and JAX finds out the rest. Elsewhere (GPUs, CPUs) each process
-    gets three environment variables: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0, where they meet),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. On one host without these variables nothing is joined.
+    On a TPU pod, start the same command on every host; JAX finds the other hosts. On GPUs and CPUs, each process needs three
+    environment variables: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0, to which all connect), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. On one host without these variables, this function connects nothing.
 
-    If a process dies, the others end within `HEARTBEAT_SECONDS` with an error, rather than wait for it for ever. Called
-    again, this does nothing.
+    If a process dies, the others end with an error within `HEARTBEAT_SECONDS` instead of waiting for ever. A second call
+    does nothing.
 
     Raises:
-      ValueError: only some of the variables are set, or no numbers; this machine has TPU chips that JAX cannot use, and
-        nobody asked for the CPU.
+      ValueError: only some of the variables are set, or their values are wrong; or this machine has TPU chips that JAX
+        cannot use, and JAX_PLATFORMS does not ask for the CPU.
     """
     if jax.distributed.is_initialized():
         return
@@ -65,8 +65,8 @@ def initialize_distributed() -> None:
             "no other process hold the chips? To compute on the CPU, set JAX_PLATFORMS=cpu"
         )
     if arguments is not None:
-        # The first exchange of arrays between CPUs (gloo) waits for half a minute only, which a loaded machine may need to
-        # start the others: so all meet at the coordinator first.
+        # The first exchange of arrays between CPUs (gloo) waits only half a minute. A loaded machine may need longer to
+        # start all processes, so they first wait for each other at the coordinator.
         from orbax.checkpoint import multihost
 
         multihost.get_barrier_sync_fn()(key="titok_jax_started", timeout_ms=1000 * START_SECONDS)
@@ -74,12 +74,14 @@ def initialize_distributed() -> None:
 
 
 def _has_tpu() -> bool:
-    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))  # up to v4, and from v5e on
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))  # up to v4; from v5e on
 
 
 def _tpu_hosts() -> int:
-    """How many hosts the TPU slices of this machine have, as its environment (GKE) or Google's metadata server says; 1 if
-    nothing is known, as on machines with a TPU that are no part of a pod."""
+    """The number of hosts in this machine's TPU slices, from its environment (GKE) or Google's metadata server.
+
+    Returns 1 if neither knows it, for example on a TPU machine that is not part of a pod.
+    """
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
     slices = os.environ.get("MEGASCALE_NUM_SLICES") or "1"
     return len(hosts.split(",")) * int(slices)

@@ -1,24 +1,25 @@
-"""Where arrays live: one mesh of three axes, and the rules that place parameters and batches on it.
+"""Placement of arrays: one mesh with three axes, and the rules that shard parameters and batches on it.
 
-    data    copies of the model; the batch is cut along it
-    fsdp    the batch is cut along it too, and every large parameter, its optimizer state and its average: a device keeps
+    data    the model is replicated, and the batch is sharded
+    fsdp    the batch is sharded, and so is every large parameter, with its optimizer state and its average. A device keeps
             1 / fsdp of them and gathers a layer's parameters when it computes the layer
-    tensor  attention heads and MLP columns are cut along it (Megatron): for layers too large for one device
+    tensor  attention heads and MLP columns are sharded (Megatron), for layers that are too large for one device
 
-All axes are "Auto": XLA's partitioner (GSPMD) derives everything between parameters, batch and results. The models contain
-one annotation, `constrain_batch`, around each block of a transformer, each GroupNorm, each convolution of VGG, and on what the
-heads give; it needs `jax.set_mesh` around a step, or `jit_on`. The same program runs on one device, where all axes are 1.
+All axes are "Auto": XLA's partitioner (GSPMD) derives every sharding between parameters, batch and results. The models
+contain one annotation, `constrain_batch`, around each transformer block, each GroupNorm, each VGG convolution, and on the
+outputs of the heads. It needs `jax.set_mesh` around a step, or `jit_on`. The same program runs on one device, where all
+axes are 1.
 
-What devices send each other in a training step (tests/test_sharding.py reads it from the compiled programs):
+The devices exchange this in a training step (tests/test_sharding.py reads it from the compiled programs):
 
-    data    one sum of every gradient over the devices (all-reduce, or reduce-scatter where parameters are cut too), and of
-            the few numbers that are of the whole batch: losses, LeCam's means, the usage of codes, the gradient norm
-    fsdp    the same, and each cut parameter is gathered where it is used, forward and backward, one layer at a time
-            (all-gather). Never the batch, but for token ids, with which a cut embedding is looked up; its rows then change
-            places (all-to-all). Optimizer and averages are updated in place, on their shards
-    tensor  sums of the activations, after the attention's projection and the MLP's second layer (all-reduce). A generator's
-            logits stay cut along the vocabulary: of each token the devices sum the exponentials and find the largest and
-            the target's logit (all-reduce; all-gather of one candidate per device for the argmax)
+    data    one sum of every gradient over the devices (all-reduce, or reduce-scatter where parameters are sharded too), and
+            one of the few numbers that depend on the whole batch: losses, LeCam's means, code usage, the gradient norm
+    fsdp    the same, and each sharded parameter is gathered where it is used, forward and backward, one layer at a time
+            (all-gather). The batch is never gathered, except for token ids that index a sharded embedding; the embedding's
+            rows are then exchanged (all-to-all). Optimizer state and averages are updated in place, on their shards
+    tensor  sums of the activations after the attention's projection and the MLP's second layer (all-reduce). A generator's
+            logits stay sharded along the vocabulary: for each token the devices sum the exponentials and find the largest
+            logit and the target's (all-reduce; all-gather of one candidate per device for the argmax)
 """
 
 import functools
@@ -35,27 +36,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 
 
-# Smaller parameters are kept whole: gathering them costs more than it saves.
+# Smaller parameters are replicated: gathering them costs more than sharding saves.
 SMALLEST_SHARDED = 2**16
 
 
-# The first pattern that matches the end of a parameter's path says which of its axes, counted from the last (a stacked
-# layer axis in front is never cut), is cut along fsdp and which along tensor.
+# (pattern, axis sharded along fsdp, axis sharded along tensor). The first pattern that matches the end of a parameter's path
+# applies. Axes are counted from the last; a leading axis of stacked layers is never sharded.
 _RULES: tuple[tuple[str, int | None, int | None], ...] = (
     (r"attn/qkv/kernel", -3, -1),  # [D, 3, D]: heads along the last axis
-    (r"(attn/proj|mlp/fc2)/kernel", -1, -2),  # [in, D]: in holds heads or columns, summed over by an all-reduce
+    (r"(attn/proj|mlp/fc2)/kernel", -1, -2),  # [in, D]: in holds heads or columns, over which an all-reduce sums
     (r"(mlp/fc1|lm_head)/kernel", -2, -1),  # [D, out]
-    # 49 numbers a channel: cut, the partitioner would rather gather the batch and cut its channels.
+    # Only 49 numbers per channel. If it were sharded, the partitioner would gather the batch and shard its channels.
     (r"dwconv/kernel", None, None),
     (r".*", -1, None),
 )
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh over all devices (of all processes); one of the sizes may be -1: what the others leave.
+    """Makes a mesh over all devices of all processes. One size may be -1: it takes the remaining devices.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -69,9 +70,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
-    """How the array at `path` ("encoder/.../kernel", any prefix in front) is cut; `mesh` gives the axes' sizes.
+    """The sharding of the parameter at `path`.
 
-    An axis that the mesh does not divide is not cut.
+    An axis whose size is not divisible by the mesh axis is not sharded.
+
+    Args:
+      path: "encoder/.../kernel", with any prefix.
+      mesh: the sizes of the mesh axes.
     """
     spec: list[str | None] = [None] * len(shape)
     if math.prod(shape) < SMALLEST_SHARDED:
@@ -84,8 +89,10 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> Pa
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A tree of NamedShardings for any tree of parameters: optimizer states and averages hold the parameters' paths at the
-    end of their own, so they are placed as their parameters are."""
+    """The NamedShardings for a tree of parameters, optimizer states or averages.
+
+    The paths of optimizer states and averages end in those of their parameters, so they are sharded like their parameters.
+    """
 
     def place(path, leaf):
         return NamedSharding(
@@ -96,26 +103,28 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
-    """(path, array) -> the array on its shards; for reading weights straight onto a mesh."""
+    """Returns (path, array) -> the sharded array, for reading weights directly onto a mesh."""
     return lambda path, array: jax.device_put(array, NamedSharding(mesh, param_spec(path, array.shape, mesh.shape)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of an array that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis cut along data and fsdp."""
+    """The sharding of a batch: the leading axis is sharded along data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def constrain_batch(x: jax.Array, last: str | None = None) -> jax.Array:
-    """x [B, ..., D], cut along its batch as `batch_sharding` does, along its last axis by the mesh's axis `last` if one is
-    named, and whole in its other axes; x where no mesh is set by `jax.set_mesh`.
+    """Constrains the batch axis of x [B, ..., D] to `batch_sharding`. Returns x unchanged if `jax.set_mesh` has set no mesh.
 
-    Where a layer's input is cut along the batch and its kernel along fsdp, the partitioner may as well gather the batch and
-    cut the features; with this it gathers the kernel.
+    If a layer's input is sharded along the batch and its kernel along fsdp, the partitioner could also gather the batch and
+    shard the features. This constraint makes it gather the kernel.
+
+    Args:
+      last: the mesh axis along which the last axis of x is sharded. All other axes are replicated.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -124,8 +133,10 @@ def constrain_batch(x: jax.Array, last: str | None = None) -> jax.Array:
 
 
 def jit_on(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
-    """`jax.jit(function, **options)`; if a mesh is given, traced and run under `jax.set_mesh(mesh)`, so that `constrain_batch`
-    acts. Then its attribute `__wrapped__` is what has been jitted."""
+    """Returns `jax.jit(function, **options)`. With a mesh, the function is traced and run under `jax.set_mesh(mesh)`.
+
+    `constrain_batch` needs that mesh. With a mesh, the attribute `__wrapped__` of the result is the jitted function.
+    """
     jitted = jax.jit(function, **options)
     if mesh is None:
         return jitted
@@ -139,7 +150,7 @@ def jit_on(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
-    """Raises ValueError unless a global batch, cut into `parts` for gradient accumulation, divides among the devices."""
+    """Raises ValueError unless each of the `parts` of a global batch (gradient accumulation) divides among the devices."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (devices * parts):
         raise ValueError(f"global batch size {batch_size} does not divide among data x fsdp = {devices} devices"
@@ -148,11 +159,13 @@ def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
 
 
 def batch_part(mesh: Mesh) -> dict[str, int]:
-    """Which of how many parts of every batch this process reads, as the arguments of a loader. The parts lie on the mesh in
-    their order. Processes that the axis tensor joins compute the same rows, and so read the same part.
+    """The part of every batch that this process reads, as the arguments `process_index` and `process_count` of a loader.
+
+    The parts are in the order of the mesh. Processes along the same tensor axis compute the same rows, so they read the same
+    part.
 
     Raises:
-      ValueError: some processes share a part of their rows only.
+      ValueError: two processes share some of their rows but not all.
     """
     rows: dict[int, set[int]] = {}
     for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
@@ -169,20 +182,20 @@ def batch_part(mesh: Mesh) -> dict[str, int]:
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch, those of its `batch_part`, -> global arrays on the mesh."""
+    """Makes global arrays on the mesh from this process's rows of a batch (its `batch_part`)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def to_host(tree: Any) -> Any:
-    """A tree of arrays, however they are placed -> the same of whole numpy arrays, on every process, one array at a time."""
+    """Gathers a tree of arrays, however they are sharded, to full numpy arrays on every process, one array at a time."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
 
 
 def local_mesh():
-    """A mesh of this process's devices, for the batches that it makes; None if there is one device."""
+    """A mesh over this process's own devices, for batches that it makes alone; None if there is only one device."""
     import jax
 
     from titok_jax.runtime.sharding import make_mesh
@@ -192,7 +205,7 @@ def local_mesh():
 
 
 def whole_batch(batch_size: int, num: int) -> int:
-    """The batch size for `num` images: no larger than need be, and a multiple of the devices that share a batch."""
+    """The batch size for `num` images: the smaller of the two, rounded up to a multiple of this process's devices."""
     import jax
 
     devices = jax.local_device_count()

@@ -1,5 +1,8 @@
-"""Long jobs in numbered pieces: each is a file that is complete or absent, so after any kill the same command makes the
-missing ones only; several processes share the pieces. Imports no JAX until there are several."""
+"""Long jobs that are split into numbered pieces. Each piece is a file that is complete or absent.
+
+After an interruption, the same command makes only the missing pieces. Several processes share the pieces. JAX is imported
+only if there are several.
+"""
 
 import contextlib
 import json
@@ -22,14 +25,14 @@ _SETTINGS = "settings.json"
 
 
 class Shards:
-    """A folder of the pieces of one job, `00012.npz`, and the settings that they were made with.
+    """A folder with the pieces of one job, such as `00012.npz`, and the settings that they were made with.
 
     Attributes:
-      folder: where they are; with several processes, one that all of them reach, such as one in a bucket.
-      length: items of the whole job: images.
-      size: items in a piece; the last one has what is left.
-      count: how many pieces the whole job has.
-      first: this is the process that does what is done once.
+      folder: the folder. All processes must reach it, for example in a bucket.
+      length: number of items (images) in the whole job.
+      size: items per piece; the last piece may have fewer.
+      count: number of pieces in the whole job.
+      first: whether this is process 0, which does everything that is done once.
     """
 
     def __init__(
@@ -43,15 +46,15 @@ class Shards:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Begins a job, or continues one.
+        """Begins or continues a job.
 
         Args:
-          settings: everything that decides what the pieces hold, as JSON has it; length and size are added.
-          restart: pieces of other settings are removed, where otherwise they are an error.
+          settings: all settings that the contents of the pieces depend on, as JSON values; length and size are added.
+          restart: remove pieces that were made with other settings. Otherwise they are an error.
 
         Raises:
           ValueError: the folder was begun with other settings; the message lists them.
-          NotADirectoryError, FileExistsError: there is a file of that name, or a folder with something else in it.
+          NotADirectoryError, FileExistsError: there is a file of that name, or a folder with other files.
         """
         self.folder, self.length, self.size, self.count = as_path(folder), length, size, math.ceil(length / size)
         self.first = process_index == 0
@@ -89,7 +92,7 @@ class Shards:
             )
 
     def wait(self, event: str) -> None:
-        """Until every process is here."""
+        """Waits until every process has called this."""
         if self._processes > 1:
             from jax.experimental import multihost_utils
 
@@ -100,11 +103,11 @@ class Shards:
         return range(self._index, self.count, self._processes)
 
     def items(self, number: int) -> slice:
-        """Which items a piece is of."""
+        """The items of a piece."""
         return slice(number * self.size, min((number + 1) * self.size, self.length))
 
     def missing(self) -> list[int]:
-        """Those of them that are not there yet."""
+        """The pieces of this process that do not exist yet."""
         return [number for number in self.mine() if not self._path(number).exists()]
 
     def make(
@@ -118,13 +121,13 @@ class Shards:
         """Makes the missing pieces of this process, with a progress bar, and waits for the other processes.
 
         Args:
-          pieces: numbers of pieces -> their arrays, in this order, one at a time.
-          unit: what an item is called.
-          name: in front of the bar.
-          quiet: no bar.
+          pieces: (numbers of pieces) -> their arrays, in this order, one at a time.
+          unit: name of an item.
+          name: label of the bar.
+          quiet: show no bar.
 
         Returns:
-          What was made and how fast, in words.
+          A sentence about what was made and how fast.
         """
 
         def items(numbers):
@@ -148,18 +151,18 @@ class Shards:
         return f"{num} {unit}s in {now - start:.1f} s ({speed})"
 
     def write(self, number: int, **arrays: np.ndarray) -> None:
-        """Adds a piece. Returns when it is on the disk."""
+        """Writes a piece. Returns when it is on the disk."""
         with new_file(self._path(number)) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
 
     def read(self, number: int) -> dict[str, np.ndarray]:
-        """A piece, as it was given to `write`.
+        """Reads the arrays of a piece.
 
         Raises:
-          FileNotFoundError: it is not there.
-          ValueError: it is damaged.
+          FileNotFoundError: the piece does not exist.
+          ValueError: the piece is damaged.
         """
         path = self._path(number)
         try:
@@ -169,16 +172,16 @@ class Shards:
             raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from None
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """All pieces of all processes, in order; one is held at a time."""
+        """Yields the pieces of all processes, in order. Only one is in memory at a time."""
         for number in range(self.count):
             yield self.read(number)
 
     def remove(self) -> None:
-        """Removes the pieces and, if there was nothing else in it, the folder."""
-        for pattern in ("[0-9]*.npz", ".*.partial-*", _SETTINGS):  # the settings last: without them nothing continues
+        """Removes the pieces, and the folder if it is then empty."""
+        for pattern in ("[0-9]*.npz", ".*.partial-*", _SETTINGS):  # settings last: a job without them cannot be continued
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError, ValueError):  # the latter from etils
+        with contextlib.suppress(OSError, ValueError):  # etils raises ValueError
             self.folder.rmdir()
 
     def _path(self, number: int) -> Path | epath.Path:

@@ -1,5 +1,5 @@
 """Trained weights: their published names and layouts, the file formats, model folders, the hub, the table of known models.
 
-One file per format (safetensors, PyTorch, Flax), all read lazily and safely; `pretrained` loads and saves whole models.
+Each format (safetensors, PyTorch, Flax) has one module. All are read lazily and safely. `pretrained` loads and saves models.
 May import: runtime, models.
 """

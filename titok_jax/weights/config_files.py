@@ -1,4 +1,4 @@
-"""Configurations of models as files, in the published form."""
+"""Configuration files of models, in the published format."""
 
 import json
 import os
@@ -14,20 +14,20 @@ from titok_jax.weights.convert import WeightsError
 # The files of a model folder.
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-TRAINER_FILE = "pytorch_model.bin"  # what the published trainer calls its weights
+TRAINER_FILE = "pytorch_model.bin"  # the weights file of the published trainer
 
 
 def read_config_as(path: Path, kind: type) -> models.Config:
-    """Reads a configuration file as a `kind`.
+    """Reads a configuration file as a configuration of class `kind`.
 
     Raises:
-      WeightsError: not JSON, another kind of configuration, or one that cannot be.
+      WeightsError: the file is not JSON, holds another kind of configuration, or has invalid values.
     """
     return kind_from_json(read_config(path), kind, source=str(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The contents of a configuration file, interpolations resolved; errors as in `read_config_as`."""
+    """Reads a configuration file and resolves its interpolations. Errors as in `read_config_as`."""
     if path.stat().st_size > 10_000_000:
         raise WeightsError(f"{path} is not a configuration: it has {path.stat().st_size} bytes")
     try:
@@ -42,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def kind_from_json(config: Mapping[str, Any], kind: type, *, source: str) -> models.Config:
-    """A configuration dataclass from the published JSON form; `source` names it in errors."""
+    """Makes a configuration dataclass from the published JSON format. Errors name `source` as its origin."""
     try:
         return kind.from_published(config)
     except ValueError as error:
@@ -50,7 +50,7 @@ def kind_from_json(config: Mapping[str, Any], kind: type, *, source: str) -> mod
 
 
 def config_checksum(config: Mapping[str, Any]) -> str:
-    """Of a configuration as JSON, however it is written."""
+    """The CRC-32 of a configuration, independent of the order and the formatting of its JSON."""
     return f"{zlib.crc32(json.dumps(config, sort_keys=True).encode()):08x}"
 
 
@@ -58,7 +58,7 @@ def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, 
     """Replaces every string `${a.b.c}` (OmegaConf) by the value at that path of the same configuration.
 
     Raises:
-      WeightsError: for a reference to nothing, to more than a single value, or in a circle.
+      WeightsError: a reference has no target, its target is not a single value, or references are circular.
     """
 
     def resolve(value: Any, depth: int = 0) -> Any:
@@ -82,7 +82,7 @@ def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, 
 
 
 def write_config(path: Path, config: models.Config) -> None:
-    """Writes a configuration in its published form. Returns when it is on the disk."""
+    """Writes a configuration in the published format. Returns when it is on the disk."""
     with open(path, "wb") as file:
         file.write(json.dumps(config.to_published(), indent=4).encode() + b"\n")
         file.flush()

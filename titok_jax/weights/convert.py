@@ -1,11 +1,11 @@
-"""Names and layouts of the published weights against ours: one table per model, read in both directions.
+"""Conversion between our parameters and the published weights, with one table of names and layouts per model.
 
-Our parameters are a nested dict; "path" is its keys joined by "/", e.g. `encoder/transformer/attn/qkv/kernel`. A table is
-a list of `Rule`s; the first whose pattern matches a path gives the published name and the change of layout. Stacked blocks
-(a leading layer axis here) are numbered in the published names: "{layer}" in the name says so.
+Our parameters are a nested dict. A "path" is its keys joined by "/", e.g. `encoder/transformer/attn/qkv/kernel`. A table is
+a list of `Rule`s. The first rule whose pattern matches a path gives the published name and the change of layout. Our stacked
+blocks have a leading layer axis; the published names number them, written as "{layer}" in a rule.
 
-Everything is strict: a path without a rule, a published name that is missing, surplus or misshapen is an error, and all
-of them are listed at once. torch is never imported here.
+Every check is strict: a path without a rule is an error, and so is a published name that is missing, unexpected or has a
+wrong shape. One message lists them all. torch is never imported here.
 """
 
 import re
@@ -22,11 +22,11 @@ Params = dict[str, Any]  # nested dict of arrays (or of ShapeDtypeStructs)
 
 
 class WeightsError(ValueError):
-    """Weights that do not fit the model; the message lists every difference."""
+    """The weights do not fit the model; the message lists every difference."""
 
 
 class Layout(NamedTuple):
-    """A change of layout between one of our arrays and one or more published ones."""
+    """A change of layout between one of our arrays and one or more published arrays."""
 
     publish: Callable[[Any], tuple]  # ours -> published arrays
     load: Callable[[tuple], Any]  # published arrays -> ours
@@ -43,13 +43,13 @@ CONV = _single(lambda a: a.transpose(3, 2, 0, 1), lambda a: a.transpose(2, 3, 1,
 CHANNELS = _single(lambda a: a[:, None, None], lambda a: a[:, 0, 0])  # [C] <-> [C, 1, 1]
 HEAD = _single(lambda a: a[None, :, None, None], lambda a: a[0, :, 0, 0])  # [in] <-> [1, in, 1, 1]
 CONV1X1 = _single(lambda a: a.T[:, :, None, None], lambda a: a[:, :, 0, 0].T)  # [in, out] <-> [out, in, 1, 1]
-# [D, 3, D] <-> [3 D, D], query, key and value stacked along the output
+# [D, 3, D] <-> [3 D, D]: query, key and value are stacked along the output
 QKV = _single(
     lambda a: a.transpose(1, 2, 0).reshape(3 * a.shape[2], a.shape[0]),
     lambda a: a.reshape(3, a.shape[0] // 3, a.shape[1]).transpose(2, 0, 1),
 )
 QKV_BIAS = _single(lambda a: a.reshape(-1), lambda a: a.reshape(3, -1))
-# The same three as separate tensors
+# Query, key and value as separate published tensors
 SPLIT_QKV = Layout(
     lambda a: tuple(a[:, i].T for i in range(3)),
     lambda arrays: np.stack([a.T for a in arrays], axis=1),
@@ -58,7 +58,7 @@ SPLIT_QKV_BIAS = Layout(lambda a: tuple(a[i] for i in range(3)), lambda arrays: 
 
 
 def patches(patch_size: int) -> Layout:
-    """[p p 3, D] of a patchify matmul (pixel order row, column, channel) <-> [D, 3, p, p] of the strided convolution."""
+    """Patchify matmul [p p 3, D] (pixel order: row, column, channel) <-> kernel [D, 3, p, p] of a strided convolution."""
     p = patch_size
     return _single(
         lambda a: a.reshape(p, p, 3, a.shape[1]).transpose(3, 2, 0, 1),
@@ -97,7 +97,7 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 class _Entry(NamedTuple):
-    names: list[tuple[str, ...]]  # per layer (one entry if not stacked): the published names
+    names: list[tuple[str, ...]]  # the published names per layer; a single entry if not stacked
     layout: Layout
     stacked: bool
 
@@ -115,13 +115,15 @@ def _entry(table: Table, path: str, shape: tuple[int, ...]) -> _Entry:
 
 
 def published_names(table: Table, params: Params) -> dict[str, str]:
-    """{path: published name}, the first one where a parameter has several (layers, query/key/value).
-    What a rule by name says of it (weight decay) holds for all of them."""
+    """Returns {path: published name}, with the first name if a parameter has several (layers, query/key/value).
+
+    One name is enough for rules by name, such as weight decay: they treat all names of a parameter alike.
+    """
     return {path: _entry(table, path, leaf.shape).names[0][0] for path, leaf in flatten(params).items()}
 
 
 def published_shapes(table: Table, params: Params) -> dict[str, tuple[int, ...]]:
-    """{published name: shape in the published layout} of arrays or ShapeDtypeStructs."""
+    """Returns {published name: shape in the published layout} for parameters that are arrays or ShapeDtypeStructs."""
     shapes = {}
     for path, leaf in flatten(params).items():
         entry = _entry(table, path, leaf.shape)
@@ -145,7 +147,7 @@ def to_published(table: Table, params: Params) -> dict[str, np.ndarray]:
 
 
 def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], source: str) -> None:
-    """Raises WeightsError with every missing, surplus and misshapen name."""
+    """Raises WeightsError if names are missing or unexpected, or shapes are wrong; the message lists all of them."""
     problems = [f"missing: {n} {list(expected[n])}" for n in expected if n not in found]
     problems += [f"surplus: {n} {list(found[n])}" for n in found if n not in expected]
     problems += [
@@ -168,14 +170,15 @@ def from_published(
     """{published name: array} -> our parameters, the exact inverse of `to_published`.
 
     Args:
-      abstract: the model's parameters as arrays or ShapeDtypeStructs; gives shapes and dtypes.
-      weights: a mapping whose values have `.shape` and become arrays by `np.asarray`, so it may read lazily; one of our
-        parameters at a time is held beside what `place` returned.
-      source: what to call the weights in errors (a file name).
-      place: (path, array) -> array on its device; the default keeps numpy.
+      abstract: the model's parameters as arrays or ShapeDtypeStructs, for their shapes and dtypes.
+      weights: {published name: value}. A value has `.shape`, and `np.asarray` converts it, so it may be read lazily. Only
+        one of our parameters at a time is in memory, beside the results of `place`.
+      source: name of the weights in errors (a file name).
+      place: (path, array) -> array on its device; the default keeps numpy arrays.
 
     Raises:
-      WeightsError: naming every missing, surplus, misshapen or non-float tensor, or the first that is not finite.
+      WeightsError: the message lists every missing or unexpected tensor and every wrong shape, or names the first tensor
+        that is not floating-point or not finite.
     """
     check_shapes(published_shapes(table, abstract), {n: tuple(w.shape) for n, w in weights.items()}, source)
     flat = {
@@ -186,7 +189,7 @@ def from_published(
 
 
 def _gather(entry: _Entry, leaf: Any, weights: Mapping[str, Any], source: str) -> np.ndarray:
-    """One of our parameters from its published tensors, one of which at a time is held beside it."""
+    """Makes one of our parameters from its published tensors. The tensors of one layer at a time are in memory beside it."""
     array = np.empty(leaf.shape, leaf.dtype)
     for part, names in zip(array if entry.stacked else [array], entry.names, strict=True):
         with np.errstate(over="ignore"):
@@ -206,14 +209,17 @@ def _float(value: Any, name: str, source: str) -> np.ndarray:
 
 
 def check_float(dtype: np.dtype, name: str, source: str) -> None:
-    """Raises WeightsError unless a tensor's dtype is a floating-point one."""
+    """Raises WeightsError unless a tensor has a floating-point dtype."""
     if dtype.kind != "f" and dtype.name != "bfloat16":
         raise WeightsError(f"{source}: tensor {name} has dtype {dtype}, expected a floating-point type")
 
 
 def decay_mask(table: Table, params: Params, exempt: Iterable[str]) -> Params:
-    """True where weight decay applies, by the published rule: a tensor of two or more axes in the *published* layout
-    whose published name contains none of the `exempt` words."""
+    """A mask that is True where weight decay applies.
+
+    The published rule decays a tensor if it has two or more axes in the *published* layout and its published name contains
+    none of the `exempt` words.
+    """
     shapes = published_shapes(table, params)
     names = published_names(table, params)
     flat = {p: len(shapes[n]) >= 2 and not any(word in n for word in exempt) for p, n in names.items()}
@@ -233,7 +239,7 @@ def _linear(ours: str, published: str, layout: Layout = LINEAR) -> list[Rule]:
 
 
 def titok_table(patch_size: int) -> Table:
-    """TiTok, all variants; the stage 2 form includes the pixel decoder (`pixel_quantize`, `pixel_decoder`)."""
+    """All TiTok variants, including the pixel decoder of stage 2 (`pixel_quantize`, `pixel_decoder`)."""
     tower, block = r"(encoder|decoder)", r"(encoder|decoder)/transformer"
     return [
         Rule(r"latent_tokens", "latent_tokens"),
@@ -288,7 +294,7 @@ def uvit_generator_table() -> Table:
 
 
 def vqgan_rules(tower: str) -> Table:
-    """Encoder or decoder of the MaskGIT-VQGAN; `tower` is a pattern with one group, its name."""
+    """The encoder or decoder of the MaskGIT-VQGAN. `tower` is a pattern with one group, which matches its name."""
     rules = []
     for ours, published in ((r"/(down|up)/(\d+)/block/(\d+)", r"\1.\2.\3.block.\4"), (r"/mid/(\d+)", r"\1.mid.\2")):
         for n in "12":
@@ -304,9 +310,9 @@ def vqgan_rules(tower: str) -> Table:
 
 
 def maskgit_vqgan_table() -> Table:
-    """MaskGIT-VQGAN in its PyTorch form."""
+    """The MaskGIT-VQGAN in its PyTorch format."""
     return [
-        *_linear(r"encoder/conv_out", "encoder.conv_out", CONV1X1),  # before the rule for the decoder's, which is 3x3
+        *_linear(r"encoder/conv_out", "encoder.conv_out", CONV1X1),  # before the general rule, for the decoder's 3x3
         *vqgan_rules(r"(encoder|decoder)"),
         Rule(r"quantize/embedding", "quantize.embedding.weight"),
     ]
@@ -316,17 +322,17 @@ PUBLISHED_VQGAN = models.MaskgitVQGANConfig()
 
 
 def jax_vqgan_names(config: models.MaskgitVQGANConfig = PUBLISHED_VQGAN) -> dict[str, str]:
-    """{path in the original JAX MaskGIT-VQGAN below its collection `params`: published PyTorch name}.
+    """{path in the `params` of the original JAX MaskGIT-VQGAN: published PyTorch name}.
 
-    Flax numbered its modules by class in the order of their calls: residual blocks run on from level to level, in the
-    encoder into the middle, in the decoder from the middle to the coarsest level and on to the finest.
+    Flax numbered the modules of each class in call order. So the numbers of the residual blocks continue from level to
+    level: in the encoder from the finest level to the middle, in the decoder from the middle to the finest level.
     """
     levels, blocks = len(config.channel_mult), range(config.num_res_blocks)
     widths = config.widths
     down = [f"down.{level}.block.{i}" for level in range(levels) for i in blocks]
     up = [f"up.{level}.block.{i}" for level in reversed(range(levels)) for i in blocks]
     mid = [f"mid.{i}" for i in blocks]
-    # The width at a level's input: where it differs from the level's own, the first block has a projection.
+    # The widths of the inputs of the levels. Where it differs from the level's width, the first block has a projection.
     inputs = {"down": (config.hidden_channels, *widths[:-1]), "up": (*widths[1:], widths[-1])}
     convolutions = {
         "encoder": {0: ("conv_in", False), 1: ("conv_out", True)},
@@ -360,13 +366,15 @@ def jax_vqgan_to_published(
 ) -> dict[str, np.ndarray]:
     """The original JAX MaskGIT-VQGAN -> {published PyTorch name: array}, for `from_published` (which checks the shapes).
 
+    The returned arrays are views.
+
     Args:
-      tree: nested dict of arrays, as its msgpack checkpoint holds it: `{"params": {"encoder": ...}}`, or what is below
-        `params`. Convolutions are HWIO there; what is returned are views.
-      source: what to call it in errors.
+      tree: nested dict of arrays as in its msgpack checkpoint, `{"params": {"encoder": ...}}`, or its entry `params`. The
+        convolutions are HWIO.
+      source: name of the checkpoint in errors.
 
     Raises:
-      WeightsError: naming every missing or surplus path.
+      WeightsError: the message lists every missing or unexpected path.
     """
     flat = flatten(tree.get("params", tree))
     names = jax_vqgan_names(config)
@@ -385,7 +393,7 @@ def published_to_jax_vqgan(weights: Mapping[str, Any], *, config: models.Maskgit
 
 
 def discriminator_table() -> Table:
-    """The discriminator's parameters. Its constant blur kernels are no parameters here: `discriminator_buffers`."""
+    """The discriminator. Its constant blur kernels are not parameters here; see `discriminator_buffers`."""
     return [
         *_linear(r"block_in", "block_in.0", CONV),
         *_linear(r"blocks/(\d+)/conv", r"blocks.\1.0", CONV),
@@ -396,19 +404,24 @@ def discriminator_table() -> Table:
 
 
 def discriminator_buffers(num_stages: int) -> dict[str, np.ndarray]:
-    """The blur kernels [1, 1, 4, 4] that a published state dict of the discriminator holds besides its parameters: to be
-    added to what is published, and left out of what is loaded."""
+    """The blur kernels [1, 1, 4, 4] that a published state dict of the discriminator holds beside its parameters.
+
+    They must be added when weights are published, and left out when weights are loaded.
+    """
     taps = np.asarray(BLUR_TAPS, np.float32)
     kernel = np.outer(taps, taps) / np.square(taps.sum())
     return {f"blocks.{i}.1.kernel": kernel[None, None] for i in range(num_stages)}
 
 
 def perceptual_table() -> Table:
-    """ConvNeXt-S as torchvision names it, and LPIPS, below `convnext.` and `lpips.` as the published code holds them. The
-    constants that normalise the images are no parameters here."""
+    """ConvNeXt-S with torchvision's names, and LPIPS, with the prefixes `convnext.` and `lpips.` of the published code.
+
+    The constants that normalise the images are not parameters here.
+    """
     stages = len(models.perceptual.CONVNEXT_S)
     rules = []
-    # torchvision alternates: features.0 is the first convolution and its norm, features.2 a norm and the second one, ...
+    # torchvision alternates downsampling and stages. features.0 is the first convolution, then its norm; features.2 is a
+    # norm, then the second convolution; and so on.
     for i in range(stages):
         norm, conv = (0, 1) if i else (1, 0)
         down, block = f"convnext.features.{2 * i}", f"convnext.features.{2 * i + 1}.{{layer}}"
@@ -431,7 +444,7 @@ def perceptual_table() -> Table:
 
 
 def inception_table() -> Table:
-    """InceptionV3 in torch-fidelity's names, its batch statistics among the parameters."""
+    """InceptionV3 with torch-fidelity's names. The batch statistics are parameters here."""
     conv = r"convs/([\w.]+)"
     return [
         Rule(conv + "/kernel", r"\1.conv.weight", CONV),
@@ -443,12 +456,12 @@ def inception_table() -> Table:
 
 
 def digits_net_table() -> Table:
-    """The classifier of digits, in the layouts that PyTorch would have. Nobody else publishes it."""
+    """The digits classifier, in PyTorch's layouts. It is our own; there is no other published version."""
     return [*_linear(r"convs/(\d)", r"convs.\1", CONV), *_linear(r"(features|head)", r"\1")]
 
 
 def table_for(config: models.Config) -> Table:
-    """The table of the model that `config` describes."""
+    """The table for the model that `config` describes."""
     if isinstance(config, models.TiTokConfig):
         return titok_table(config.patch_size)
     if isinstance(config, models.GeneratorConfig):

@@ -1,4 +1,4 @@
-"""Flax files: msgpack of nested maps; an array is extension type 1, in which are shape, dtype and bytes as msgpack again."""
+"""Flax files: nested maps in msgpack. An array is an extension of type 1 that holds shape, dtype and bytes as msgpack."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.tensors import DTYPE_NAMES, Tensor
 
-# first byte -> (kind, bytes of the length that follow)
+# first byte -> (kind, number of bytes of the length that follows)
 _MSGPACK = {
     **{0xC4 + i: ("bin", 1 << i) for i in range(3)},
     **{0xC7 + i: ("ext", 1 << i) for i in range(3)},
@@ -21,7 +21,7 @@ _MSGPACK = {
 
 
 class FlaxFile:
-    """Finds the arrays of a Flax checkpoint without reading them. (The msgpack library would read them all, twice.)"""
+    """Finds the arrays of a Flax checkpoint without reading them. (The msgpack library would read all of them twice.)"""
 
     def __init__(self, path: Path, file: BinaryIO, size: int):
         self._path, self._file, self._size = path, file, size
@@ -39,7 +39,7 @@ class FlaxFile:
         return self._file.read(length)
 
     def _head(self, *expected: str) -> tuple[str, int]:
-        """Kind and length (of an int: its value) of what comes next, which must be of an expected kind."""
+        """Reads the kind and the length of the next item (for an int, its value). The kind must be an expected one."""
         byte = self._read(1)[0]
         if byte <= 0x7F:
             kind, length = "int", byte

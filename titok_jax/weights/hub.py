@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: downloaded into its cache, and checked there."""
+"""Downloads files from the Hugging Face hub into its cache, and checks cached files."""
 
 import hashlib
 import os
@@ -10,11 +10,11 @@ from titok_jax.weights.convert import WeightsError
 
 
 class DownloadError(OSError):
-    """Something that the hub did not give; the message says what to do."""
+    """The hub did not provide a file; the message says what to do."""
 
 
 def download_file(repository: str, file: str, *, revision: str | None, token: str | None) -> Path:
-    """The path of a hub file in the cache, downloaded if it is not there."""
+    """Returns the path of a hub file in the cache. Downloads the file if it is not there."""
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -37,14 +37,16 @@ def download_file(repository: str, file: str, *, revision: str | None, token: st
         else:
             reason = error.__cause__ or error
             message = f"{constants.ENDPOINT} does not give it ({_first_line(reason)}) and it is not in the cache"
-    except Exception as error:  # of the libraries below: HTTP statuses, broken connections, full disks, bad repository names
+    except Exception as error:  # from libraries: HTTP statuses, broken connections, full disks, bad repository names
         message = _first_line(error)
     raise DownloadError(f"cannot download {what}: {message}")
 
 
 def check_download(path: Path) -> None:
-    """Raises WeightsError if a file in the hub's cache is not what the hub sent: its name there is its checksum, SHA-256 or,
-    of a small file, git's. Any other file passes."""
+    """Raises WeightsError if a file in the hub's cache is damaged. Files elsewhere pass without a check.
+
+    A file's name in the cache is its checksum: SHA-256, or git's checksum for a small file.
+    """
     blob = Path(os.path.realpath(path))
     if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         return

@@ -1,4 +1,4 @@
-"""The known models, by which a file of weights without a configuration is recognised."""
+"""The known models. A weights file without a configuration is recognised by comparison with them."""
 
 import dataclasses
 import functools
@@ -23,18 +23,18 @@ KINDS = {
 
 
 def buffers(config: models.Config) -> dict[str, np.ndarray]:
-    """{published name: constant} of what a published file may hold beside the parameters."""
+    """The constants that a published file may hold beside the parameters, as {published name: constant}."""
     if isinstance(config, DiscriminatorConfig):
         return convert.discriminator_buffers(config.num_stages)
     if isinstance(config, GeneratorConfig) and config.model_type == "ViT":
-        # Only transformers 4.30 and older saved it; the others do not load it.
+        # Only transformers 4.30 and older saved it; newer versions do not load it.
         return {"model.embeddings.position_ids": np.arange(config.num_tokens + 1)[None]}
     return {}
 
 
 @functools.lru_cache(maxsize=64)
 def published_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
-    """{published name: shape} of a model's parameters."""
+    """Returns {published name: shape} for a model's parameters."""
     return convert.published_shapes(convert.table_for(config), abstract_params(config))
 
 
@@ -45,7 +45,7 @@ def abstract_params(config: models.Config) -> convert.Params:
 
 
 def known_configs(kind: type | None = None) -> dict[tuple[str, str], models.Config]:
-    """{(kind, name): configuration} of the published models, the tokenizers in the middle of their training among them."""
+    """The configurations of the published models, including stage-1 tokenizers, as {(kind, name): configuration}."""
     configs: dict[tuple[str, str], models.Config] = {}
     for model in published_models.MODELS:
         if model.architecture is None:
@@ -61,10 +61,11 @@ def known_configs(kind: type | None = None) -> dict[tuple[str, str], models.Conf
 
 
 def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> models.Config:
-    """The known model that has exactly these tensors, by names and shapes.
+    """Finds the known model whose tensors have exactly these names and shapes.
 
     Raises:
-      WeightsError: there is none; the message says how far off each is, or which model of another kind it is.
+      WeightsError: no known model matches, or only one of another kind. The message names that one, or says how many tensors
+        of the closest known models differ.
     """
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = {}

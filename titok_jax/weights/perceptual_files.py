@@ -1,4 +1,4 @@
-"""The perceptual network of a loss on pixels: its weights from the files they are published in, and its place in a task."""
+"""The perceptual network of a pixel loss, with weights read from the files that its authors published."""
 
 import contextlib
 import os
@@ -21,8 +21,8 @@ class Perceptual(NamedTuple):
 
     Attributes:
       name: as in `PerceptualConfig`.
-      distance: (params, images [B, H, W, 3], reconstructions [B, H, W, 3]) -> distances [B] or one for all.
-      params: nested dict of arrays, which nothing changes.
+      distance: (params, images [B, H, W, 3], reconstructions [B, H, W, 3]) -> distances [B], or one distance for all.
+      params: nested dict of arrays, never changed.
     """
 
     name: str
@@ -31,13 +31,13 @@ class Perceptual(NamedTuple):
 
 
 class _File(NamedTuple):
-    stem: str  # of the file's name; .pth or .safetensors
+    stem: str  # file name without its suffix, .pth or .safetensors
     url: str
 
 
 CONVNEXT_FILE = _File("convnext_small-0c510722", "https://download.pytorch.org/models/convnext_small-0c510722.pth")
 VGG_FILE = _File("vgg16-397923af", "https://download.pytorch.org/models/vgg16-397923af.pth")
-# The linear heads alone. Published as vgg.pth, which is too little of a name.
+# The linear heads alone. They are published as vgg.pth, which could be any VGG file.
 HEADS_FILE = _File(
     "lpips_vgg", "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth (rename it)"
 )
@@ -45,7 +45,7 @@ _FILES = (CONVNEXT_FILE, VGG_FILE, HEADS_FILE)
 
 
 def make_perceptual(name: str, params: convert.Params) -> Perceptual:
-    """The network `name` with parameters that are at hand.
+    """Makes the network `name` from parameters in memory.
 
     Raises:
       ValueError: an unknown name.
@@ -55,7 +55,7 @@ def make_perceptual(name: str, params: convert.Params) -> Perceptual:
 
 
 def check_perceptual(name: str, perceptual: Perceptual | None) -> None:
-    """Raises ValueError if `perceptual` is not the network that a loss names, or None for "none"."""
+    """Raises ValueError unless `perceptual` is the network `name` of the loss, or None if `name` is "none"."""
     if name != ("none" if perceptual is None else perceptual.name):
         found = "no network is given" if perceptual is None else f"the network given is {perceptual.name!r}"
         raise ValueError(f"loss.perceptual is {name!r}, but {found}")
@@ -65,17 +65,17 @@ _ADVICE = "set --config.perceptual_weights to the folder that holds it (or --con
 
 
 def load_perceptual(name: str, folder: str | os.PathLike, *, advice: str = _ADVICE) -> Perceptual:
-    """Reads the network `name` from the files of its authors, as they are or turned into safetensors.
+    """Reads the network `name` from the original files of its authors, or from their conversions to safetensors.
 
     Args:
-      folder: holds convnext_small-0c510722 and, for LPIPS, vgg16-397923af and lpips_vgg, each .pth or .safetensors; also in
-        a bucket.
-      advice: what to do about an absent file, after its download; the default is that of training.
+      folder: local folder or bucket that holds convnext_small-0c510722 and, for LPIPS, vgg16-397923af and lpips_vgg, each as
+        .pth or .safetensors.
+      advice: the end of the error message for a missing file: what to do after its download. The default is for training.
 
     Raises:
       ValueError: an unknown name.
-      FileNotFoundError: a file is absent; the message says which, where it comes from and what to set.
-      WeightsError: a file is damaged or of another model.
+      FileNotFoundError: a file is missing; the message says which one, where to download it and what to set.
+      WeightsError: a file is damaged or belongs to another model.
     """
     config = PerceptualConfig(name)
     table, abstract = convert.table_for(config), models.abstract(config)[1]
@@ -93,16 +93,16 @@ def load_perceptual(name: str, folder: str | os.PathLike, *, advice: str = _ADVI
 
 
 def _origin(published: str) -> tuple[_File, str]:
-    """The file that a tensor of ours is in, and its name there."""
+    """The file that holds one of our tensors, and the tensor's name in that file."""
     if published.startswith("convnext."):
         return CONVNEXT_FILE, published.removeprefix("convnext.")
     if published.startswith("lpips.net."):
-        return VGG_FILE, ".".join(["features", *published.split(".")[3:]])  # after lpips.net.slice1
+        return VGG_FILE, ".".join(["features", *published.split(".")[3:]])  # without lpips.net.slice1
     return HEADS_FILE, published.removeprefix("lpips.")
 
 
 def _unused(file: _File, key: str) -> bool:
-    """VGG's classifier is not part of LPIPS."""
+    """Whether a tensor is part of VGG's classifier, which LPIPS does not use."""
     return file is VGG_FILE and key.startswith("classifier.")
 
 
@@ -118,7 +118,7 @@ def _find(file: _File, name: str, folder: str | os.PathLike, advice: str) -> Pat
 
 
 def used_tensors(tensors: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a perceptual network takes of one of its published files, under the names there; None: it is no such file."""
+    """Selects the tensors of a published file that perceptual networks use. Returns None if it is not such a file."""
     config = PerceptualConfig("lpips-convnext_s-1-1")
     shapes = convert.published_shapes(convert.table_for(config), models.abstract(config)[1])
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -1,8 +1,8 @@
-"""Trained models on disk and on the Hugging Face hub, in the published names and layouts.
+"""Loading and saving of trained models, on disk and on the Hugging Face hub, with the published names and layouts.
 
-What is saved here, a folder with `config.json` and `model.safetensors`, loads in the published PyTorch code; what that code
-saved loads here, in any of its forms (`titok_jax.weights`). A folder may hold its tokenizer in a sub-folder `tokenizer`; a
-generator that we train does, so that it can make images by itself.
+A model is saved as a folder with `config.json` and `model.safetensors`, which the published PyTorch code can load. Models
+that the published code saved can be loaded here, in all of its formats (`titok_jax.weights`). A generator's folder may hold
+its tokenizer in the sub-folder `tokenizer`. The generators that we train have one, so they can make images on their own.
 """
 
 import contextlib
@@ -36,15 +36,16 @@ from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.hub import check_download, download_file
 from titok_jax.weights.known_models import KINDS, abstract_params, buffers, match, published_shapes
 
-_CONFIG_CHECKSUM = "config_crc32"  # in the metadata of weights: of the configuration that they were saved with
+_CONFIG_CHECKSUM = "config_crc32"  # metadata key of the weights: checksum of the configuration they were saved with
 
 
 class Source(NamedTuple):
-    """Where a model's files are.
+    """The files of a model.
 
     Attributes:
-      weights: a file that `titok_jax.weights` reads; None if only the configuration was asked for.
-      config: a configuration as `config.json`; None: a known model, told by its tensors.
+      weights: a file in a format that `titok_jax.weights` reads; None if only the configuration was requested.
+      config: a configuration file in the format of `config.json`; None if there is none, so that the model must be a known
+        one and is recognised by its tensors.
     """
 
     weights: Path | None
@@ -59,20 +60,20 @@ def locate(
     token: str | None = None,
     config_only: bool = False,
 ) -> Source:
-    """Finds a model's files, and downloads them if they are on the hub and not in its cache.
+    """Finds a model's files. Downloads them if they are on the hub and not in its cache.
 
     Args:
-      source: a name of `titok_jax.zoo`, "hf://owner/name" or "hf://owner/name@revision", a folder or a file of weights; in a
-        bucket it is copied, once per process. A `Path` is always a path.
-      kind: the configuration class of what is wanted. Of a TiTokConfig, a generator's folder gives the tokenizer in it.
-      revision: branch, tag or commit, of what is on the hub.
-      token: for the hub; by default the one that `hf auth login` or HF_TOKEN set.
+      source: a name in `titok_jax.zoo`, "hf://owner/name", "hf://owner/name@revision", a model folder or a weights file.
+        Files in a bucket are copied once per process. A `Path` is always a path.
+      kind: configuration class of the wanted model. With TiTokConfig, a generator's folder gives the tokenizer inside it.
+      revision: branch, tag or commit of a model on the hub.
+      token: access token for the hub (default: the one set by `hf auth login` or HF_TOKEN).
       config_only: download no weights.
 
     Raises:
-      ValueError: an unknown name, a revision of something that is not on the hub, or two revisions.
+      ValueError: an unknown name, a revision for a model that is not on the hub, or two different revisions.
       FileNotFoundError: a folder that holds no model.
-      DownloadError: the hub does not give the files, and they are not in its cache.
+      DownloadError: the hub does not provide the files, and they are not in its cache.
       WeightsError: the configuration in the cache is damaged.
     """
     if is_remote(source):
@@ -115,7 +116,7 @@ def locate(
 
 
 def _local_model(source: epath.Path) -> Path:
-    """A model folder or file of weights in a bucket -> a copy of what `locate` may read of it."""
+    """Copies the files that `locate` may read from a model folder or weights file in a bucket. Returns the local path."""
     if source.is_file():
         beside = {source.with_name(CONFIG_FILE), source.with_suffix(".json")}
         for path in beside:
@@ -142,22 +143,22 @@ def load(
 
     Args:
       source, revision, token: as in `locate`.
-      kind: TiTokConfig, GeneratorConfig or MaskgitVQGANConfig: what is to be read.
-      place: (path, array) -> array on its device or devices. It gets one whole parameter at a time, and no other copy of
-        the weights is held. (A PyTorch file from before PyTorch 1.6 is: it is read whole.)
+      kind: class of the model to read: TiTokConfig, GeneratorConfig or MaskgitVQGANConfig.
+      place: (path, array) -> array on its device or devices. It gets one complete parameter at a time, and no other copy of
+        the weights is in memory. (Files from before PyTorch 1.6 are an exception: all of their data is read first.)
 
     Returns:
-      The configuration and the parameters as a nested dict of float32 arrays.
+      The configuration, and the parameters as a nested dict of float32 arrays.
 
     Raises:
-      WeightsError: a file is damaged or does not fit; the message lists every difference.
+      WeightsError: a file is damaged, or the weights do not fit the model; the message lists every difference.
       ValueError, FileNotFoundError, DownloadError: as in `locate`.
     """
     files = locate(source, kind, revision=revision, token=token)
     config = None if files.config is None else read_config_as(files.config, kind)
     check_config(files)
     with ThreadPoolExecutor(1) as pool, open_model(files.weights, kind, config) as (config, tensors):
-        intact = pool.submit(check_download, files.weights)  # takes as long as reading, so it goes on beside it
+        intact = pool.submit(check_download, files.weights)  # takes as long as reading, so both run in parallel
         table, source = convert.table_for(config), str(files.weights)
         params = convert.from_published(table, abstract_params(config), tensors, source=source, place=place)
         intact.result()
@@ -167,8 +168,10 @@ def load(
 def load_config(
     source: str | os.PathLike, kind: type, *, revision: str | None = None, token: str | None = None
 ) -> models.Config:
-    """The configuration of what `load` loads, errors as there. Reads no weights; of a file without a configuration beside it
-    the names and shapes."""
+    """Reads the configuration of the model that `load` would load. Errors as in `load`.
+
+    Reads no weights. For a weights file without a configuration, it reads the names and shapes of the tensors.
+    """
     files = locate(source, kind, revision=revision, token=token, config_only=True)
     if files.config is not None:
         return read_config_as(files.config, kind)
@@ -177,8 +180,10 @@ def load_config(
 
 
 def tokenizer_kind(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> type:
-    """TiTokConfig or MaskgitVQGANConfig: which tokenizer of images a source is, for `load` and `load_config`. Reads no
-    weights; errors as there."""
+    """The class of an image tokenizer's configuration, TiTokConfig or MaskgitVQGANConfig, for `load` and `load_config`.
+
+    Reads no weights. Errors as in those functions.
+    """
     found = published_models.find(source) if isinstance(source, str) else None
     if isinstance(found, published_models.Model):
         return MaskgitVQGANConfig if found.kind == KINDS[MaskgitVQGANConfig] else TiTokConfig
@@ -194,18 +199,19 @@ def tokenizer_kind(source: str | os.PathLike, *, revision: str | None = None, to
 def open_model(
     path: Path, kind: type | None, config: models.Config | None
 ) -> Iterator[tuple[models.Config, dict[str, Any]]]:
-    """Opens a file of weights as a model.
+    """Opens a weights file as a model.
 
     Args:
-      kind: what it must be, None if anything known will do.
-      config: its configuration; None: that of the known model which has these tensors.
+      kind: configuration class that the model must have; None accepts every known class.
+      config: the model's configuration; None uses that of the known model with these tensors.
 
     Yields:
-      The configuration, and {published name: tensor in the published layout, read on use}: the parameters, all of them and
-      nothing else.
+      The configuration and {published name: tensor in the published layout}. The dict has exactly the parameters of the
+      model, and each tensor is read on use.
 
     Raises:
-      WeightsError: damaged, misfit, or no known model; the message lists every difference or the candidates.
+      WeightsError: the file is damaged, does not fit the configuration, or is not a known model. The message lists every
+        difference, or the closest known models.
     """
     with tensor_files.open_weights(path) as (format, tensors):
         if format == "flax":
@@ -242,7 +248,7 @@ class _Transposed:
 
 
 def _from_jax_vqgan(tensors: Mapping[str, Any], config: MaskgitVQGANConfig, source: str) -> dict[str, Any]:
-    """The original JAX MaskGIT-VQGAN's tensors under their published PyTorch names, none of them read."""
+    """Renames the tensors of the original JAX MaskGIT-VQGAN to the published PyTorch names, without reading them."""
     tensors = {path.removeprefix("params/"): tensor for path, tensor in tensors.items()}
     names = convert.jax_vqgan_names(config)
     problems = [f"missing: {path}" for path in names if path not in tensors]
@@ -256,8 +262,11 @@ def _from_jax_vqgan(tensors: Mapping[str, Any], config: MaskgitVQGANConfig, sour
 
 
 def check_config(files: Source) -> None:
-    """Raises WeightsError unless the configuration file is the one that the weights were saved with, where they tell: what
-    is saved here holds its checksum, as most of a configuration no tensor's shape would betray."""
+    """Raises WeightsError if the configuration file is not the one that the weights were saved with.
+
+    Weights saved here hold the configuration's checksum, because tensor shapes show little of a configuration. Weights
+    without a checksum pass.
+    """
     saved_with = tensor_files.safetensors_metadata(files.weights).get(_CONFIG_CHECKSUM)
     if None in (saved_with, files.config):
         return
@@ -276,18 +285,20 @@ def save(
     tokenizer: tuple[TiTokConfig, convert.Params] | None = None,
     overwrite: bool = False,
 ) -> Path | epath.Path:
-    """Writes a model folder; it is complete or absent, also when the process is killed (`cli.new_folder` says the rest).
-    In a bucket nothing can be renamed at once: there the configuration, without which a folder is no model, comes last.
+    """Writes a model folder. It is complete or absent, even if the process is killed (see `outputs.new_folder`).
+
+    A folder in a bucket cannot be renamed atomically. There the configuration is written last, because a folder without it
+    is not a model.
 
     Args:
-      folder: where, also "gs://"; its parent is made if need be.
-      config, params: the model; params as a nested dict of arrays.
-      tokenizer: written into the sub-folder `tokenizer`.
+      folder: the folder to write, also "gs://". Its parent is created if it does not exist.
+      config, params: the model, with params as a nested dict of arrays.
+      tokenizer: a tokenizer to write into the sub-folder `tokenizer`.
       overwrite: replace an existing folder.
 
     Raises:
-      FileExistsError: the folder exists and `overwrite` is not set, or it holds more than a model.
-      WeightsError: the parameters are not those of the configuration.
+      FileExistsError: the folder exists and `overwrite` is not set, or it holds other files than those of a model.
+      WeightsError: the parameters do not fit the configuration.
     """
     folder = as_path(folder) if is_remote(folder) else Path(folder).absolute()
     if folder.exists() and not overwrite:
@@ -313,15 +324,25 @@ def _write(folder: Path, config: models.Config, params: convert.Params) -> None:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Any], config: models.Config) -> None:
-    """Writes {published name: tensor} as safetensors that know their configuration. Returns when they are on the disk."""
+    """Writes {published name: tensor} as safetensors with the checksum of `config`. Returns when the file is on the disk."""
     safetensors_file.write_safetensors(path, tensors, {_CONFIG_CHECKSUM: config_checksum(config.to_published())})
 
 
 def weights_sha256(
     generator: str | None, tokenizer: str | None, revision: str | None = None, tokenizer_revision: str | None = None
 ) -> dict[str, str]:
-    """{"generator": ..., "tokenizer": ...}: SHA-256 of the files that `load_generator` and `load_tokenizer` (`load_vqgan`)
-    read for these names or folders, of these revisions on the hub; what is None is left out. Errors as there."""
+    """The SHA-256 of the weights files that `load_generator` and `load_tokenizer` (or `load_vqgan`) read.
+
+    Args:
+      generator, tokenizer: names or folders; None is left out.
+      revision, tokenizer_revision: their revisions on the hub.
+
+    Returns:
+      {"generator": ..., "tokenizer": ...}.
+
+    Raises:
+      The errors of `load_generator` and `load_tokenizer`.
+    """
     from titok_jax.models import GeneratorConfig, TiTokConfig
 
     result = {}

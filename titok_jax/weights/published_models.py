@@ -1,4 +1,4 @@
-"""The published models as one table, and the embedded one: architecture, sampling settings, where the weights are."""
+"""Table of the published models and the embedded one: architecture, sampling settings, location of the weights."""
 
 import dataclasses
 import os
@@ -21,18 +21,19 @@ class Model:
     """A model with a name.
 
     Attributes:
-      name: for `load_tokenizer` and `load_generator`. A generator has the name of the tokenizer whose tokens it makes.
+      name: for `load_tokenizer` and `load_generator`. A generator has the same name as the tokenizer whose tokens it makes.
       kind: "tokenizer", "generator" or "vqgan".
-      what: in words.
-      architecture: the section `model` of the published `config.json`, interpolations resolved; the VQGAN was published
-        without one, so it is in our form. None: see the model's folder.
+      what: a short description.
+      architecture: the section `model` of the published `config.json`, with interpolations resolved. The VQGAN was published
+        without a configuration, so its section is our own. None for an embedded model, whose folder has the configuration.
       image_size: pixels per side.
-      num_params: parameters, without buffers.
-      repository, file: where the weights are on the Hugging Face hub. With `model.safetensors` goes a `config.json`.
+      num_params: number of parameters, without buffers.
+      repository, file: location of the weights on the Hugging Face hub. A `config.json` is beside each `model.safetensors`.
       checkpoint: name of the published single-file checkpoint (a PyTorch pickle).
-      fid: published FID on ImageNet 256 x 256: of reconstructions against the validation images (rFID) for a tokenizer, of
-        50,000 generated images against the training set's statistics (gFID) for a generator. The two cannot be compared.
-      folder: where an embedded model lies.
+      fid: published FID on ImageNet 256 x 256. For a tokenizer (rFID) it compares reconstructions with the validation
+        images; for a generator (gFID), 50,000 generated images with the training set's statistics. rFID and gFID cannot be
+        compared.
+      folder: folder of an embedded model.
     """
 
     name: str
@@ -49,12 +50,12 @@ class Model:
 
     @property
     def published_config(self) -> dict[str, Any]:
-        """The configuration in the form of `config.json`."""
+        """The configuration in the format of `config.json`."""
         return {"model": self.architecture, "dataset": {"preprocessing": {"crop_size": self.image_size}}}
 
     @property
     def sampling(self) -> str:
-        """The published sampling settings in words; "" if it is no published generator."""
+        """A description of the published sampling settings; "" if this is not a published generator."""
         if self.kind != "generator" or self.architecture is None:
             return ""
         settings = self.architecture["generator"]
@@ -65,7 +66,7 @@ class Model:
 
     @property
     def configuration(self) -> str:
-        """The architecture in words; "" if it is no published model."""
+        """A description of the architecture; "" if this is not a published model."""
         if self.architecture is None:
             return ""
         if self.kind == "vqgan":
@@ -83,7 +84,7 @@ class Model:
         return f"{stages}, {sizes}, patches of {model['vit_enc_patch_size']}, {latents}"
 
     def cached(self) -> str | None:
-        """Path of the weights on this machine, None if they are not here; asks no network."""
+        """The local path of the weights, or None if they are not on this machine. Does not use the network."""
         if self.folder is not None:
             path = self.folder / self.file
             return str(path) if path.is_file() else None
@@ -125,7 +126,7 @@ def _single_stage(encoder: str, decoder: str, num_tokens: int, mode: str) -> dic
 
 
 def _generator(model_type: str, num_tokens: int, sizes: tuple[int, int, int, int], **sampling) -> dict[str, Any]:
-    """The section `generator`; sizes are width, layers, heads and width of the MLP."""
+    """The section `generator`. The sizes are width, layers, heads and MLP width."""
     width, layers, heads, mlp = sizes
     return {
         "model_type": model_type,
@@ -286,20 +287,21 @@ MODELS = (
 
 
 def names(kind: str | None = None) -> list[str]:
-    """The known names, of one kind or all, each once."""
+    """The known names, each once, of one kind or of all kinds."""
     return list(dict.fromkeys(model.name for model in MODELS if kind in (None, model.kind)))
 
 
 def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Path | epath.Path | str:
-    """What a user means by the name of a model.
+    """Finds the model that a user's name or path refers to.
 
     Args:
-      name_or_path: a known name, a folder, a file, or "hf://owner/name" for a Hugging Face repository, "@revision" after it
-        or not.
-      kind: one of KINDS; None if any will do.
+      name_or_path: a known name, a folder, a file, or a Hugging Face repository, "hf://owner/name" or
+        "hf://owner/name@revision".
+      kind: one of KINDS; None for any kind.
 
     Returns:
-      The entry of a known name; the path of a folder or file; of a repository "owner/name", or "owner/name@revision".
+      The table entry for a known name, the path for a folder or file, or "owner/name" or "owner/name@revision" for a
+      repository.
 
     Raises:
       ValueError: it is none of these; the message lists the known names.
@@ -323,12 +325,12 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
 
 
 def what(name: str) -> str:
-    """The models of a name, in words."""
+    """A description of the models with a name."""
     return "; ".join(dict.fromkeys(model.what for model in MODELS if model.name == name))
 
 
 def table(models: Sequence[Model] = MODELS) -> str:
-    """The models as lines of text: two tables, what they are and do, and what they are made of."""
+    """Formats the models as two text tables: an overview, and the architectures with the locations of the weights."""
     fid = {"tokenizer": "rFID", "generator": "gFID", "vqgan": "rFID"}
     rows = [("name", "kind", "parameters", "published", "sampling", "on this machine")]
     details = [("name", "kind", "configuration", "weights", "published checkpoint")]

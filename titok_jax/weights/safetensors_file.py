@@ -1,6 +1,6 @@
-"""safetensors files: 8 bytes length of the header, the header in JSON, the tensors without gaps.
+"""safetensors files: the length of the header in 8 bytes, the header in JSON, then the tensors without gaps.
 
-In the header's metadata we write the CRC-32 of every tensor, in the order of the header; other programs do not read them.
+Our metadata in the header holds the CRC-32 of every tensor, in the order of the header. Other programs ignore it.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.tensors import DTYPE_NAMES, DTYPES, Tensor
 
-_LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 _CHECKSUMS = "crc32"
@@ -35,7 +35,7 @@ def read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, str], 
         raise wrong(f"its header should have {length} bytes, the file has {size}")
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a name twice, a number of 5,000 digits
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 or JSON, a duplicate name, a 5,000-digit number
         raise wrong(f"its header is not valid ({error})") from None
     if not isinstance(header, dict):
         raise wrong("its header is not valid (no object)")
@@ -73,7 +73,7 @@ def read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, str], 
 
 
 def _checksum(name: str, dtype: str, shape: list[int], raw: np.ndarray) -> str:
-    """Of a tensor's name, dtype, shape and bytes, so that no two tensors can be mistaken for each other either."""
+    """The CRC-32 of a tensor's name, dtype, shape and bytes. It also detects tensors that were swapped."""
     return f"{zlib.crc32(raw, zlib.crc32(f'{name} {dtype} {shape}'.encode())):08x}"
 
 
@@ -94,8 +94,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def write_safetensors(
     path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes {name: tensor}, each made an array when its turn comes; the layout is that of the safetensors library, with
-    the metadata that PyTorch code expects, `metadata` and checksums. Returns when it is on the disk."""
+    """Writes {name: tensor} in the layout of the safetensors library. Returns when the file is on the disk.
+
+    The tensors are converted to arrays one at a time. The header holds the metadata that PyTorch code expects, `metadata`,
+    and checksums.
+    """
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
     entries: dict[str, Any] = {}
     position = 0
@@ -116,7 +119,7 @@ def write_safetensors(
         return struct.pack("<Q", len(text)) + text
 
     with open(path, "wb") as file:
-        file.write(header(["0" * 8] * len(order)))  # its place; the checksums come with the tensors
+        file.write(header(["0" * 8] * len(order)))  # placeholder; the checksums are computed with the tensors
         checksums = []
         for name in order:
             raw = np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)

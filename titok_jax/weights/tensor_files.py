@@ -1,9 +1,9 @@
-"""Files of tensors, read and written one tensor at a time: safetensors, PyTorch pickles, Flax msgpack.
+"""Weights files, read one tensor at a time: safetensors, PyTorch pickles, Flax msgpack.
 
-Which format a file has is told from its content. Nothing of a file is trusted: headers are checked whole before a tensor is
-read, no code in a pickle runs, and whatever is wrong is a WeightsError that names the file. Where a file has checksums
-(safetensors written here, PyTorch's zip archives), the tensors are compared with them; elsewhere a changed number is a
-number like any other.
+The format is detected from the contents of the file. No part of a file is trusted: headers are checked completely before a
+tensor is read, code in a pickle never runs, and every problem is a WeightsError that names the file. If a file has checksums
+(safetensors written here, PyTorch's zip archives), the tensors are checked against them. Without checksums, a changed number
+cannot be detected.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ FORMATS = ("safetensors", "torch", "flax")
 
 class Weights(NamedTuple):
     format: str  # one of FORMATS
-    tensors: dict[str, Any]  # name -> Tensor, or something else with .shape and .dtype that np.asarray reads
+    tensors: dict[str, Any]  # name -> Tensor, or another object with .shape and .dtype that np.asarray reads
 
 
 @contextlib.contextmanager
 def open_weights(path: str | os.PathLike) -> Iterator[Weights]:
-    """The tensors of a file in any of the forms, also in a bucket. A Flax tree's names are its paths joined by "/".
+    """Opens the tensors of a file in any of the formats, also in a bucket. Names in a Flax tree are paths joined by "/".
 
     Raises:
       FileNotFoundError: there is no such file.
-      WeightsError: the file is damaged, of another format, or contains more than tensors.
+      WeightsError: the file is damaged, has another format, or contains more than tensors.
     """
     path = local_copy(path)
     if not path.is_file():
@@ -70,7 +70,7 @@ def _detect_format(path: Path, start: bytes) -> str:
         return "torch"
     if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
         return "flax"
-    # Damaged in the first bytes, or something else: what it should be says the name, if it says anything.
+    # The first bytes are damaged, or the file is something else. If the name ends in .safetensors, read it as such.
     if path.suffix == ".safetensors":
         return "safetensors"
     raise WeightsError(
@@ -80,7 +80,7 @@ def _detect_format(path: Path, start: bytes) -> str:
 
 
 def safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The metadata in a safetensors file's header; {} of a file in another format. Errors as of `open_weights`."""
+    """The metadata in the header of a safetensors file; {} for a file in another format. Errors as in `open_weights`."""
     path = Path(path)
     with open(path, "rb") as file:
         if _detect_format(path, file.read(16)) != "safetensors":

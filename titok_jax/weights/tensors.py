@@ -1,4 +1,4 @@
-"""A tensor in a file, and the number types that files hold."""
+"""A tensor in a file, and the dtypes that files may hold."""
 
 from collections.abc import Callable
 from typing import BinaryIO
@@ -26,10 +26,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Tensor:
-    """A tensor in a file, read when it becomes an array.
+    """A tensor in a file. Its data is read when it is converted to an array.
 
     Args:
-      verify: takes the array's bytes, raises WeightsError if they are not what was written.
+      verify: a function of the array's bytes that raises WeightsError if they are not the ones written.
     """
 
     def __init__(

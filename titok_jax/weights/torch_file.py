@@ -1,4 +1,4 @@
-"""PyTorch files: a pickle, in a zip archive since version 1.6. The one place that imports torch."""
+"""PyTorch files: a pickle, inside a zip archive since PyTorch 1.6. This is the only module that imports torch."""
 
 import ctypes
 import mmap
@@ -15,7 +15,12 @@ from titok_jax.weights.convert import WeightsError
 
 
 def import_torch(path: Path, purpose: str):
-    """The module torch; without it a WeightsError that says what it is needed for: to "read" or "write" the file."""
+    """Returns the module torch. If it is not installed, raises WeightsError.
+
+    Args:
+      path: the PyTorch file.
+      purpose: what torch is needed for, "read" or "write".
+    """
     try:
         import torch
     except ImportError:
@@ -27,10 +32,10 @@ def import_torch(path: Path, purpose: str):
 
 
 class _TorchTensor:
-    """A tensor of PyTorch, with numpy's dtype.
+    """A PyTorch tensor with a numpy dtype.
 
     Args:
-      mapped: its memory is pages of the file, which are given back to the system once it is an array.
+      mapped: whether the tensor's memory is mapped from the file. Its pages are released once it is copied to an array.
     """
 
     def __init__(self, tensor: Any, torch: Any, mapped: bool):
@@ -51,7 +56,7 @@ class _TorchTensor:
 
 
 def _release(address: int, length: int) -> None:
-    """Drops the pages of a private, unchanged mapping of a file from memory; read again, they come from the file."""
+    """Releases the memory of an unchanged, private file mapping. Later accesses read the file again."""
     if length and hasattr(mmap, "MADV_DONTNEED"):
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(
@@ -60,7 +65,7 @@ def _release(address: int, length: int) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Reads a zip archive of PyTorch once, against its checksums (it may have been written without). PyTorch does not."""
+    """Checks a PyTorch zip archive against its checksums, if it has them. PyTorch itself does not check them."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
@@ -74,14 +79,12 @@ def _check_archive(path: Path) -> None:
 
 def read_torch(path: Path) -> dict[str, _TorchTensor]:
     torch = import_torch(path, "read")
-    mapped = zipfile.is_zipfile(path)  # a file of the old form (before PyTorch 1.6) cannot be mapped into memory
+    mapped = zipfile.is_zipfile(path)  # the old format (before PyTorch 1.6) cannot be mapped into memory
     try:
         if mapped:
             _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (
-        Exception
-    ) as error:  # it fails in many ways: RuntimeError, UnpicklingError, EOFError, KeyError, AttributeError, ...
+    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, AttributeError, ...
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0])
         raise WeightsError(
@@ -114,7 +117,7 @@ def write_torch(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
     torch = import_torch(Path(path), "write")
     state = {}
     for name, tensor in tensors.items():
-        array = np.array(tensor)  # a copy: PyTorch does not take read-only arrays
+        array = np.array(tensor)  # a copy, because PyTorch does not accept read-only arrays
         if array.dtype == ml_dtypes.bfloat16:
             state[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         else:
