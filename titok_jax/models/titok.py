@@ -237,7 +237,8 @@ class Encoder(nnx.Module):
         self.conv_out = nnx.Linear(size.width, channels, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
 
     def embed(self, images: jax.Array, latent_tokens: jax.Array) -> jax.Array:
-        """images [B, H, W, 3], latent tokens [N, D] -> [B, 1 + patches + N, D]: class, patches, latents; all with positions."""
+        """images [B, H, W, 3], latent tokens [N, D] -> [B, 1 + patches + N, D]: class, patches, latents; all with
+        positions."""
         b = images.shape[0]
         patches = self.patch_embed(patchify(images.astype(self.dtype), self.config.patch_size))
         width = patches.shape[-1]
