@@ -220,8 +220,9 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def save(self, path: str | os.PathLike, spatial: "FeatureStatistics | None" = None) -> None:
-        """Writes an .npz file, which is either complete or absent. It holds `mu`, `sigma`, `count`, `network`, and with the
-        suffix `_s` those of `spatial`, the statistics for sFID. ADM's evaluator can read it as a reference."""
+        """Writes an .npz file, which is either complete or absent. It holds `mu`, `sigma`, `count` and `network`. If
+        `spatial` is given, the statistics for sFID, it also holds `mu_s`, `sigma_s` and `count_s`. ADM's evaluator can read
+        it as a reference."""
         arrays: dict[str, np.ndarray] = {}
         for suffix, stats in (("", self), ("_s", spatial)):
             if stats is not None:

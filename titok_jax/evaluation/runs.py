@@ -65,7 +65,7 @@ class Evaluation:
         return image_sources.SourceImages(make_source(parse_source(data)), crop, self.image_size, num)
 
     def reference(self, num: int | None = None) -> references.Reference | None:
-        """Makes the reference of --reference; by default that of the digits. None on all processes but the first."""
+        """Makes the reference that --reference names, by default the digits. Returns None on all processes but the first."""
         text = self.args.reference or "digits:train"
         about: dict[str, Any] = {"source": text, "image_size": self.image_size}
         adm = None

@@ -1,4 +1,4 @@
-"""A small classifier for the embedded digits. Its features do for digits what InceptionV3's do for photographs."""
+"""A small classifier for the embedded digits. Metrics on digits use its features instead of InceptionV3's."""
 
 import dataclasses
 

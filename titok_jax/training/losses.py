@@ -323,8 +323,7 @@ def maskgit_vqgan_loss(
     entropy_weight: float,
     **pixels,
 ) -> tuple[jax.Array, Metrics]:
-    """Total loss of the MaskGIT-VQGAN: the terms of `pixel_terms` with the non-saturating adversarial loss, and those of
-    the quantizer.
+    """Total loss of the MaskGIT-VQGAN: `pixel_terms` with the non-saturating adversarial loss, plus the quantizer's terms.
 
     Pass `commitment_loss` and `codebook_loss` unweighted (the latter has weight 1), and `entropy` from `entropy_loss`.
     """
