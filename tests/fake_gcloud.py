@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""A `gcloud` of one TPU slice with two workers, which are folders of this machine. Used by test_tpu_scripts.py.
+"""A fake `gcloud` with one TPU slice of two workers, which are local folders. Used by test_tpu_scripts.py.
 
-In the folder $FAKE_GCLOUD: `calls.jsonl`, every call; `slice.json`, what there is: the kind, the states it still goes
-through, and how many have been made; `preempt`, how many looks at the first slice's running workers it takes until it is
-preempted (0: never); `gone`, the state of one that is, or `REPAIRING`, from which it comes back by itself; `offline`, to how
-many looks at the state there is no answer yet, and the error instead; `worker0` and `worker1`, the workers' home folders.
+The folder $FAKE_GCLOUD holds:
+
+- `calls.jsonl`: every call.
+- `slice.json`: the current slice: its kind, the states still to come, and how many slices have been made.
+- `preempt`: the first slice is preempted after this many status checks of its running workers (0: never).
+- `gone`: the state of a preempted slice, or `REPAIRING`, from which the slice recovers by itself.
+- `offline`: the number of state queries that still fail, and the error that they return.
+- `worker0` and `worker1`: the workers' home folders.
 """
 
 import json
@@ -33,7 +37,7 @@ def workers() -> list[pathlib.Path]:
 
 
 def maintain(slice_: dict) -> None:
-    """The machines lose power and start again: the disks are there, the processes are not."""
+    """The machines restart after a power loss. The disks survive, the processes do not."""
     for home in workers():
         os.killpg(int((home / "titok_run/pid").read_text()), signal.SIGKILL)
     slice_["states"] = ["REPAIRING", "REPAIRING", "READY"]
@@ -41,11 +45,11 @@ def maintain(slice_: dict) -> None:
 
 
 def preempt(slice_: dict) -> None:
-    """SIGTERM to the runs, as the machine's shutdown gives it. The workers are reached once more before they are gone."""
+    """Sends SIGTERM to the runs, as a shutdown does. The workers can be reached once more before they are gone."""
     for home in workers():
         pid = int((home / "titok_run/pid").read_text())
         os.killpg(pid, signal.SIGTERM)
-        while not (home / "titok_run/exit").exists():  # ends: the command of the test obeys
+        while not (home / "titok_run/exit").exists():  # ends because the test's command obeys SIGTERM
             pass
     slice_["preempted"] = True
     write(slice_)

@@ -1,8 +1,9 @@
-"""Google Cloud Storage on loopback: what Orbax asks of it by other ways than `etils.epath`. Used by test_remote.py.
+"""A fake Google Cloud Storage on loopback, for those requests of Orbax that do not go through `etils.epath`. Used by
+test_remote.py.
 
-The arrays of a checkpoint TensorStore writes and reads itself, by HTTP: uploads in one piece, parts of objects and their
-metadata, each on conditions. That part of the JSON API is served here over the file system in memory that `etils.epath` has
-for gs://, so that both see one bucket. And Google's own client is asked for the bucket's metadata.
+TensorStore itself writes and reads the arrays of a checkpoint by HTTP. It uses single-request uploads, ranges of objects and
+object metadata, each with preconditions. This server implements that part of the JSON API on the in-memory file system
+that `etils.epath` uses for gs://, so both see the same bucket. Orbax also asks Google's own client for bucket metadata.
 """
 
 import contextlib
@@ -24,9 +25,9 @@ class FakeGcs(ThreadingHTTPServer):
     """Serves the objects of a file system.
 
     Attributes:
-      asked: what has been asked for: (method, name of the object).
-      refuse: given a method and the name of an object, the HTTP status to refuse it with, or None.
-      client: what Google's own client is replaced by.
+      asked: all requests so far: (method, name of the object).
+      refuse: maps a method and the name of an object to the HTTP status to refuse with, or to None.
+      client: the replacement for Google's own client.
     """
 
     daemon_threads = True
@@ -41,16 +42,16 @@ class FakeGcs(ThreadingHTTPServer):
         self._generations = itertools.count(1)
 
     def generation(self, path: str) -> int:
-        """The number of an object, a new one each time it is written; 0 if there is none."""
+        """The generation number of an object, which changes with each write; 0 if there is no object."""
         file = self.files.store.get(path)
         if file is not None and not hasattr(file, "generation"):
-            file.generation = next(self._generations)  # whoever wrote it
+            file.generation = next(self._generations)  # no matter who wrote it
         return file.generation if file is not None else 0
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # the header and body of an answer in one packet
+    wbufsize = -1  # sends header and body in one packet
     server: FakeGcs
 
     def do_GET(self) -> None:
@@ -122,10 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(files: MemoryFileSystem) -> Iterator[FakeGcs]:
-    """A server in a thread, which TensorStore and Google's client take for Google's until the block ends."""
+    """Runs a server in a thread. Until the block ends, TensorStore uses it and Google's client is replaced."""
     with FakeGcs(files) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
-        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # or it would look for credentials, also on other machines
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # prevents a search for credentials, also on other machines
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setattr(google.cloud, "storage", types.SimpleNamespace(Client=lambda: server.client), raising=False)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)

@@ -1,9 +1,9 @@
-"""What the golden tests share: the seeded weights and inputs that the published code was run with, and the comparison
-with what it gave.
+"""Helpers for the golden tests: the seeded weights and inputs of the published code's runs, and the comparison with its
+outputs.
 
-tests/golden holds arrays only, made by running the published PyTorch and JAX code in float32 with seeded weights. A weight
-depends on its published name and shape alone, so any model here can be filled with the same ones. Layouts in the files
-are the published ones (images NCHW); ours are turned before they are compared.
+tests/golden holds only arrays. They come from runs of the published PyTorch and JAX code in float32 with seeded weights. A
+weight depends only on its published name and shape, so any model here can be filled with the same weights. The files use
+published layouts (images NCHW). Our arrays are transposed before the comparison.
 """
 
 import json
@@ -18,12 +18,15 @@ from flax import nnx
 from titok_jax.weights import convert
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-SLICE_SUFFIXES = (".stride", ".shape", ".stats")  # what stands beside an array of which a slice is stored, see `compare`
+SLICE_SUFFIXES = (".stride", ".shape", ".stats")  # stored beside the slice of a large array, see `compare`
 
 
 def seeded_array(name: str, shape: tuple[int, ...], salt: str = "") -> np.ndarray:
-    """The float32 weight that the golden runs used for the published tensor `name`: standard normals seeded by the name's
-    CRC-32; embeddings halved (codebooks whole), norm scales 1 + 0.1 w, biases 0.1 w, kernels over the root of the fan-in."""
+    """The float32 weight that the golden runs used for the published tensor `name`.
+
+    It is a standard normal w, seeded by the CRC-32 of the name. Codebooks are w, other embeddings are w / 2, norm scales are
+    1 + 0.1 w, biases are 0.1 w, and kernels are w divided by the square root of the fan-in.
+    """
     w = np.random.default_rng(zlib.crc32((salt + name).encode())).standard_normal(shape).astype(np.float32)
     leaf = name.split(".")[-1]
 
@@ -42,19 +45,19 @@ def seeded_array(name: str, shape: tuple[int, ...], salt: str = "") -> np.ndarra
 
 
 def seeded_weights(shapes: Mapping[str, tuple[int, ...]], prefix: str = "", salt: str = "") -> dict[str, np.ndarray]:
-    """{published name: shape} -> {published name: seeded array}. `prefix` goes before the names that seed: golden runs
-    seeded some models as a part of a larger one, e.g. "discriminator."."""
+    """{published name: shape} -> {published name: seeded array}. For seeding, `prefix` is put before each name, because
+    golden runs seeded some models as part of a larger one, e.g. "discriminator."."""
     return {name: seeded_array(prefix + name, tuple(shape), salt) for name, shape in shapes.items()}
 
 
 def seeded_params(table: convert.Table, abstract_params: convert.Params, prefix: str = "", salt: str = "") -> convert.Params:
-    """A model's parameters (nested dict of numpy arrays) from seeded published weights, loaded as any published file."""
+    """A model's parameters (nested dict of numpy arrays) from seeded published weights, loaded like any published file."""
     weights = seeded_weights(convert.published_shapes(table, abstract_params), prefix, salt)
     return convert.from_published(table, abstract_params, weights, source="seeded weights")
 
 
 def abstract_model(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, convert.Params]:
-    """(graphdef, nested dict of ShapeDtypeStructs) of the module that `make()` builds; nothing is computed."""
+    """(graphdef, nested dict of ShapeDtypeStructs) of the module that `make()` builds, without computing anything."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     return graphdef, nnx.to_pure_dict(state)
 
@@ -62,13 +65,13 @@ def abstract_model(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, conver
 def seeded_model(
     make: Callable[[], nnx.Module], table: convert.Table, prefix: str = ""
 ) -> tuple[nnx.GraphDef, convert.Params]:
-    """(graphdef, seeded parameters) of the module that `make()` builds: `nnx.merge(graphdef, params)` is the model."""
+    """(graphdef, seeded parameters) of the module that `make()` builds. `nnx.merge(graphdef, params)` is the model."""
     graphdef, abstract = abstract_model(make)
     return graphdef, seeded_params(table, abstract, prefix)
 
 
 def images(batch: int, size: int, seed: int) -> np.ndarray:
-    """The golden inputs: [batch, size, size, 3] float32 in [0, 1], 8x8 blocks with fine noise on them. (The files speak of
+    """The golden inputs: [batch, size, size, 3] float32 in [0, 1], 8x8 blocks with fine noise on them. (The golden files use
     the same pictures as NCHW.)"""
     rng = np.random.default_rng(seed)
     coarse = rng.random((batch, 3, size // 8, size // 8)).repeat(8, axis=2).repeat(8, axis=3)
@@ -84,8 +87,8 @@ def nchw(x: Any) -> np.ndarray:
 def load(path: str) -> dict[str, np.ndarray]:
     """All arrays of an .npz file; `path` is relative to tests/golden, e.g. "tiny/tiny_vae.npz".
 
-    What several files would hold, as the same encoder's blocks, is in one of them. The others say where in
-    `stored_elsewhere`: rows of a name, the path of the file and the name there.
+    An array that belongs to several files, such as the blocks of a shared encoder, is stored in only one of them. The others
+    list it in `stored_elsewhere`: each row has the name, the path of the other file and the name there.
     """
     with np.load(GOLDEN / path) as file:
         arrays = dict(file)
@@ -109,11 +112,11 @@ def published_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def compare(golden: Mapping[str, np.ndarray], name: str, ours: Any, tolerance: float) -> float:
-    """Asserts that `ours`, a whole array in the published layout, is the golden array `name`.
+    """Asserts that `ours`, a whole array in the published layout, equals the golden array `name` within `tolerance`.
 
-    Large golden arrays are strided slices with the mean, population standard deviation and largest magnitude of the whole
-    beside them (`.stride`, `.shape`, `.stats`); both are checked. `tolerance` is relative to the largest magnitude: if no
-    element is off by more, none of the three statistics can be.
+    Large golden arrays are stored as strided slices. Beside them are the mean, the population standard deviation and the
+    largest magnitude of the whole array (`.stride`, `.shape`, `.stats`). Both are checked. `tolerance` is relative to the
+    largest magnitude. If no element is off by more, none of the three statistics can be.
 
     Returns:
       the largest error of the slice, relative to the largest magnitude.
@@ -153,8 +156,8 @@ def compare(golden: Mapping[str, np.ndarray], name: str, ours: Any, tolerance: f
 
 
 def within(difference: Any, allowed: Any, label: str) -> None:
-    """Asserts that no element of `difference`, of any sign, is larger than `allowed`, a number or an array.
+    """Asserts that the absolute value of each element of `difference` is at most `allowed`, a number or an array.
 
-    The one place where errors meet bounds that are no `np.testing.assert_allclose`: margins.py records both.
+    All comparisons with bounds go through this function, except `np.testing.assert_allclose`. margins.py records both.
     """
     assert (np.abs(difference) <= allowed).all(), label

@@ -1,4 +1,4 @@
-"""A task on some meshes of 8 simulated devices, for test_sharding.py: prints what happened as JSON.
+"""Runs a task on meshes of 8 simulated devices for test_sharding.py, and prints the results as JSON.
 
 JAX_NUM_CPU_DEVICES=8 python tests/on_meshes.py stage1 1,1,1 2,2,2
 """
@@ -21,9 +21,9 @@ from titok_jax.training.tasks import generator, maskgit_vqgan, single_stage, sta
 from titok_jax.training.tasks.base import jit_step
 from titok_jax.weights.perceptual_files import make_perceptual
 
-PARTS = 1  # that a batch is cut into for gradient accumulation
-STEPS = 2  # with the same parameters, as the first has the learning rate 0
-BATCH = 40  # no other size in these models is a multiple of 5, so that a shape tells whether it holds a batch
+PARTS = 1  # parts of a batch for gradient accumulation
+STEPS = 2  # both with the same parameters, because the first step has learning rate 0
+BATCH = 40  # the only size that is a multiple of 5, so a shape shows whether it holds a batch
 
 _OPTIMIZER = OptimizerConfig(
     learning_rate=1e-3,
@@ -46,17 +46,18 @@ _SIZES = {"image_size": _IMAGE_SIZE, "patch_size": 4, "num_latent_tokens": 7}
 _STAGE_1 = dataclasses.replace(tiny_models.STAGE_1, **_SIZES)
 _VQGAN = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 1, 1), num_res_blocks=1, z_channels=32)
 _PERCEPTUAL = "lpips-convnext_s-1.0-0.1"
-# Its networks have one size each; here it is this.
+# The perceptual networks have a fixed size. These are smaller ones for the test.
 perceptual.VGG_CHANNELS = (16, 16, 32, 32, 32)
 perceptual.CONVNEXT_S, perceptual.CONVNEXT_SIZE = ((1, 16), (1, 32), (2, 32), (1, 64)), 64
 perceptual.NUM_CLASSES = 64
 
 
 def make_tasks():
-    """{name: task}, tiny, with all that a step of each kind can have; the discriminator starts in the second step."""
+    """{name: task}: tiny tasks with every feature that a step of each kind can have. The discriminator starts in the second
+    step."""
     loss = {"discriminator_weight": 0.1, "discriminator_start": 1, "lecam_weight": 0.1}
     stage_2 = dataclasses.replace(_STAGE_1, finetune_decoder=True, commitment_cost=0.0, pixel_decoder=_VQGAN)
-    # Biases about 1 and small kernels: where few features are nearly 0, rounding decides no ReLU and no large quotient.
+    # With biases near 1 and small kernels, few features are near 0. So rounding does not flip a ReLU or blow up a quotient.
     weights = tiny_models.params(PerceptualConfig(_PERCEPTUAL))
     weights = jax.tree.map(lambda p: 1 + p if p.ndim == 1 else p / 8, weights)
     return {
@@ -94,7 +95,7 @@ def make_tasks():
 
 
 def batch_of(task, step: int) -> dict[str, np.ndarray]:
-    """A global batch for a task; the second half is dark, so that a mean over one device shows."""
+    """A global batch for a task. The second half is dark, so that a mean over only one device is noticed."""
     rng = np.random.default_rng(step)
     if "generator" in task.networks:
         return {
@@ -107,7 +108,7 @@ def batch_of(task, step: int) -> dict[str, np.ndarray]:
 
 
 def collectives(text: str) -> dict[str, list[tuple[str, list[int]]]]:
-    """{kind: (type, shape) of every array that one gives} of a compiled program."""
+    """{kind of collective: (type, shape) of every array that it outputs} for the text of a compiled program."""
     found: dict[str, list[tuple[str, list[int]]]] = {}
     pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
     for result, kind in re.findall(pattern, text):
@@ -117,7 +118,7 @@ def collectives(text: str) -> dict[str, list[tuple[str, list[int]]]]:
 
 
 def begin(task):
-    """A first state, in the host's memory. Its parameters are half those of other tests, whose large logits magnify
+    """An initial state in host memory. Its parameters are half as large as in other tests, whose large logits magnify
     rounding."""
     start = {name: tiny_models.params(network.config) for name, network in task.networks.items()}
     return jax.device_get(jax.jit(task.begin)(jax.random.key(0), jax.tree.map(lambda p: p / 2, start)))
@@ -130,13 +131,14 @@ def named(tree) -> list:
 
 
 def projections(array: np.ndarray) -> list:
-    """[type, largest value, products with a few fixed random arrays] of an array: a change of any element shows."""
+    """[type, largest magnitude, products with a few fixed random arrays] of an array. Any changed element changes them."""
     directions = np.random.default_rng(0).standard_normal((3, array.size))
     return [str(array.dtype), float(np.abs(array).max()), *(directions @ array.astype(np.float64).reshape(-1)).tolist()]
 
 
 def compile_step(task, state, mesh):
-    """-> (the step compiled for a mesh, the state and the frozen parameters placed on it, the latter's shardings)."""
+    """Compiles a step for a mesh. Returns (the compiled step, the sharded state, the sharded frozen parameters, the
+    shardings of the latter)."""
     shardings, frozen_shardings = sharding.state_shardings(mesh, state), sharding.state_shardings(mesh, task.frozen)
     state, frozen = jax.device_put(state, shardings), jax.device_put(task.frozen, frozen_shardings)
     with jax.set_mesh(mesh):
@@ -146,7 +148,7 @@ def compile_step(task, state, mesh):
 
 
 def run(task, state, shape):
-    """Losses, final state, collectives and placement of one task on one mesh."""
+    """Runs one task on one mesh. Returns its losses, final state, collectives and shardings."""
     mesh, key = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)]), jax.random.key(0)
     compiled, state, frozen, frozen_shardings = compile_step(task, state, mesh)
     metrics = []
@@ -156,7 +158,7 @@ def run(task, state, shape):
     places = {
         "in": (state, compiled.input_shardings[0][0]),
         "out": (state, compiled.output_shardings[0]),
-        "frozen": (frozen, frozen_shardings),  # of which a step may use a part
+        "frozen": (frozen, frozen_shardings),  # a step may use only some of them
     }
     placed = {}
     for side, (tree, found) in places.items():
@@ -171,7 +173,7 @@ def run(task, state, shape):
 
 
 def print_collectives_of_tpu_forms(name: str, *meshes: str) -> None:
-    """What devices send each other where the layers take the forms that are fast on a TPU: compiled, not run."""
+    """Prints the collectives of a step with the TPU variants of the layers. The step is compiled but not run."""
     sharding.SMALLEST_SHARDED = 512
     task = make_tasks()[name]
     state = begin(task)

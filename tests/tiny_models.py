@@ -41,13 +41,13 @@ GENERATOR = GeneratorConfig(
 
 @functools.cache
 def params(config, seed: int = 0):
-    """Random parameters of a model, as a nested dict of arrays. (Its own initialisation would have to be compiled.)"""
+    """Random parameters of a model, as a nested dict of arrays. (The model's own initialisation would need compilation.)"""
     rng = np.random.default_rng(seed)
     shapes = models.abstract(config)[1]
     return jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(s.dtype), shapes)
 
 
 def save(folder, config=GENERATOR, tokenizer=TOKENIZER):
-    """Saves a model; a generator with its tokenizer."""
+    """Saves a model. A generator is saved together with its tokenizer."""
     pair = (tokenizer, params(tokenizer, 1)) if isinstance(config, GeneratorConfig) and tokenizer is not None else None
     return pretrained.save(folder, config, params(config), tokenizer=pair)

@@ -1,5 +1,5 @@
-"""How good a model is: features of images, metrics on them, references, scores, and whole evaluations in resumable pieces.
+"""Measures the quality of models: features of images, metrics, references, scores, and evaluations in resumable pieces.
 
-Also the comparison with the published code (`parity`). Importing the room imports no JAX.
+It also holds the comparison with the published code (`parity`). Importing this package does not import JAX.
 May import: runtime, data, pictures, models, weights, inference.
 """

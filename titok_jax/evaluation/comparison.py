@@ -1,4 +1,4 @@
-"""Comparison of a tokenizer's results with published tokens, given reconstructions and the published PyTorch code."""
+"""Compares a tokenizer's results with published tokens, with given reconstructions and with the published PyTorch code."""
 
 import os
 import subprocess
@@ -12,24 +12,24 @@ import numpy as np
 from titok_jax.data.transforms import to_uint8_truncate
 from titok_jax.evaluation import metrics
 
-# The published run was on a GPU with TF32 matrix products: where two codes are nearly as near, another may be chosen.
+# The published run used a GPU with TF32 matrix products. If two codes are almost equally near, it may choose another one.
 MAX_TOKENS_OFF = 2
 
 
-# The published pictures were cut down to whole grey levels, which an error of 1e-6 can move by one, and TF32 by more.
+# The published pictures were truncated to whole grey levels. An error of 1e-6 can change one by 1, and TF32 by more.
 MAX_GREY_LEVELS = 3
 
 
-# Against the published code in float32, relative to the largest magnitude. It differs from its own float64 by up to 2.5e-5
-# in images of the legacy models, by 1e-6 elsewhere.
+# Difference from the published code in float32, relative to the largest magnitude. That code differs from its own float64
+# results by up to 2.5e-5 in images of the legacy models, and by 1e-6 elsewhere.
 TOLERANCE = 1e-4
 
 
-# A token must be the same if its second best code is further away than this.
+# A token must be equal if its second best code is further away by more than this.
 CLEAR_MARGIN = 1e-3
 
 
-# Of all tokens, this share may differ in close calls.
+# The share of all tokens that may differ because of close calls.
 CLOSE_CALLS = 0.005
 
 
@@ -45,7 +45,7 @@ _TITOK_L32_TOKENS = {
 }
 
 
-# Runs in the interpreter of the published code. Layouts are that code's: images [B, 3, H, W], latents [B, C, 1, N].
+# Runs in the interpreter of the published code and uses its layouts: images [B, 3, H, W], latents [B, C, 1, N].
 _DRIVER = """
 import sys
 
@@ -84,13 +84,13 @@ class Check(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a tokenizer makes of one image.
+    """A tokenizer's results for one image.
 
     Attributes:
-      encoder_output: [N, C] float32, what enters the bottleneck (C is doubled for a VAE).
-      tokens: [N] int32; of a VAE the mean [N, C] float32.
+      encoder_output: [N, C] float32, the input of the bottleneck (C is doubled for a VAE).
+      tokens: [N] int32; for a VAE the mean [N, C] float32.
       margin: [N] float32, by how much the second best code is further away; None for a VAE.
-      decoded_tokens: what was decoded, as `tokens`: these, or the published ones where they are known.
+      decoded_tokens: the tokens that were decoded, like `tokens`: the published ones if known, otherwise `tokens` itself.
       image: [H, W, 3] float32, the decoded image, not clamped.
     """
 
@@ -102,7 +102,7 @@ class Result(NamedTuple):
 
 
 def published_tokens(config) -> Mapping[str, Sequence[int]]:
-    """{stem of the file's name: published tokens} for a model of this architecture; empty if none are known."""
+    """{stem of the file name: published tokens} for a model with this configuration; empty if none are known."""
     from titok_jax.models.titok import TRANSFORMER_SIZES, TiTokConfig
 
     large = TRANSFORMER_SIZES["large"]
@@ -113,9 +113,9 @@ def run(tokenizer, images: np.ndarray, known: Sequence[Sequence[int] | None]) ->
     """Encodes and decodes one image at a time.
 
     Args:
-      tokenizer: as `titok_jax.load_tokenizer` or `load_vqgan` gives it; the codes of a VQGAN are numbered row by row.
+      tokenizer: from `titok_jax.load_tokenizer` or `load_vqgan`. A VQGAN's codes are in row-major order.
       images: [n, H, W, 3] uint8.
-      known: for each image, tokens to decode instead of its own.
+      known: for each image, tokens to decode instead of the encoded ones, or None.
     """
     import jax
     from flax import nnx
@@ -158,36 +158,36 @@ def run(tokenizer, images: np.ndarray, known: Sequence[Sequence[int] | None]) ->
 def check_clone(clone: Path) -> None:
     """
     Raises:
-      ValueError: `--reference` names no clone of the published repository.
+      ValueError: if `--reference` is not a clone of the published repository.
     """
     if not (clone / "modeling" / "titok.py").is_file():
         raise ValueError(f"--reference {clone}: no clone of the published code, it holds no modeling/titok.py")
 
 
 def reference_environment() -> dict[str, str]:
-    """The environment for the interpreter of the published code: Python's own settings are of this one, not of that one."""
+    """The environment for the published code's interpreter, without Python's settings, which are for this interpreter."""
     return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
 
 def run_reference(
     clone: Path, python: str, tokenizer, images: np.ndarray, results: Sequence[Result]
 ) -> list[dict[str, np.ndarray]]:
-    """The published code on the same images and the same weights, on the CPU in float32.
+    """Runs the published code on the same images and the same weights, on the CPU in float32.
 
-    The weights are those that `tokenizer` holds, written in the published format and read there with `strict=True`: what we
-    hand back is checked on the way.
+    The weights of `tokenizer` are written in the published format, and the published code reads them with `strict=True`. So
+    this checks our export too.
 
     Args:
       clone: folder of the published repository; holds modeling/titok.py.
-      python: an interpreter that has what the published code imports.
+      python: an interpreter with the packages that the published code imports.
       images: [n, H, W, 3] uint8.
-      results: ours; their `decoded_tokens` are what the published code decodes.
+      results: our results. The published code decodes their `decoded_tokens`.
 
     Returns:
       for each image, in our layout: "encoder_output" [N, C], "tokens" [N] or [N, C], "image" [H, W, 3].
 
     Raises:
-      ValueError: the published code did not run; the message ends with what it said.
+      ValueError: if the published code fails. The message ends with its output.
     """
     from titok_jax.weights import pretrained
 
@@ -221,7 +221,7 @@ def run_reference(
 
 
 def check_published_tokens(name: str, ours: np.ndarray, published: Sequence[int]) -> Check:
-    """ours int [N] against published ones."""
+    """Compares our tokens int [N] with the published ones."""
     off = int((ours != np.asarray(published)).sum())
     return Check(
         name, "published tokens", f"{off} of {ours.size} differ", f"at most {MAX_TOKENS_OFF}", off <= MAX_TOKENS_OFF
@@ -229,7 +229,7 @@ def check_published_tokens(name: str, ours: np.ndarray, published: Sequence[int]
 
 
 def check_reconstruction(name: str, ours: np.ndarray, given: np.ndarray) -> Check:
-    """ours [H, W, 3] float against a picture uint8 [H, W, 3] of the published code, which truncates to grey levels."""
+    """Compares our float image [H, W, 3] with a picture uint8 [H, W, 3] of the published code, which truncates pixels."""
     ours = to_uint8_truncate(ours)
     difference = int(np.abs(ours.astype(int) - given).max())
     psnr = metrics.psnr(ours[None] / 255.0, given[None] / 255.0)[0]
@@ -238,7 +238,7 @@ def check_reconstruction(name: str, ours: np.ndarray, given: np.ndarray) -> Chec
 
 
 def check_reference(name: str, ours: Result, theirs: Mapping[str, np.ndarray]) -> list[Check]:
-    """One image's results against those of the published code."""
+    """Compares one image's results with those of the published code."""
     checks = [_check_array(name, "encoder output", ours.encoder_output, theirs["encoder_output"])]
     if ours.margin is None:
         checks.append(_check_array(name, "latents (mean)", ours.tokens, theirs["tokens"]))

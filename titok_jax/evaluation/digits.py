@@ -1,4 +1,4 @@
-"""Every figure of a model of the digits."""
+"""All metrics of a model of the digits."""
 
 import math
 from typing import Any
@@ -14,30 +14,31 @@ from titok_jax.inference.many import balanced_labels
 NUM_CLASSES, DIGITS_SIZE = 10, 32
 
 
-# Neighbours of the classifier of digits. Of the two usual numbers, 3 and 5, the one that reads more of the 1,437 training
-# digits right when each is left out in turn: 98.5 % against 98.3 %. Held-out digits had no part in the choice. (One
-# neighbour reads 98.9 %, but then a single odd scan decides.)
+# Number of neighbours of the digits classifier. Of the usual values 3 and 5, this one classifies more of the 1,437 training
+# digits correctly when each is left out in turn: 98.5 % against 98.3 %. Held-out digits were not used for the choice. (One
+# neighbour reaches 98.9 %, but then a single odd scan decides.)
 NEIGHBOURS = 3
 
 
 def evaluate_digits(
     tokenizer, generator, network, work: Work, *, num: int, seed: int, settings: dict[str, Any], identity: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Every figure of a model of the digits.
+    """Computes all metrics of a model of the digits.
 
-    The classifier that reads generated and reconstructed digits has seen the real training digits only, and so has the
-    network of digits-FID; every figure has the same one of real held-out digits beside it.
+    The classifier of generated and reconstructed digits has seen only the real training digits. The same holds for the
+    network of digits-FID. Each metric is accompanied by the same metric for real held-out digits.
 
     Args:
-      tokenizer, generator: as `titok_jax.load_pair` gives them.
-      network: as `titok_jax.features.load_digits_features` gives it.
-      num: generated digits, a multiple of 10.
-      seed, settings: as of `titok_jax.sample.sample`.
-      identity: what says which weights and features these are, for the settings of the pieces.
+      tokenizer, generator: from `titok_jax.load_pair`.
+      network: from `titok_jax.evaluation.features.load_digits_features`.
+      num: number of generated digits, a multiple of 10.
+      seed, settings: as in `titok_jax.inference.many.sample`.
+      identity: identifies the weights and features, for the settings of the pieces.
 
     Returns:
-      A nested dict of numbers; None on all processes but the first. Accuracies are fractions read as the true label, or the
-      label generated for; distances are root mean squares over the pixels, of images in [0, 1].
+      A nested dict of numbers; None on all processes but the first. An accuracy is the fraction of digits classified as
+      their true label, or as the label they were generated for. A distance is the root mean square over the pixels of images
+      in [0, 1].
     """
     from titok_jax.data.sources import DigitsSource
 
@@ -102,7 +103,7 @@ def evaluate_digits(
 
 
 def digits_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures of the digits for reading."""
+    """The metrics of the digits as rows of text."""
     held_out, training = result["reconstruction"]["held_out"], result["reconstruction"]["training"]
     generation, distances = result["generation"], result["distance_to_nearest_training_digit"]
     neighbours = f"read right by {NEIGHBOURS} nearest training digits"

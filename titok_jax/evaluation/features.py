@@ -1,8 +1,8 @@
-"""Networks whose features distances between sets of images are defined on, as people use them.
+"""Feature networks for distances between sets of images, ready to use.
 
-Two: InceptionV3 of 2015-12-05, which FID, sFID, the Inception score, precision and recall mean, and a small classifier of
-the embedded digits, of which the same measures are called digits-FID and so on. A network that is absent is an error, never
-replaced by another one.
+There are two. InceptionV3 of 2015-12-05 is the network of FID, sFID, the Inception score, precision and recall. A small
+classifier of the embedded digits gives the same metrics under the names digits-FID and so on. If a network is missing, that
+is an error; it is never replaced by another one.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ DIGITS = "digits"
 # torch-fidelity publishes it; pytorch-fid publishes the same file as pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-# What a converted file says of itself, in its metadata.
+# The metadata of a converted file.
 CONVERTED_FROM_PUBLISHED = {"source_sha256": INCEPTION_SHA256}
 INCEPTION_VARIABLE = "TITOK_JAX_INCEPTION"
 
@@ -38,12 +38,12 @@ DIGITS_WEIGHTS = published_models.EMBEDDED / "digits_features" / "model.safetens
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Of a batch of images, float32.
+    """Features of a batch of images, float32.
 
     Attributes:
-      pool: [B, D], the features of FID, precision and recall; D is 2,048, of the digits 64.
-      spatial: [B, 2023], those of sFID; None of the digits.
-      logits: [B, C], for the Inception score: C is 1,008 (without the bias, as published), of the digits 10.
+      pool: [B, D], for FID, precision and recall. D is 2,048 for InceptionV3 and 64 for digits.
+      spatial: [B, 2023], for sFID; None for digits.
+      logits: [B, C], for the Inception score. C is 1,008 for InceptionV3 (no bias, as published) and 10 for digits.
     """
 
     pool: np.ndarray
@@ -55,9 +55,9 @@ class FeatureNetwork:
     """A feature network with its weights.
 
     Attributes:
-      name: "inception-2015-12-05" or "digits"; belongs into `metrics.FeatureStatistics`, which keeps the two apart.
-      dim, spatial_dim, num_classes: lengths of the three features; `spatial_dim` is None where there is no such feature.
-      image_size: pixels per side that images must have; None: any, they are resized inside.
+      name: "inception-2015-12-05" or "digits". Pass it to `metrics.FeatureStatistics`, which keeps the two apart.
+      dim, spatial_dim, num_classes: lengths of the three features; `spatial_dim` is None if there is no such feature.
+      image_size: pixels per side that images must have. None accepts any size, and the network resizes the images.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class FeatureNetwork:
         """
         Args:
           apply: (params, uint8 images [B, H, W, 3]) -> pool, spatial and logits.
-          batch_size: images that are computed at a time; rounded up to a multiple of the devices that share them.
-          mesh: over which they are cut; by default over this process's devices. Several processes give their own images
-            and each gets the features of these; merge what they counted (`FeatureStatistics.merge`).
+          batch_size: images per batch, rounded up to a multiple of the devices that share a batch.
+          mesh: the mesh to shard batches along; by default a mesh of this process's devices. Each of several processes
+            passes its own images and gets their features. Merge their statistics with `FeatureStatistics.merge`.
         """
         self.name, self.image_size = name, image_size
         self.dim, self.spatial_dim, self.num_classes = dim, spatial_dim, num_classes
@@ -89,13 +89,14 @@ class FeatureNetwork:
         self._apply = jax.jit(apply)
 
     def __call__(self, images: np.ndarray) -> Features:
-        """Features of any number of images, in their order; nothing is dropped, and an image's do not depend on the others.
+        """Computes the features of any number of images, in their order. No image is dropped, and the features of an image
+        do not depend on the others.
 
         Args:
-          images: uint8 [B, H, W, 3], B at least 1. Another size of images is compiled anew.
+          images: uint8 [B, H, W, 3], B at least 1. Each new image size causes a compilation.
 
         Raises:
-          ValueError: another shape or dtype.
+          ValueError: for a wrong shape or dtype.
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not len(images):
@@ -121,16 +122,16 @@ class FeatureNetwork:
 def load_inception(
     path: str | os.PathLike | None = None, *, batch_size: int = 64, mesh: Mesh | None = None
 ) -> FeatureNetwork:
-    """InceptionV3 with the weights that FID is defined on.
+    """Loads InceptionV3 with the weights that FID is defined on.
 
     Args:
-      path: the published weights-inception-2015-12-05-6726825d.pth (needs PyTorch to be read), or what
-        tools/convert_weights.py made of it; None: what the environment variable TITOK_JAX_INCEPTION says.
+      path: the published weights-inception-2015-12-05-6726825d.pth (which needs PyTorch), or the output of
+        tools/convert_weights.py for it. None means the path in the environment variable TITOK_JAX_INCEPTION.
       batch_size, mesh: as in `FeatureNetwork`.
 
     Raises:
-      FileNotFoundError: none is given, or there is no such file; the message says where it is to be had.
-      WeightsError: the file is another one, or damaged.
+      FileNotFoundError: if no path is given, or there is no such file. The message says where to download it.
+      WeightsError: if the file is damaged or is a different one.
     """
     path = os.environ.get(INCEPTION_VARIABLE) or None if path is None else path
     if path is None or not as_path(path).is_file():
@@ -155,8 +156,8 @@ def load_inception(
 
 
 def verify_inception(path: str | os.PathLike) -> None:
-    """Raises WeightsError unless a file is the published one, by its SHA-256, or says that it was converted from that.
-    (What is written here has a checksum of every tensor, which is compared when it is read.)"""
+    """Raises WeightsError unless a file is the published one, by its SHA-256, or its metadata says that it was converted
+    from that one. (A converted file holds a checksum of every tensor, which is checked when the file is read.)"""
     if CONVERTED_FROM_PUBLISHED.items() <= tensor_files.safetensors_metadata(path).items():
         return
     with open(path, "rb") as file:
@@ -172,15 +173,16 @@ def verify_inception(path: str | os.PathLike) -> None:
 def load_digits_features(
     path: str | os.PathLike = DIGITS_WEIGHTS, *, batch_size: int = 256, mesh: Mesh | None = None
 ) -> FeatureNetwork:
-    """The classifier of digits, trained on the embedded training digits (tools/train_digits_features.py); it reads 99 % of
-    the held-out ones. Its images are 32 x 32.
+    """Loads the classifier of 32 x 32 digits, trained on the embedded training digits (tools/train_digits_features.py). It
+    classifies 99 % of the held-out digits correctly.
 
     Args:
-      path: other weights of it; by default the embedded ones.
+      path: its weights; by default the embedded ones.
       batch_size, mesh: as in `FeatureNetwork`.
 
     Raises:
-      FileNotFoundError, WeightsError: no such file, or one that is damaged or of something else.
+      FileNotFoundError: if there is no such file.
+      WeightsError: if the file is damaged or holds other weights.
     """
     config = DigitsNetConfig()
     graphdef, abstract = models.abstract(config)
@@ -196,17 +198,18 @@ def load_digits_features(
 
 
 def load_lpips(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """LPIPS of VGG16 (Zhang et al. 2018, arXiv 1801.03924), at the images' own resolution.
+    """Loads LPIPS with VGG16 (Zhang et al. 2018, arXiv 1801.03924), at the images' own resolution.
 
     Args:
-      folder: holds vgg16-397923af and lpips_vgg, each .pth or .safetensors.
-      mesh: over which batches are cut, whose size must be a multiple of its devices; None: one device.
+      folder: holds vgg16-397923af and lpips_vgg, each as .pth or .safetensors.
+      mesh: the mesh to shard batches along; the batch size must be a multiple of its devices. None means one device.
 
     Returns:
-      (images, reconstructions), both [B, H, W, 3] float in [0, 1] -> distances float64 [B]. Compiled for each shape.
+      A function of (images, reconstructions), both [B, H, W, 3] float in [0, 1], that returns distances float64 [B]. It is
+      compiled for each shape.
 
     Raises:
-      FileNotFoundError, WeightsError: as `titok_jax.tasks.perceptual.load_perceptual`.
+      FileNotFoundError, WeightsError: as `titok_jax.weights.perceptual_files.load_perceptual`.
     """
     perceptual = load_perceptual("lpips", folder, advice="set --lpips to the folder that holds it")
     params = jax.device_put(perceptual.params, mesh and sharding.replicated(mesh))

@@ -1,4 +1,4 @@
-"""Images that are measured, read when they are asked for."""
+"""Sources of the images to evaluate, which read images on demand."""
 
 import os
 import zipfile
@@ -13,11 +13,11 @@ CROPS = {"torchvision": center_crop_torchvision, "adm": center_crop_adm}
 
 
 class SourceImages:
-    """Images of a data set (`titok_jax.data.sources`), cropped, read when they are asked for.
+    """Cropped images of a data set (`titok_jax.data.sources`), read on demand.
 
     Args:
-      crop: "torchvision", the published one of reconstructions, or "adm", of ADM's references.
-      num: how many, spread evenly over the data set; all if not given.
+      crop: "torchvision", as in published reconstructions, or "adm", as in ADM's references.
+      num: number of images, spread evenly over the data set; all if not given.
     """
 
     def __init__(self, source, crop: str, size: int, num: int | None = None):
@@ -39,16 +39,16 @@ class SourceImages:
 
 
 class NpzImages:
-    """The images `arr_0` of an .npz file, uint8 [n, H, W, 3], read when they are asked for: forwards is fast.
+    """The images `arr_0` of an .npz file, uint8 [n, H, W, 3], read on demand. Reading forwards is fast.
 
     Attributes:
       shape: (n, H, W, 3).
       size: H = W.
-      names: what the file holds, each with the ending .npy.
-      sorted_by_class: by its array `labels`, if it has one.
+      names: names of the arrays in the file, each with the ending .npy.
+      sorted_by_class: whether the file has an array `labels` and it is sorted.
 
     Raises:
-      ValueError: no such file of images; the message says what it is.
+      ValueError: if the file does not hold such images. The message says what it holds.
     """
 
     def __init__(self, path: str | os.PathLike):

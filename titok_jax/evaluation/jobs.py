@@ -1,4 +1,4 @@
-"""Where the pieces of an evaluation are kept, what its jobs share, and how its result is written."""
+"""Stores the pieces of an evaluation, holds what its jobs share, and writes its result."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from titok_jax.runtime.shards import Shards
 
 
 class Work:
-    """Where the pieces of an evaluation are kept, and what all of its jobs share."""
+    """The folder with the pieces of an evaluation, and the settings that all of its jobs share."""
 
     def __init__(self, folder: Path | epath.Path, *, batch_size: int, restart: bool = False, quiet: bool = False):
         import jax
@@ -31,29 +31,29 @@ class Work:
         self.jobs: list[Shards] = []
 
     def job(self, name: str, length: int, settings: dict[str, Any]) -> Shards:
-        """The pieces of one job, begun or continued."""
+        """Begins or continues a job and returns its pieces."""
         size = whole_batch(self.batch_size, length)
         shards = Shards(self.folder / name, settings, length, size, **self._options)
         self.jobs.append(shards)
         return shards
 
     def make(self, shards: Shards, make_pieces: pieces.Pieces) -> None:
-        """Makes what is missing of a job."""
+        """Makes the missing pieces of a job."""
         shards.make(make_pieces, name=shards.folder.name, quiet=self.quiet)
 
     def remove(self) -> None:
-        """Removes the pieces of all jobs, once no process reads them any more."""
+        """Removes the pieces of all jobs after every process has finished reading them."""
         for shards in self.jobs:
             shards.wait("used")
         if self.first:
             for shards in self.jobs:
                 shards.remove()
-            with contextlib.suppress(OSError, ValueError):  # the latter from etils
+            with contextlib.suppress(OSError, ValueError):  # etils raises ValueError
                 self.folder.rmdir()
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on, and the kind of device."""
+    """Versions of the packages that can affect the metrics, and the kind of device."""
     import flax
     import jax
     import jaxlib

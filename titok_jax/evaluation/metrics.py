@@ -1,7 +1,7 @@
-"""Measures of images, of features of images and of tokens, in numpy and float64 throughout. Imports no model.
+"""Metrics of images, image features and tokens, in numpy and float64 throughout. Imports no model.
 
-What is counted over a data set is a class with `update(batch)`, for the next batch, and `merge(other)`, for what another
-process counted.
+Metrics over a whole data set are classes. `update(batch)` adds the next batch, and `merge(other)` adds what another process
+has counted.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
       float64 [B] in dB; infinite for equal images.
 
     Raises:
-      ValueError: shapes that differ, or integers.
+      ValueError: if the shapes differ, or for integers.
     """
     a, b = _pair(a, b)
     with np.errstate(divide="ignore"):
@@ -42,7 +42,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Structural similarity of each pair of images (Wang et al., "Image Quality Assessment: From Error Visibility to
     Structural Similarity", IEEE TIP 2004, equation 13), with the paper's settings: an 11x11 Gaussian window of sigma 1.5,
-    K1 = 0.01, K2 = 0.03, data range 1; mean over the positions where the window lies inside, and over the channels.
+    K1 = 0.01, K2 = 0.03, data range 1. The result is the mean over all positions of the window inside the image, and over
+    the channels.
 
     Args:
       a, b: [B, H, W, C] float in [0, 1], at least 11x11 pixels.
@@ -51,7 +52,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
       float64 [B], at most 1.
 
     Raises:
-      ValueError: shapes that differ, integers, or images smaller than the window.
+      ValueError: if the shapes differ, for integers, or if the images are smaller than the window.
     """
     a, b = _pair(a, b)
     if min(a.shape[1:3]) < 11:
@@ -66,7 +67,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def windowed_ssim(a, b, window):
-    """The formula of `ssim`, of NumPy or JAX arrays [B, H, W, C] -> [B]; window(x): the weighted mean around each place."""
+    """The formula of `ssim` for NumPy or JAX arrays [B, H, W, C] -> [B]. window(x): weighted mean around each position."""
     mean_a, mean_b = window(a), window(b)
     var_a, var_b = window(a * a) - mean_a**2, window(b * b) - mean_b**2
     covariance = window(a * b) - mean_a * mean_b
@@ -96,10 +97,10 @@ class CodebookUsage:
         self.counts = np.zeros(codebook_size, np.int64)
 
     def update(self, tokens: np.ndarray) -> "CodebookUsage":
-        """Counts tokens, integers of any shape in 0 .. codebook_size - 1; returns itself.
+        """Counts tokens, integers of any shape in 0 .. codebook_size - 1, and returns self.
 
         Raises:
-          ValueError: a token out of range.
+          ValueError: for a token out of range.
         """
         tokens = np.asarray(tokens).reshape(-1)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(self.counts):
@@ -108,10 +109,10 @@ class CodebookUsage:
         return self
 
     def merge(self, other: "CodebookUsage") -> "CodebookUsage":
-        """Adds what another one counted; returns itself.
+        """Adds the counts of another one and returns self.
 
         Raises:
-          ValueError: codebooks of different sizes.
+          ValueError: if the codebooks have different sizes.
         """
         if len(other.counts) != len(self.counts):
             raise ValueError(f"codebooks of {len(self.counts)} and {len(other.counts)} codes cannot be merged")
@@ -125,8 +126,9 @@ class CodebookUsage:
 
     @property
     def entropy(self) -> float:
-        """Of the distribution of codes, in bits: 0 for a single code, log2(codebook_size) if all are equally frequent. The
-        published evaluator's -sum p log2(p + 1e-8), which is less than the exact one by at most codebook_size * 1.5e-8."""
+        """Entropy of the code distribution in bits: 0 for a single code, log2(codebook_size) if all are equally frequent.
+        As in the published evaluator it is -sum p log2(p + 1e-8), which is less than the exact entropy by at most
+        codebook_size * 1.5e-8."""
         if not self.counts.any():
             return 0.0
         p = self.counts[self.counts > 0] / self.counts.sum()
@@ -134,20 +136,20 @@ class CodebookUsage:
 
     @property
     def perplexity(self) -> float:
-        """2 to the entropy: as many equally frequent codes would be as uncertain. 1 .. codebook_size."""
+        """2 to the entropy: the number of equally frequent codes that have the same entropy, 1 .. codebook_size."""
         return 2.0**self.entropy
 
 
 class FeatureStatistics:
     """Mean and covariance of feature vectors, over any number of batches and shards.
 
-    Each batch is merged about its own mean (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983):
-    nothing cancels, and the result depends on batch sizes and order by rounding only, some 1e-15.
+    Each batch is centred at its own mean and then merged (Chan, Golub and LeVeque, "Algorithms for computing the sample
+    variance", 1983). So there is no cancellation, and batch sizes and order change the result only by rounding, about 1e-15.
 
     Attributes:
       dim: D, the length of a feature vector.
-      network: name of the network that the features are of, or "" if unknown. Statistics of two networks never meet.
-      count: int, how many vectors; 0 if unknown (files of others): then nothing can be added.
+      network: name of the network that computed the features, or "" if unknown. Statistics of two networks are never mixed.
+      count: int, number of vectors. 0 if unknown, as in other people's files; then nothing can be added.
       mean: float64 [D].
     """
 
@@ -155,13 +157,13 @@ class FeatureStatistics:
         self.dim, self.network = dim, network
         self.count, self.mean = 0, np.zeros(dim)
         self._scatter = np.zeros((dim, dim))  # sum of (x - mean) (x - mean)^T
-        self._covariance: np.ndarray | None = None  # of a file that does not say of how many vectors
+        self._covariance: np.ndarray | None = None  # from a file that does not hold the count
 
     def update(self, features: np.ndarray) -> "FeatureStatistics":
-        """Adds vectors [B, D], any real dtype, computing in float64; returns itself.
+        """Adds vectors [B, D] of any real dtype, computing in float64, and returns self.
 
         Raises:
-          ValueError: another shape, values that are not finite, or statistics whose count is unknown.
+          ValueError: for a wrong shape, for values that are not finite, or if the count is unknown.
         """
         features = np.asarray(features)
         if features.ndim != 2 or features.shape[1] != self.dim:
@@ -176,10 +178,10 @@ class FeatureStatistics:
         return self
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """Adds the vectors that another one has seen; returns itself.
+        """Adds the vectors that another one has seen and returns self.
 
         Raises:
-          ValueError: of another length or network, or one whose count is unknown.
+          ValueError: if the length or the network differs, or if a count is unknown.
         """
         self._check_same(other)
         if other._covariance is not None:
@@ -209,7 +211,7 @@ class FeatureStatistics:
         """float64 [D, D], divided by count - 1.
 
         Raises:
-          ValueError: fewer than two vectors.
+          ValueError: for fewer than two vectors.
         """
         if self._covariance is not None:
             return self._covariance
@@ -218,8 +220,9 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def save(self, path: str | os.PathLike, spatial: "FeatureStatistics | None" = None) -> None:
-        """Writes an .npz file that is complete or absent: `mu`, `sigma`, `count`, `network`, and the same with `_s` of
-        `spatial`, the statistics of sFID. ADM's evaluator reads it as a reference."""
+        """Writes an .npz file, which is either complete or absent. It holds `mu`, `sigma`, `count` and `network`. If
+        `spatial` is given, the statistics for sFID, it also holds `mu_s`, `sigma_s` and `count_s`. ADM's evaluator can read
+        it as a reference."""
         arrays: dict[str, np.ndarray] = {}
         for suffix, stats in (("", self), ("_s", spatial)):
             if stats is not None:
@@ -233,15 +236,15 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, spatial: bool = False) -> "FeatureStatistics":
-        """Reads what `save` wrote, or a reference of ADM's (`VIRTUAL_imagenet256_labeled.npz`), whose count is unknown and
-        whose network is "". Of an .npz file only the arrays named are read; no pickle is.
+        """Reads a file that `save` wrote, or a reference of ADM (`VIRTUAL_imagenet256_labeled.npz`), whose count is unknown
+        and whose network is "". Only the named arrays are read, and pickles are never loaded.
 
         Args:
-          spatial: the statistics of sFID, `mu_s` and `sigma_s`.
+          spatial: read the statistics for sFID, `mu_s` and `sigma_s`.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: it is no .npz file, lacks the statistics, or they do not fit together.
+          FileNotFoundError: if there is no such file.
+          ValueError: if it is not an .npz file, lacks the statistics, or they do not fit together.
         """
         suffix = "_s" if spatial else ""
         with _open_npz(path) as file:
@@ -287,13 +290,13 @@ def _open_npz(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians (Heusel et al. 2017, arXiv 1706.08500): FID where
-    the features are InceptionV3's `pool`, sFID of its `spatial` ones.
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians (Heusel et al. 2017, arXiv 1706.08500). It is
+    FID for the `pool` features of InceptionV3, and sFID for its `spatial` features.
 
     As published, 1e-6 is added to the diagonals of both covariances if the root of their product is not finite.
 
     Raises:
-      ValueError: features of different lengths or networks, or a root that is not real to 1e-3, as published.
+      ValueError: if the lengths or networks of the features differ, or, as published, if the root is not real to 1e-3.
     """
     a._check_same(b)
     covariances = [a.covariance, b.covariance]
@@ -312,19 +315,19 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 def _matrix_root(matrix: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
-        # A singular product is no news where features are always 0; the caller looks at the values.
+        # Features that are always 0 make the product singular. The caller checks the values, so no warning is needed.
         warnings.simplefilter("ignore")
         return scipy.linalg.sqrtm(matrix)
 
 
 class InceptionScore:
-    """exp of the mean KL divergence of each image's class distribution from the mean one (Salimans et al. 2016, arXiv
-    1606.03498), over batches in the order of the images.
+    """exp of the mean KL divergence of each image's class distribution from the mean distribution (Salimans et al. 2016,
+    arXiv 1606.03498). Batches are added in the order of the images.
 
-    With `chunk_size` None all images are one split, as the published tokenizer evaluator has it; their order does not
-    matter. ADM's evaluator takes consecutive chunks of 5,000, the last one as it comes, and their mean: it **depends on the
-    order of the images**, and is less if they are sorted by class. 1e-16 is inside the logarithms, as in the former; the
-    latter has none, which is the same to 1e-12.
+    With `chunk_size` None all images are one split, as in the published tokenizer evaluator, and their order does not
+    matter. ADM's evaluator averages over consecutive chunks of 5,000 images; the last chunk may be smaller. That score
+    **depends on the order of the images** and is lower if they are sorted by class. As in the tokenizer evaluator, 1e-16 is
+    added inside the logarithms. ADM adds nothing, which gives the same to 1e-12.
 
     Attributes:
       chunk_size: images per split, or None.
@@ -335,17 +338,17 @@ class InceptionScore:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
         self.chunk_size, self.count = chunk_size, 0
-        self._scores: list[float] = []  # of the chunks that are full
+        self._scores: list[float] = []  # of the full chunks
         self._start()
 
     def _start(self) -> None:
         self._in_chunk, self._sum, self._negentropy = 0, np.zeros(()), 0.0
 
     def update(self, logits: np.ndarray) -> "InceptionScore":
-        """Adds images by their logits [B, C], of InceptionV3 the unbiased ones; returns itself.
+        """Adds images by their logits [B, C] (InceptionV3: without the bias) and returns self.
 
         Raises:
-          ValueError: another shape, or logits that are not finite.
+          ValueError: for a wrong shape, or for logits that are not finite.
         """
         logits = np.asarray(logits)
         if logits.ndim != 2 or (self._sum.ndim and logits.shape[1:] != self._sum.shape):
@@ -369,10 +372,10 @@ class InceptionScore:
         return self
 
     def merge(self, other: "InceptionScore") -> "InceptionScore":
-        """Adds the images of another one, which come after its own; returns itself.
+        """Adds the images of another one after the own images and returns self.
 
         Raises:
-          ValueError: other chunk sizes, or own images that end inside a chunk.
+          ValueError: if the chunk sizes differ, or if the own images end inside a chunk.
         """
         if self.chunk_size != other.chunk_size:
             raise ValueError(f"Inception scores in chunks of {self.chunk_size} and {other.chunk_size} cannot be merged")
@@ -396,7 +399,7 @@ class InceptionScore:
         """Mean over the chunks; from 1 to the number of classes.
 
         Raises:
-          ValueError: no images.
+          ValueError: if there are no images.
         """
         if not self.count:
             raise ValueError("an Inception score of no images")
@@ -406,21 +409,21 @@ class InceptionScore:
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3, *, block: int = 512) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991).
 
-    Around each vector lies a ball that reaches to its k-th nearest neighbour within its own set. Precision is the fraction
-    of the samples inside some reference's ball, recall that of the references inside some sample's. All in float64; ADM's
-    evaluator computes the distances in float16 where these are finite and may differ in the third digit.
+    Each vector has a ball that reaches to its k-th nearest neighbour within its own set. Precision is the fraction of
+    samples inside the ball of any reference. Recall is the fraction of references inside the ball of any sample. Everything
+    is in float64. ADM's evaluator computes distances in float16 if they are finite, so it may differ in the third digit.
 
     Args:
-      reference, samples: [R, D] and [S, D], any real dtype. ADM takes the features of its 10,000 reference images and of all
+      reference, samples: [R, D] and [S, D], any real dtype. ADM uses the features of its 10,000 reference images and of all
         50,000 samples.
       k: 1 .. min(R, S) - 1.
-      block: rows at a time; bounds the memory to [block, max(R, S)] float64 beside the two sets.
+      block: rows per block. It bounds the memory to [block, max(R, S)] float64 beside the two sets.
 
     Returns:
       (precision, recall).
 
     Raises:
-      ValueError: shapes that do not fit, or k out of range.
+      ValueError: if the shapes do not fit, or k is out of range.
     """
     reference, samples = np.asarray(reference), np.asarray(samples)
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
@@ -441,7 +444,7 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3, *, 
             distances += norms_b
             yield rows, np.maximum(distances, 0.0, out=distances)
 
-    def radii(x):  # [N]: of the k + 1 smallest distances the first is that of a vector to itself
+    def radii(x):  # [N]; index k, not k - 1, because the smallest distance is that of a vector to itself
         return np.concatenate([np.partition(distances, k, axis=1)[:, k] for _, distances in squared_distances(x, x)])
 
     reference_radii, sample_radii = radii(reference), radii(samples)
@@ -456,18 +459,18 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3, *, 
 def nearest_neighbours(
     queries: np.ndarray, references: np.ndarray, k: int = 1, *, block: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest references of each query by exhaustive search, nearest first, of equally near ones the first.
+    """The k nearest references of each query by exhaustive search, nearest first. Ties go to the lower index.
 
     Args:
       queries, references: [Q, D], [R, D], any real dtype.
       k: 1 .. R.
-      block: queries at a time; bounds the memory to [block, R] and [block, k, D] float64.
+      block: queries per block. It bounds the memory to [block, R] and [block, k, D] float64.
 
     Returns:
       Euclidean distances float64 [Q, k] and indices into the references int64 [Q, k].
 
     Raises:
-      ValueError: shapes that do not fit, or k out of range.
+      ValueError: if the shapes do not fit, or k is out of range.
     """
     queries, references = np.asarray(queries), np.asarray(references)
     if queries.ndim != 2 or references.ndim != 2 or queries.shape[1] != references.shape[1]:
@@ -479,9 +482,9 @@ def nearest_neighbours(
     distances, indices = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
     for start in range(0, len(queries), block):
         part = queries[start : start + block].astype(np.float64)
-        # Without |query|^2, which is the same for all of its references. Exact where the values are integers.
+        # |query|^2 is left out because it is the same for all references. Exact if the values are integers.
         near = np.argsort(norms - 2.0 * part @ references.T, axis=1, kind="stable")[:, :k]
-        # By differences: the expansion above would not give 0 for an exact copy.
+        # Distances from differences: the expansion above would not give 0 for an exact copy.
         exact = np.sqrt(np.square(part[:, None] - references[near]).sum(-1))
         order = np.argsort(exact, axis=1, kind="stable")
         indices[start : start + block] = np.take_along_axis(near, order, 1)
@@ -490,22 +493,22 @@ def nearest_neighbours(
 
 
 def knn_classify(queries: np.ndarray, references: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """The most frequent label among the k nearest references; of several, the one whose reference is nearest.
+    """The most frequent label among the k nearest references. A tie goes to the label with the nearest reference.
 
     Args:
       queries, references: [Q, D], [R, D], any real dtype.
-      labels: int [R], of the references, at least 0.
+      labels: int [R], the labels of the references, at least 0.
       k: 1 .. R.
 
     Returns:
       int64 [Q].
 
     Raises:
-      ValueError: as `nearest_neighbours`, and if there are not as many labels as references.
+      ValueError: as `nearest_neighbours`, and if the numbers of labels and references differ.
     """
     labels = np.asarray(labels)
     if labels.shape != (len(references),):
         raise ValueError(f"labels have shape {list(labels.shape)}, expected [{len(references)}], one for each reference")
     votes = labels[nearest_neighbours(queries, references, k)[1]]  # [Q, k], nearest first
     counts = (votes[:, :, None] == votes[:, None, :]).sum(-1)  # [Q, k]: votes for the label of each neighbour
-    return votes[np.arange(len(votes)), counts.argmax(1)].astype(np.int64)  # argmax: the first, so the nearest
+    return votes[np.arange(len(votes)), counts.argmax(1)].astype(np.int64)  # argmax takes the first, the nearest

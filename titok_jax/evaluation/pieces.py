@@ -1,4 +1,4 @@
-"""Features of images in resumable pieces."""
+"""Computes features of images in resumable pieces."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ Pieces = Callable[[list[int]], Iterable[Piece]]
 
 
 def _ahead(read: Callable[[int], np.ndarray], numbers: Iterable[int]) -> Iterator[np.ndarray]:
-    """read(number) for each, in order; the next one is read while this one is used."""
+    """Yields read(number) for each number, in order. The next one is read while the current one is used."""
     with ThreadPoolExecutor(1) as thread:
         waiting: collections.deque = collections.deque()
         for number in numbers:
@@ -31,7 +31,7 @@ def _ahead(read: Callable[[int], np.ndarray], numbers: Iterable[int]) -> Iterato
 
 
 def _filled(images: np.ndarray, size: int) -> np.ndarray:
-    """A batch filled up to one size, so that one program serves all."""
+    """Pads a batch to a fixed size, so that one compiled program serves all batches."""
     return np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
 
 
@@ -39,14 +39,14 @@ def _features(network, images: np.ndarray, prefix: str = "") -> Piece:
     """The features of uint8 images [b, H, W, 3] as arrays of a piece."""
     import jax
 
-    with jax.default_matmul_precision("highest"):  # whatever the model is computed in
+    with jax.default_matmul_precision("highest"):  # whatever the model's precision is
         features = network(images)
     arrays = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
     return {prefix + name: array for name, array in arrays.items() if array is not None}
 
 
 def image_pieces(shards: Shards, images, network) -> Pieces:
-    """Of images as they are: pool, spatial, logits."""
+    """Makes pieces with the features of the given images: pool, spatial, logits."""
 
     def pieces(numbers):
         for batch in _ahead(lambda number: images.read(shards.items(number)), numbers):
@@ -58,11 +58,13 @@ def image_pieces(shards: Shards, images, network) -> Pieces:
 def reconstruction_pieces(
     shards: Shards, images, tokenizer, network, *, lpips: Callable | None = None, keep: bool = False
 ) -> Pieces:
-    """Of images and their reconstructions, rounded to uint8 as published: psnr, ssim, lpips, of a vq model tokens; the
-    features of both, real_pool, fake_pool, fake_logits and so on; with `keep` the reconstructions as images.
+    """Makes pieces for images and their reconstructions, which are rounded to uint8 as published.
+
+    The arrays are psnr, ssim, lpips (if given), tokens (not for a VAE), and the features of both: real_pool, fake_pool,
+    fake_logits and so on. With `keep`, the array images holds the reconstructions.
 
     Args:
-      lpips: two float [b, H, W, 3] in [0, 1] -> [b].
+      lpips: maps two float [b, H, W, 3] in [0, 1] to [b].
     """
 
     def pieces(numbers):
@@ -94,7 +96,8 @@ def generation_pieces(
     *,
     keep: bool = False,
 ) -> Pieces:
-    """Of generated images: tokens, pool, spatial, logits; with `keep` images. Arguments as of `titok_jax.sample.sample`."""
+    """Makes pieces for generated images: tokens, pool, spatial, logits, and images if `keep`. The other arguments are those
+    of `titok_jax.inference.many.sample`."""
 
     def pieces(numbers):
         options = {"batch_size": shards.size, "batches": numbers, **settings}
@@ -106,7 +109,7 @@ def generation_pieces(
 
 
 def blocks(shards: Shards, name: str, num: int | None = None) -> Iterator[np.ndarray]:
-    """One array of the pieces, of the first `num` images or all, in blocks of a thousand images or so."""
+    """Yields one array of the pieces for the first `num` images (default: all), in blocks of about a thousand images."""
     left, block = num or shards.length, []
     for piece in shards:
         block.append(piece[name][:left])
@@ -119,12 +122,12 @@ def blocks(shards: Shards, name: str, num: int | None = None) -> Iterator[np.nda
 
 
 def gather(shards: Shards, name: str, num: int | None = None) -> np.ndarray:
-    """One array of the pieces, of the first `num` images or all."""
+    """Returns one array of the pieces for the first `num` images (default: all)."""
     return np.concatenate(list(blocks(shards, name, num)))
 
 
 def statistics(shards: Shards, name: str, network: str, num: int | None = None) -> metrics.FeatureStatistics:
-    """Of one array of features of a network, of the first `num` images or all."""
+    """Statistics of one array of features for the first `num` images (default: all)."""
     result = None
     for features in blocks(shards, name, num):
         result = result or metrics.FeatureStatistics(features.shape[1], network)

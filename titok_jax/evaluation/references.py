@@ -1,4 +1,4 @@
-"""Statistics of real images that generated ones are compared with."""
+"""Statistics of real images, as references for generated images."""
 
 import dataclasses
 import json
@@ -15,18 +15,18 @@ from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
 from titok_jax.runtime.shards import Shards
 
-MOST_NEIGHBOURHOODS = 10_000  # reference images of precision and recall, as in ADM's references
+MOST_NEIGHBOURHOODS = 10_000  # reference images for precision and recall, as in ADM's references
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Real images that generated ones are compared with.
+    """Statistics of the real images that generated images are compared with.
 
     Attributes:
-      pool: statistics of the pooled features, of FID.
-      spatial: those of the spatial features, of sFID; None if the network has none.
+      pool: statistics of the pooled features, for FID.
+      spatial: statistics of the spatial features, for sFID; None if the network has no such features.
       neighbourhoods: pooled features float32 [m, D] of up to 10,000 of the images, for precision and recall.
-      about: source, num_images (None: unknown, of ADM's), image_size, crop, network and what else says where it is from.
+      about: the origin: source, num_images (None if unknown, as in ADM's files), image_size, crop, network and more.
     """
 
     pool: metrics.FeatureStatistics
@@ -35,8 +35,8 @@ class Reference:
     about: dict[str, Any]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes an .npz file that is complete or absent: what `FeatureStatistics.save` writes, `neighbourhoods`, and
-        `about` as JSON."""
+        """Writes an .npz file, which is either complete or absent. It holds the arrays of `FeatureStatistics.save`,
+        `neighbourhoods`, and `about` as JSON."""
         arrays: dict[str, np.ndarray] = {"network": np.asarray(self.pool.network)}
         for suffix, stats in (("", self.pool), ("_s", self.spatial)):
             if stats is not None:
@@ -46,14 +46,15 @@ class Reference:
 
 
 def read_reference(path: str | os.PathLike, network: str, image_size: int) -> Reference | NpzImages:
-    """A reference file: one that `Reference.save` wrote; or ADM's, whose images `arr_0` still have to become features.
+    """Reads a reference file that `Reference.save` wrote, or one of ADM's. ADM's files give images (`arr_0`), whose features
+    are still to be computed.
 
     Args:
-      network: the name of the network that the others' features are of.
-      image_size: of the images that it is to be compared with.
+      network: name of the feature network of this evaluation.
+      image_size: size of the images to compare with the reference.
 
     Raises:
-      ValueError: it is neither, of another feature network, or of images of another size.
+      ValueError: if the file is neither, or is for another feature network or another image size.
     """
     try:
         with as_path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -83,16 +84,16 @@ def read_reference(path: str | os.PathLike, network: str, image_size: int) -> Re
 def make_reference(
     shards: Shards, network: str, about: dict[str, Any], adm: NpzImages | None = None, *, features: str = ""
 ) -> Reference:
-    """The reference made of the pieces of `image_pieces`.
+    """Makes a reference from the pieces of `image_pieces`.
 
     Args:
-      network: the name of the network.
+      network: name of the feature network.
       about: source, image_size, crop; the rest is added.
-      adm: the images are those of this file. Statistics in it, usually of more images, then take the place of theirs.
-      features: in front of the names of the arrays in the pieces.
+      adm: the file that the images are from. If it holds statistics, usually of more images, they are used instead.
+      features: prefix of the array names in the pieces.
 
     Raises:
-      ValueError: statistics in the file do not fit the network.
+      ValueError: if statistics in the file do not fit the network.
     """
     chosen = np.zeros(shards.length, bool)
     chosen[np.linspace(0, shards.length - 1, min(shards.length, MOST_NEIGHBOURHOODS)).round().astype(int)] = True

@@ -1,4 +1,4 @@
-"""One evaluation: its work in pieces, its reference, its result."""
+"""Runs one evaluation: its work in pieces, its reference and its result."""
 
 import argparse
 import dataclasses
@@ -18,10 +18,10 @@ from titok_jax.weights.pretrained import weights_sha256
 
 
 class Evaluation:
-    """One call of the command: what its modes share.
+    """One run of the command, with everything that its modes share.
 
     Attributes:
-      result: what goes into the JSON, whatever the mode.
+      result: the entries of the JSON file that are common to all modes.
     """
 
     def __init__(self, args: argparse.Namespace, mode: str, image_size: int, work: Work):
@@ -56,7 +56,7 @@ class Evaluation:
             "matmul_precision": MATMUL_PRECISION[args.dtype],
             "versions": versions(),
         }
-        if mode == "sweep":  # what every point has
+        if mode == "sweep":  # common to all points
             self.result |= {"seed": args.seed, "num_images": args.num, "reference_given": args.reference or "digits:train"}
 
     def images(self, data: str, crop: str, num: int | None = None) -> image_sources.SourceImages:
@@ -65,7 +65,7 @@ class Evaluation:
         return image_sources.SourceImages(make_source(parse_source(data)), crop, self.image_size, num)
 
     def reference(self, num: int | None = None) -> references.Reference | None:
-        """That of --reference, of the digits if there is none; None on all processes but the first."""
+        """Makes the reference that --reference names, by default the digits. Returns None on all processes but the first."""
         text = self.args.reference or "digits:train"
         about: dict[str, Any] = {"source": text, "image_size": self.image_size}
         adm = None
@@ -90,7 +90,7 @@ class Evaluation:
         return load_pair(args.model, args.tokenizer, dtype=args.dtype, mesh=local_mesh(), **revisions)
 
     def generate(self, name: str, pair, labels: np.ndarray, settings: dict[str, Any]) -> Shards:
-        """The pieces of generated images."""
+        """Generates images and returns their pieces."""
         job = self.work.job(name, len(labels), self.identity | settings | {"seed": self.args.seed})
         options = (self.network, labels, self.args.seed, settings)
         self.work.make(job, pieces.generation_pieces(job, *pair, *options))
@@ -98,7 +98,7 @@ class Evaluation:
 
 
 def tokenizer_revision(args: argparse.Namespace, generator: str | None) -> str | None:
-    """Of what `load_tokenizer` reads: without a generator, --model is the tokenizer."""
+    """The revision for `load_tokenizer`. Without a generator, --model is the tokenizer."""
     return args.tokenizer_revision if generator or args.tokenizer else args.revision
 
 

@@ -1,8 +1,8 @@
-"""What an evaluation measures, as functions: features of images in resumable pieces, and the figures made of these.
+"""Computes the metrics of an evaluation from its resumable pieces.
 
-Every figure is computed from the pieces in their order, by one process and in float64, so it is the same bit for bit for any
-number of processes and after any number of kills. Names say of how many images a figure is: "FID" is of 50,000, as published
-ones are, "FID-5K" of 5,000; figures in the features of digits are called "digits-FID" and so on.
+One process computes each metric from the pieces in their order and in float64. So the result is the same bit for bit for any
+number of processes and after any number of kills. Names show the number of images: "FID" means 50,000 images, as in
+published results, and "FID-5K" means 5,000. Metrics with the features of digits are called "digits-FID" and so on.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ from titok_jax.evaluation.pieces import blocks, gather, statistics
 from titok_jax.evaluation.references import Reference
 from titok_jax.runtime.shards import Shards
 
-PUBLISHED_NUM = 50_000  # images that published figures are of
+PUBLISHED_NUM = 50_000  # images in published results
 
 
 ADM_SPLIT = 5_000  # images in a chunk of ADM's Inception score
 
 
 def metric_name(metric: str, num_images: int) -> str:
-    """ "FID" -> "FID" of the 50,000 images that published figures are of, else "FID-5K", "FID-360"."""
+    """ "FID" -> "FID" for 50,000 images, as in published results; otherwise "FID-5K", "FID-360"."""
     if num_images == PUBLISHED_NUM:
         return metric
     return f"{metric}-{num_images // 1000}K" if num_images % 1000 == 0 else f"{metric}-{num_images}"
@@ -34,16 +34,17 @@ def codebook_figures(shards: Shards, codebook_size: int) -> dict[str, float]:
 
 
 def reconstruction_figures(shards: Shards, network: str, codebook_size: int | None, prefix: str = "") -> dict[str, float]:
-    """Of the pieces of `reconstruction_pieces`.
+    """Computes the metrics of the pieces of `reconstruction_pieces`.
 
     Args:
-      network: the name of the network.
-      codebook_size: None of a VAE.
-      prefix: of the names of what is measured in features: "" of Inception.
+      network: name of the feature network.
+      codebook_size: None for a VAE.
+      prefix: prefix for the names of metrics that use features; "" for Inception.
 
     Returns:
-      rFID between the images and their reconstructions, IS of the reconstructions (one split, as the published evaluation of
-      tokenizers has it), the means of psnr (dB), ssim and lpips, codebook figures. Names carry the number of images.
+      rFID between the images and their reconstructions, IS of the reconstructions (one split, as in the published evaluation
+      of tokenizers), the means of psnr (dB), ssim and lpips, and the codebook metrics. The names rFID and IS carry the
+      number of images.
     """
     score = metrics.InceptionScore()
     for logits in blocks(shards, "fake_logits"):
@@ -60,11 +61,11 @@ def reconstruction_figures(shards: Shards, network: str, codebook_size: int | No
 def generation_figures(
     shards: Shards, reference: Reference, prefix: str = "", num: int | None = None, *, features: str = ""
 ) -> dict[str, float]:
-    """Of the pieces of `generation_pieces` or `image_pieces`, the first `num` images or all, against a reference.
+    """Compares the first `num` images (default: all) of `generation_pieces` or `image_pieces` with a reference.
 
     Args:
-      prefix: of the names: "" of Inception.
-      features: in front of the names of the arrays in the pieces: "real_" or "fake_" of `reconstruction_pieces`.
+      prefix: prefix for the names of the metrics; "" for Inception.
+      features: prefix of the array names in the pieces: "real_" or "fake_" for `reconstruction_pieces`.
 
     Returns:
       FID, sFID (if the network has spatial features), IS (ADM's: the mean over consecutive chunks of 5,000), precision and

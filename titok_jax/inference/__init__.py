@@ -1,4 +1,4 @@
-"""Trained models as people use them: images to tokens and back, class labels to tokens, one batch or many.
+"""Trained models, ready to use: images to tokens and back, class labels to tokens, one batch or many.
 
 The public names load on first use, so that commands parse their arguments before they import JAX.
 May import: runtime, data, pictures, models, weights.

@@ -1,4 +1,4 @@
-"""The options of sampling as commands take them."""
+"""The sampling options of the commands."""
 
 import argparse
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """The options that say how tokens are sampled; with `several`, guidance scale and temperature are lists of numbers."""
+    """Adds the options for sampling tokens. With `several`, guidance scale and temperature are lists of numbers."""
     number, more = (_numbers, "; several, separated by commas: a grid") if several else (float, "")
     group = parser.add_argument_group("sampling", "what is not given is taken from the model's configuration")
     group.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
@@ -26,14 +26,14 @@ def _numbers(text: str) -> list[float]:
 
 
 def sampling_settings(args: argparse.Namespace, defaults) -> dict[str, Any]:
-    """The checked arguments of `titok_jax.generate`, complete.
+    """Checks the options and returns all keyword arguments of `titok_jax.generate`.
 
     Args:
       args: from a parser with `add_sampling_arguments`.
-      defaults: the model's SamplingConfig.
+      defaults: the model's SamplingConfig, for options that are not given.
 
     Raises:
-      ValueError: a value out of range.
+      ValueError: for a value out of range.
     """
     from titok_jax.models.generator import GUIDANCE_SCHEDULES
 
@@ -68,7 +68,7 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
     """ "3,1,4" -> [3, 1, 4], "all" -> every class.
 
     Raises:
-      ValueError: something else than numbers, or a label out of range.
+      ValueError: for anything but numbers, or for a label out of range.
     """
     if text.strip() == "all":
         return list(range(num_classes))

@@ -1,7 +1,7 @@
-"""Parallel decoding of a masked generator (MaskGIT section 3.1; TiTok section 3.3), over any `logits(ids, labels)`.
+"""Parallel decoding for masked generators (MaskGIT section 3.1; TiTok section 3.3), with any `logits(ids, labels)`.
 
-All tokens start masked. In each step every masked token is sampled, and those with the least confidence are masked again,
-fewer each time; the last step keeps all. Nothing here knows a model. Sampling is in float32.
+All tokens start masked. Each step samples every masked token and masks those with the least confidence again, fewer in each
+step. The last step keeps all tokens. The code here does not depend on a model. Sampling is in float32.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 from titok_jax.models.generator import GUIDANCE_SCHEDULES
 
-# (ids int32 [B', N], labels int32 [B']) -> logits [B', N, K]. Label `num_classes` is the unconditional one.
+# (ids int32 [B', N], labels int32 [B']) -> logits [B', N, K]. The label `num_classes` means unconditional.
 LogitsFn = Callable[[jax.Array, jax.Array], jax.Array]
 # (step int32, logits float32 [B, N, K], temperature) -> (sampled tokens int32 [B, N], Gumbel noise [B, N] for the
 # confidences): `noise_from_keys` or `noise_from_uniforms`.
@@ -24,8 +24,8 @@ Noise = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 class DecodeOutput(NamedTuple):
     """Attributes:
     ids: [B, N] int32 in [0, K), the answer.
-    trace: [S, B, N] int32, the ids after each step as the next step sees them (K = masked); the last entry is `ids`.
-    mask_len: [S, B] int32, how many tokens each step meant to mask again (the last step masks none, whatever it says).
+    trace: [S, B, N] int32, the ids after each step, with K for masked tokens; the last entry is `ids`.
+    mask_len: [S, B] int32, how many tokens each step planned to mask again (the last step ignores this and masks none).
     """
 
     ids: jax.Array
@@ -43,21 +43,23 @@ def gumbel(uniforms: jax.Array) -> jax.Array:
 
 
 def sample_gumbel(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """argmax(logits + temperature * Gumbel noise): logits, uniforms [..., K] -> [...] int32. The published form."""
+    """argmax(logits + temperature * Gumbel noise): logits, uniforms [..., K] -> [...] int32. As published."""
     return jnp.argmax(logits + temperature * gumbel(uniforms), axis=-1).astype(jnp.int32)
 
 
 def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Draws from softmax(logits / temperature), one uniform each: logits [..., K], uniforms [...] in [0, 1) -> [...] int32.
+    """Samples softmax(logits / temperature) with one uniform per token: logits [..., K], uniforms [...] in [0, 1) ->
+    [...] int32.
 
-    The same distribution as `sample_gumbel` with other draws, without its K random numbers and 2 K logarithms per token. At
-    temperature 0 it is the argmax (the lowest index of several). The cumulative sum runs over blocks first, then within
-    the block that was hit, about sqrt(K) terms each: faster than one long sum, and more exact.
+    The distribution is that of `sample_gumbel`, but the draws differ. This function does not need K random numbers and 2 K
+    logarithms per token. At temperature 0 it returns the argmax, and the lowest index wins a tie. The cumulative sum runs
+    first over blocks, then within the chosen block. Each sum has about sqrt(K) terms, which is faster and more exact than
+    one long sum.
     """
     k = logits.shape[-1]
     width = 2 ** math.ceil(math.log2(k) / 2)
     top = logits.max(-1, keepdims=True)
-    # 1e-30 stands for temperature 0: it leaves weight to the maxima alone; u = 0 then picks the first of them.
+    # 1e-30 stands for temperature 0: only the maxima then have weight, and u = 0 picks the first of them.
     p = jnp.exp((logits - top) / jnp.maximum(temperature, 1e-30))
     uniforms = jnp.where(temperature > 0, uniforms, 0.0)
 
@@ -73,10 +75,11 @@ def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.
 
 
 def _first_beyond(cumulative: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """The first index with a weight whose cumulative sum [..., n] exceeds the target [..., 1]: [...] int32.
+    """The first index with a positive weight and a cumulative sum [..., n] above the target [..., 1]: [...] int32.
 
-    Parallel sums round each prefix on its own, so they may move where a weight is 0, and end below a target that was made
-    from another sum: hence the condition on the weight, and the last index with one where no sum exceeds the target.
+    A parallel sum rounds each prefix separately. So it may change where a weight is 0; therefore the weight must be
+    positive. It may also end below a target that was computed from another sum; the result is then the last index with a
+    positive weight.
     """
     index = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     first = jnp.min(jnp.where((cumulative > target) & (weights > 0), index, weights.shape[-1]), axis=-1)
@@ -85,8 +88,8 @@ def _first_beyond(cumulative: jax.Array, weights: jax.Array, target: jax.Array) 
 
 
 def noise_from_uniforms(token_uniforms: jax.Array, confidence_uniforms: jax.Array) -> Noise:
-    """Given random numbers in the published arithmetic, for parity: token_uniforms [S, B, N, K], confidence_uniforms
-    [S, B, N], in [0, 1]."""
+    """Noise from given random numbers, in the published arithmetic, for parity tests: token_uniforms [S, B, N, K] and
+    confidence_uniforms [S, B, N], in [0, 1]."""
 
     def noise(step, logits, temperature):
         tokens = sample_gumbel(logits, temperature, token_uniforms[step])
@@ -96,11 +99,11 @@ def noise_from_uniforms(token_uniforms: jax.Array, confidence_uniforms: jax.Arra
 
 
 def noise_from_keys(keys: jax.Array) -> Noise:
-    """The noise to sample with: one typed threefry key per image [B], so that an image depends on its own key and not on the
-    batch it is in, on any backend and any sharding.
+    """Noise for sampling, from one typed threefry key per image [B]. An image depends on its own key, but not on the rest of
+    the batch, the backend or the sharding.
 
     Raises:
-      ValueError: if the keys are of another kind (others give different numbers under vmap).
+      ValueError: for keys of another kind, which give different numbers under vmap.
     """
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(keys)) != "threefry2x32":
         raise ValueError(f"keys of dtype {keys.dtype}, expected threefry keys: jax.random.key(seed, impl='threefry2x32')")
@@ -114,7 +117,7 @@ def noise_from_keys(keys: jax.Array) -> Noise:
 
 
 class Steps(NamedTuple):
-    """What the steps differ in: arrays [S], or of one step scalars."""
+    """The constants in which the steps differ: arrays [S] for all steps, scalars for one step."""
 
     step: np.ndarray
     guidance: np.ndarray  # multiplies the guidance scale ("power-cosine": the scale minus 1)
@@ -124,12 +127,12 @@ class Steps(NamedTuple):
 
 
 def steps_plan(num_steps: int, num_tokens: int, schedule: str, power: float, annealing: bool) -> Steps:
-    """The constants of each step, in float64 until they are used."""
+    """The constants of each step, computed in float64 before they are converted."""
     start = np.arange(num_steps) / num_steps
     ratio = np.arange(1, num_steps + 1) / num_steps
     guidance = {
         "constant": np.ones(num_steps),
-        "linear": start,  # published: the ratio of the step before, so the full scale is never reached
+        "linear": start,  # published: the previous step's ratio, so the full scale is never reached
         "power-cosine": (1.0 - np.cos(math.pi * start**power)) / 2.0,
     }[schedule]
     return Steps(
@@ -153,7 +156,7 @@ def decoding_step(
     temperature: jax.Array,
     noise: Noise,
 ) -> Callable[[jax.Array, Steps], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-    """One step of the loop, for `jax.lax.scan`: (ids [B, N], its row of `steps_plan`) -> (ids, (ids, mask_len [B])).
+    """Makes the step of the loop for `jax.lax.scan`: (ids [B, N], a row of `steps_plan`) -> (ids, (ids, mask_len [B])).
     The arguments are those of `parallel_decode`."""
     batch = labels.shape[0]
     from_uncond = guidance_schedule == "power-cosine"
@@ -171,7 +174,7 @@ def decoding_step(
         return forward(ids, labels)
 
     def guided(ids, scale):
-        # Each image beside its unconditional twin: where the batch is sharded, both stay on one device.
+        # Each image is next to its unconditional copy, so a sharded batch keeps both on one device.
         pairs = jnp.stack([labels, jnp.full_like(labels, num_classes)], axis=1).reshape(-1)
         logits = forward(jnp.repeat(ids, 2, axis=0), pairs).reshape(batch, 2, ids.shape[1], codebook_size)
         cond, uncond = logits[:, 0], logits[:, 1]
@@ -213,34 +216,34 @@ def parallel_decode(
     softmax_temperature_annealing: bool,
     noise: Noise,
 ) -> DecodeOutput:
-    """Tokens for labels, by the published loop (modeling/maskgit.py, `generate`), as one scan: jit the caller once.
+    """Generates tokens for labels with the published loop (modeling/maskgit.py, `generate`) as one scan. Jit the caller.
 
-    Labels, noise, `guidance_scale` and `temperature` may be traced; changing them compiles nothing. A step whose guidance
-    has no effect (scale 0 under "constant", the first step of the other two) runs the conditional half only.
+    Labels, noise, `guidance_scale` and `temperature` may be traced, so changing them causes no recompilation. A step without
+    effective guidance (scale 0 under "constant", the first step under the other two) computes only the conditional logits.
 
-    The guided logits, with t = step / num_steps counted from 0:
+    The guided logits are, with t = step / num_steps and steps counted from 0:
       "constant":     cond + s (cond - uncond), s = guidance_scale
       "linear":       cond + s (cond - uncond), s = guidance_scale t
       "power-cosine": uncond + s (cond - uncond), s = 1 + (guidance_scale - 1) (1 - cos(pi t^guidance_scale_pow)) / 2
     So the same guidance_scale is weaker by 1 under "power-cosine".
 
-    How many tokens are masked again is counted per image. The published code takes the first image's count for the whole
-    batch; the two differ only if confidences of the first image tie exactly, and then images would depend on each other.
+    The number of tokens to mask again is computed per image. The published code uses the first image's number for the whole
+    batch. The two differ only if confidences of the first image tie exactly, and then images would depend on each other.
 
     Args:
-      logits_fn: gives logits [B', N, codebook_size] of ids [B', N] and labels [B'], all int32; B' is B or 2 B.
-      labels: int [B] in [0, num_classes]; `num_classes` itself stands for no label.
+      logits_fn: maps int32 ids [B', N] and labels [B'] to logits [B', N, codebook_size]; B' is B or 2 B.
+      labels: int [B] in [0, num_classes]; `num_classes` itself means no label.
       num_tokens: N.
       codebook_size: K, also the id of the mask.
-      num_steps: S, any number >= 1; with more steps than tokens one token stays masked until the last.
+      num_steps: S, at least 1. With more steps than tokens, one token stays masked until the last step.
       guidance_scale_pow: only for "power-cosine".
-      temperature: of the Gumbel noise; multiplied by 1 - (step + 1) / num_steps, so 0 at the last step (published:
-        randomize_temperature).
-      softmax_temperature_annealing: divide the logits by 0.5 + 0.8 (1 - (step + 1) / num_steps). Published sampling does.
+      temperature: scale of the Gumbel noise. It is multiplied by 1 - (step + 1) / num_steps, so it is 0 at the last step
+        (published: randomize_temperature).
+      softmax_temperature_annealing: divide the logits by 0.5 + 0.8 (1 - (step + 1) / num_steps), as published sampling does.
       noise: `noise_from_keys` or `noise_from_uniforms`.
 
     Raises:
-      ValueError: an unknown schedule, num_steps < 1, or logits of another shape than expected.
+      ValueError: for an unknown schedule, num_steps < 1, or logits of the wrong shape.
     """
     if guidance_schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance schedule {guidance_schedule!r}, expected one of {GUIDANCE_SCHEDULES}")

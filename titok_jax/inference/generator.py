@@ -27,8 +27,8 @@ class Generator:
     def __init__(self, config: GeneratorConfig, params: convert.Params, *, dtype=jnp.float32, mesh: Mesh | None = None):
         """
         Args:
-          dtype: computation dtype, "float32" or "bfloat16"; sampling itself is float32 always.
-          mesh: that of the parameters, over which batches are cut; None: one device.
+          dtype: computation dtype, "float32" or "bfloat16"; sampling itself is always float32.
+          mesh: the mesh that holds the parameters; batches are sharded along it. None means one device.
         """
         self.config, self.params = config, params
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
@@ -66,7 +66,7 @@ class Generator:
           float32 [B, N, codebook_size].
 
         Raises:
-          ValueError: another shape or range than expected.
+          ValueError: for a wrong shape or range.
         """
         ids, labels = np.asarray(ids), np.asarray(labels)
         if ids.ndim != 2 or ids.shape[1] != self.config.num_tokens or ids.dtype.kind not in "iu":
@@ -95,27 +95,28 @@ def generate(
     temperature: float | None = None,
     softmax_temperature_annealing: bool | None = None,
 ) -> jax.Array:
-    """Token ids for class labels. What is None is taken from `generator.config.sampling`.
+    """Generates token ids for class labels. Settings that are None come from `generator.config.sampling`.
 
-    An image depends on its label, the key and its place in `labels` only, not on the others beside it. Nothing is
-    compiled again when labels, key, first index, scale or temperature change.
+    An image depends only on its label, the key and its position in `labels`, not on the other images. Changing labels, key,
+    first index, scale or temperature causes no recompilation.
 
     Args:
       labels: [B], 0 .. num_classes - 1.
       key: from `jax.random.key`.
-      first_index: the place of `labels[0]` in a longer list that is generated in several calls: the answers are those of
-        one call for the whole list.
+      first_index: the position of `labels[0]` in a longer list that is generated in several calls. The results are the
+        same as from one call for the whole list.
       num_steps: decoding steps, at least 1.
-      guidance_scale: 0 for none, under every schedule. (Published, "power-cosine" with 0 leads to unconditional images.)
+      guidance_scale: 0 means no guidance under every schedule. (In the published code, "power-cosine" with 0 gives
+        unconditional images.)
       guidance_schedule: "constant", "linear" or "power-cosine".
-      temperature: of the noise in the first step, at least 0; more gives more diverse images.
+      temperature: scale of the noise in the first step, at least 0. Higher values give more diverse images.
       softmax_temperature_annealing: divide the logits by a temperature that falls from about 1.3 to 0.5.
 
     Returns:
       int32 [B, N], for `Tokenizer.decode`.
 
     Raises:
-      ValueError: a label or setting out of range.
+      ValueError: for a label or setting out of range.
     """
     defaults, config = generator.config.sampling, generator.config
     labels = np.asarray(labels)
@@ -131,7 +132,7 @@ def generate(
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {GUIDANCE_SCHEDULES}")
     if schedule == "power-cosine" and guidance_scale == 0:
-        guidance_scale = 1.0  # in this formula, 1 is no guidance
+        guidance_scale = 1.0  # in this formula, 1 means no guidance
     return generator._sample(
         generator.params,
         labels.astype(np.int32),

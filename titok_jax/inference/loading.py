@@ -1,4 +1,4 @@
-"""Models by name, folder or file, ready to use."""
+"""Loads models by name, from a folder or from a file."""
 
 import os
 
@@ -23,21 +23,22 @@ def load_tokenizer(
     revision: str | None = None,
     token: str | None = None,
 ) -> Tokenizer:
-    """A tokenizer: by name ("digits", "titok_l32", ...: `python -m titok_jax.zoo`), of a Hugging Face repository
-    ("hf://owner/name", also with "@revision"), from a folder (of a generator's folder, the tokenizer in it) or a file of
-    weights.
+    """Loads a tokenizer.
 
     Args:
+      source: a name ("digits", "titok_l32", ...: `python -m titok_jax.zoo` lists them), a Hugging Face repository
+        ("hf://owner/name", optionally with "@revision"), a folder, or a file of weights. A generator's folder stands for the
+        tokenizer in it.
       dtype: computation dtype, "float32" or "bfloat16".
-      mesh: from `titok_jax.sharding.make_mesh`: every parameter is read straight onto its shards, and batches, whose size
-        must be a multiple of data x fsdp, are cut; None: one device.
-      revision: branch, tag or commit, of what is on the hub.
-      token: for the hub, if not that of `hf auth login` or HF_TOKEN.
+      mesh: from `titok_jax.runtime.sharding.make_mesh`. Parameters are read directly onto their shards, and batches are
+        sharded; their size must be a multiple of data x fsdp. None means one device.
+      revision: branch, tag or commit on the hub.
+      token: for the hub, if it is not the one of `hf auth login` or HF_TOKEN.
 
     Raises:
-      ValueError: an unknown name (the message lists the known ones), or weights that do not fit.
-      FileNotFoundError: a folder that holds no model.
-      DownloadError (an OSError): the hub does not give it.
+      ValueError: for an unknown name (the message lists the known ones), or for weights that do not fit.
+      FileNotFoundError: if a folder holds no model.
+      DownloadError (an OSError): if the download from the hub fails.
     """
     return Tokenizer(*_load(source, TiTokConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
 
@@ -45,7 +46,7 @@ def load_tokenizer(
 def load_tokenizer_config(
     source: str | os.PathLike, *, revision: str | None = None, token: str | None = None
 ) -> TiTokConfig:
-    """The configuration of what `load_tokenizer` loads; reads no weights, errors as there."""
+    """Loads only the configuration of a tokenizer, without its weights. Errors are those of `load_tokenizer`."""
     return pretrained.load_config(source, TiTokConfig, revision=revision, token=token)
 
 
@@ -57,7 +58,8 @@ def load_generator(
     revision: str | None = None,
     token: str | None = None,
 ) -> Generator:
-    """A generator; arguments and errors as of `load_tokenizer`. A published one has the name of its tokenizer."""
+    """Loads a generator. Arguments and errors are those of `load_tokenizer`. Published generators have the names of their
+    tokenizers."""
     return Generator(*_load(source, GeneratorConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
 
 
@@ -69,16 +71,16 @@ def load_vqgan(
     revision: str | None = None,
     token: str | None = None,
 ) -> VQGAN:
-    """A MaskGIT-VQGAN: "maskgit_vqgan", a folder, or a file of it: PyTorch's, safetensors or the original JAX checkpoint
-    (Flax msgpack); arguments and errors as of `load_tokenizer`."""
+    """Loads a MaskGIT-VQGAN: "maskgit_vqgan", a folder, or a file. The file may be a PyTorch file, a safetensors file or the
+    original JAX checkpoint (Flax msgpack). Other arguments and errors are those of `load_tokenizer`."""
     return VQGAN(*_load(source, MaskgitVQGANConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
 
 
 def load_image_config(
     source: str | os.PathLike, *, revision: str | None = None, token: str | None = None
 ) -> TiTokConfig | MaskgitVQGANConfig:
-    """The configuration of a tokenizer of images, which `load_tokenizer` or `load_vqgan` loads: which one, it says. Reads no
-    weights; errors as there."""
+    """Loads only the configuration of a TiTok or a MaskGIT-VQGAN, without its weights. The type of the result says which of
+    the two `source` is. Errors are those of `load_tokenizer`."""
     kind = pretrained.tokenizer_kind(source, revision=revision, token=token)
     return pretrained.load_config(source, kind, revision=revision, token=token)
 
@@ -98,15 +100,17 @@ def load_pair(
     tokenizer_revision: str | None = None,
     token: str | None = None,
 ) -> tuple[Tokenizer, Generator]:
-    """A generator and the tokenizer for its tokens: that of `tokenizer`, or the one of the same name or in the generator's
-    folder. They are in different repositories of the hub, so each has its revision.
+    """Loads a generator and the tokenizer for its tokens.
+
+    If `tokenizer` is None, the tokenizer has the same name as the generator or is in the generator's folder. On the hub the
+    two are in different repositories, so each has its own revision.
 
     Raises:
       ValueError: as `load_tokenizer`, and if the two do not fit together.
-      FileNotFoundError: as `load_tokenizer`, and if no tokenizer belongs to the generator and none is named.
+      FileNotFoundError: as `load_tokenizer`, and if no tokenizer is named and none belongs to the generator.
     """
     revisions = {"revision": revision, "tokenizer_revision": tokenizer_revision, "token": token}
-    pair_configs(source, tokenizer, **revisions)  # so that what does not fit is known before weights are read
+    pair_configs(source, tokenizer, **revisions)  # reports a mismatch before weights are read
     generator = load_generator(source, dtype=dtype, mesh=mesh, revision=revision, token=token)
     source = source if tokenizer is None else tokenizer
     return load_tokenizer(source, dtype=dtype, mesh=mesh, revision=tokenizer_revision, token=token), generator
@@ -120,7 +124,7 @@ def pair_configs(
     tokenizer_revision: str | None = None,
     token: str | None = None,
 ) -> tuple[TiTokConfig, GeneratorConfig]:
-    """The configurations of what `load_pair` loads, checked against each other; reads no weights, errors as there."""
+    """Loads only the configurations of a pair and checks that they fit together. Errors are those of `load_pair`."""
     generator = pretrained.load_config(source, GeneratorConfig, revision=revision, token=token)
     if (
         tokenizer is None
@@ -135,7 +139,7 @@ def pair_configs(
 
 
 def check_pair(tokenizer: TiTokConfig, generator: GeneratorConfig) -> None:
-    """Raises ValueError unless the tokenizer makes the tokens that the generator is for."""
+    """Raises ValueError unless the generator was made for the tokens of this tokenizer."""
     if tokenizer.quantize_mode != "vq":
         raise ValueError("the tokenizer is a VAE, which has no token ids; the generator needs a vq tokenizer")
     for what, ours, theirs in (

@@ -1,4 +1,4 @@
-"""Many images, batch by batch: made of labels, or reconstructed."""
+"""Generates images from labels, or reconstructs images, batch by batch."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from titok_jax.data.image_files import ImageFiles
 from titok_jax.data.transforms import to_uint8_truncate
 
-# Of the computation dtypes. On TPU and GPU a float32 product is otherwise one of bfloat16 or TF32.
+# For each computation dtype. By default TPUs and GPUs compute float32 products in bfloat16 or TF32.
 MATMUL_PRECISION = {"float32": "highest", "bfloat16": "default"}
 
 
@@ -22,22 +22,22 @@ def sample(
     batches: Iterable[int] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Images for labels, batch by batch. Image i depends on its label, the seed and i, and on the batch size by no
-    more than the rounding of sums.
+    """Generates images for labels, batch by batch. Image i depends on its label, the seed and i. The batch size changes it
+    only by the rounding of sums.
 
     Args:
-      tokenizer, generator: as `titok_jax.load_pair` gives them.
+      tokenizer, generator: from `titok_jax.load_pair`.
       labels: int [n], 0 .. num_classes - 1.
-      seed: of all randomness.
-      batch_size: images at a time; batches are filled up to it, so that one program serves all.
-      batches: the numbers of the batches to make, counted from 0; all if not given.
-      settings: of `titok_jax.generate`.
+      seed: seed of all randomness.
+      batch_size: images per batch. The last batch is padded to this size, so that one compiled program serves all batches.
+      batches: indices of the batches to generate, counted from 0; all if not given.
+      settings: keyword arguments of `titok_jax.generate`.
 
     Yields:
-      Where in the labels, token ids int32 [b, N], images uint8 [b, H, W, 3] as the published sampling script rounds them.
+      The slice of the labels, token ids int32 [b, N], images uint8 [b, H, W, 3] rounded like the published sampling script.
 
     Raises:
-      ValueError: a label or setting out of range.
+      ValueError: for a label or setting out of range.
     """
     import jax
 
@@ -54,18 +54,18 @@ def sample(
 
 
 def balanced_labels(classes: Sequence[int], num: int) -> np.ndarray:
-    """`num` labels, the classes in turn, 0 1 2 ... 0 1 2 ..., as the published sampling script gives them: int32 [num].
+    """`num` labels that cycle through the classes, 0 1 2 ... 0 1 2 ..., as in the published sampling script: int32 [num].
 
-    Each is there as often as the others (differing by one at most). With fewer images than classes these are spread evenly
-    over the classes. (The published script, run on R processes, deals the list out in R parts and numbers their images in
-    turn, so that its file has these labels in another order.)
+    The counts of two classes differ by one at most. With fewer labels than classes, the labels are spread evenly over the
+    classes. (On R processes the published script splits the list into R parts and interleaves their images, so its file has
+    these labels in another order.)
     """
     places = np.arange(num) % len(classes) if num >= len(classes) else np.arange(num) * len(classes) // num
     return np.asarray(classes, np.int32)[places]
 
 
 def by_class(labels: np.ndarray) -> np.ndarray:
-    """The places of labels [n] with equal ones together, classes in the order in which they first appear: int64 [n]."""
+    """Indices that group equal labels [n], with classes in the order in which they first appear: int64 [n]."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(first[inverse], kind="stable")
 
@@ -73,20 +73,20 @@ def by_class(labels: np.ndarray) -> np.ndarray:
 def reconstruct(
     tokenizer, images: np.ndarray | ImageFiles, *, batch_size: int = 64
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Encodes and decodes, batch by batch; of a VAE, the mean of the posterior.
+    """Encodes and decodes images, batch by batch. A VAE uses the mean of the posterior.
 
     Args:
-      tokenizer: as `titok_jax.load_tokenizer` or `load_vqgan` gives it.
-      images: [n, H, W, 3] uint8, or float in [0, 1]; or what gives such arrays for its slices.
-      batch_size: images at a time; the last batch is filled up, so that one program serves all. Of a tokenizer on a mesh, a
-        multiple of the devices that share a batch.
+      tokenizer: from `titok_jax.load_tokenizer` or `load_vqgan`.
+      images: [n, H, W, 3] uint8, or float in [0, 1]; or an object whose slices are such arrays.
+      batch_size: images per batch. The last batch is padded to this size, so that one compiled program serves all batches.
+        If the tokenizer is on a mesh, it must be a multiple of the devices that share a batch.
 
     Yields:
-      Where in the images, tokens int32 [b, N] (a VAE: float32 [b, N, C], a VQGAN: int32 [b, h, w]), reconstructions float32
+      The slice of the images, tokens int32 [b, N] (VAE: float32 [b, N, C], VQGAN: int32 [b, h, w]), reconstructions float32
       [b, H, W, 3] in [0, 1].
 
     Raises:
-      ValueError: images of another size than the tokenizer's, or one without pixels (stage 1).
+      ValueError: if the images do not have the tokenizer's size, or if it has no pixels (stage 1).
     """
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]

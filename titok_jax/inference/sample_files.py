@@ -1,4 +1,4 @@
-"""What generated images are written to: a picture, a folder, an .npz file."""
+"""Writers for generated images: one picture, a folder, or an .npz file."""
 
 import zipfile
 from pathlib import Path
@@ -16,8 +16,8 @@ _SHOWN = 100  # images in the grid.png of a folder
 
 
 def labelled_grid(images: np.ndarray, labels: np.ndarray, title: str | None = None):
-    """A grid of the images by class: each row is a class if every class has the same number of images, up to 16; else each
-    image has its label below. images uint8 [B, H, W, 3], labels int [B] -> PIL image."""
+    """A grid of the images, grouped by class: images uint8 [B, H, W, 3], labels int [B] -> PIL image. If every class has the
+    same number of images, from 2 to 16, each row is a class. Otherwise each image has its label below."""
     order = by_class(labels)
     images, labels = images[order], labels[order]
     starts = np.flatnonzero(np.diff(labels, prepend=-1))
@@ -28,7 +28,7 @@ def labelled_grid(images: np.ndarray, labels: np.ndarray, title: str | None = No
 
 
 class GridWriter:
-    """Collects every image for one picture."""
+    """Collects all images in one picture."""
 
     def __init__(self, path: Path, labels: np.ndarray):
         self._path, self._labels, self._images = path, labels, []
@@ -41,12 +41,12 @@ class GridWriter:
 
 
 class FolderWriter:
-    """Writes a PNG per image, and keeps a few for a picture of all."""
+    """Writes one PNG per image, and an overview `grid.png` of up to 100 of them."""
 
     def __init__(self, path: Path, labels: np.ndarray):
         self._path, self._labels, self._shown = path, labels, {}
         shown = min(_SHOWN, len(labels))
-        self._chosen = by_class(labels)[np.arange(shown) * len(labels) // shown]  # of every class, or of many
+        self._chosen = by_class(labels)[np.arange(shown) * len(labels) // shown]  # from every class, or from many
 
     def add(self, where: slice, images: np.ndarray) -> None:
         from PIL import Image
@@ -62,7 +62,7 @@ class FolderWriter:
 
 
 class NpzWriter:
-    """Writes the arrays `arr_0` and `labels`, as the ADM evaluation reads them, without holding the images."""
+    """Writes the arrays `arr_0` and `labels` that the ADM evaluation reads, without keeping the images in memory."""
 
     def __init__(self, path: Path, labels: np.ndarray):
         self._labels, self._file, self._array = labels, zipfile.ZipFile(path, "w"), None

@@ -25,7 +25,7 @@ class Tokenizer:
         """
         Args:
           dtype: computation dtype, "float32" or "bfloat16".
-          mesh: that of the parameters, over which batches are cut; None: one device.
+          mesh: the mesh that holds the parameters; batches are sharded along it. None means one device.
         """
         self.config, self.params = config, params
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
@@ -49,13 +49,13 @@ class Tokenizer:
 
         Args:
           images: [B, H, W, 3], uint8 or float in [0, 1], of the model's size.
-          key: of a VAE: draw from the posterior with this key, instead of its mean.
+          key: for VAEs only: sample the posterior with this key instead of returning its mean.
 
         Returns:
-          int32 [B, N]; of a VAE float32 [B, N, C].
+          int32 [B, N]; for a VAE float32 [B, N, C].
 
         Raises:
-          ValueError: another shape, dtype, size or (of numpy arrays) range than expected.
+          ValueError: for a wrong shape, dtype or size, or (numpy arrays only) a wrong range.
         """
         size = self.config.image_size
         images = checked_images(images)
@@ -72,13 +72,13 @@ class Tokenizer:
         """Tokens to images.
 
         Args:
-          tokens: int [B, N] in 0 .. codebook_size - 1; of a VAE float [B, N, C].
+          tokens: int [B, N] in 0 .. codebook_size - 1; for a VAE float [B, N, C].
 
         Returns:
           float32 [B, H, W, 3] in [0, 1].
 
         Raises:
-          ValueError: another shape, dtype or range than expected, or a stage 1 model, which has no pixels.
+          ValueError: for a wrong shape, dtype or range, or for a stage 1 model, which has no pixels.
         """
         config = self.config
         if config.predicts_codes:
@@ -105,14 +105,14 @@ class Tokenizer:
 
 
 def checked_images(images) -> np.ndarray | jax.Array:
-    """Images as an array of the expected dtype and, of numpy's, range; ValueError otherwise."""
+    """Returns images as an array. Raises ValueError for a wrong dtype or, for numpy arrays only, a wrong range."""
     if not hasattr(images, "shape"):
         images = np.asarray(images)
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images have dtype {images.dtype}, expected uint8, or float in [0, 1]")
     if isinstance(images, np.ndarray) and images.dtype != np.uint8 and images.size:
         low, high = float(images.min()), float(images.max())
-        if not -1e-3 <= low <= high <= 1 + 1e-3:  # NaN is not
+        if not -1e-3 <= low <= high <= 1 + 1e-3:  # also true for NaN
             raise ValueError(
                 f"images reach from {low:g} to {high:g}, expected [0, 1]: divide grey levels by 255 or leave them uint8; of "
                 "values in [-1, 1] take (x + 1) / 2"

@@ -26,7 +26,7 @@ class VQGAN:
         """
         Args:
           dtype: computation dtype, "float32" or "bfloat16".
-          mesh: that of the parameters, over which batches are cut; None: one device.
+          mesh: the mesh that holds the parameters; batches are sharded along it. None means one device.
         """
         self.config, self.params = config, params
         graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
@@ -40,16 +40,16 @@ class VQGAN:
         self._encode, self._decode = sharding.jit_on(mesh, encode), sharding.jit_on(mesh, decode)
 
     def encode(self, images) -> jax.Array:
-        """Images to codes, one for each 16 x 16 pixels (published sizes).
+        """Images to codes, one code per 16 x 16 pixels (published sizes).
 
         Args:
-          images: [B, H, W, 3], uint8 or float in [0, 1], of any size that `config.downsampling` divides.
+          images: [B, H, W, 3], uint8 or float in [0, 1], whose sides are multiples of `config.downsampling`.
 
         Returns:
           int32 [B, H/16, W/16].
 
         Raises:
-          ValueError: another shape, dtype or (of numpy arrays) range than expected.
+          ValueError: for a wrong shape or dtype, or (numpy arrays only) a wrong range.
         """
         images, factor = checked_images(images), self.config.downsampling
         if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % factor or images.shape[2] % factor:
@@ -68,7 +68,7 @@ class VQGAN:
           float32 [B, 16 h, 16 w, 3] in [0, 1] (published sizes).
 
         Raises:
-          ValueError: another shape, dtype or range than expected.
+          ValueError: for a wrong shape, dtype or range.
         """
         if not hasattr(codes, "shape"):
             codes = np.asarray(codes)

@@ -29,11 +29,12 @@ Config = (
 
 
 def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> nnx.Module:
-    """The module that a configuration describes, with new parameters.
+    """Builds the module that a configuration describes, with newly initialised parameters.
 
     Args:
-      dtype: computation dtype; parameters are float32. The networks that are only read compute in float32 whatever it is.
-      remat: recompute each transformer block's activations in the backward pass (TiTok and the generators).
+      dtype: computation dtype; parameters are float32. The perceptual, Inception and digits networks ignore it and always
+        compute in float32.
+      remat: recompute each transformer block's activations in the backward pass (TiTok and the generators only).
     """
     if isinstance(config, TiTokConfig):
         return TiTok(config, dtype=dtype, remat=remat, rngs=rngs)
@@ -51,9 +52,9 @@ def create(config: Config, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.
 
 
 def abstract(config: Config, *, dtype=jnp.float32, remat: bool = False) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """(graphdef, parameters as a nested dict of ShapeDtypeStructs); takes no memory.
+    """Returns (graphdef, parameters as a nested dict of ShapeDtypeStructs) without allocating any array.
 
-    `nnx.merge(graphdef, params)` inside a jitted function gives the module back.
+    Call `nnx.merge(graphdef, params)` inside a jitted function to get the module back.
     """
     module = nnx.eval_shape(lambda: create(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
@@ -61,5 +62,5 @@ def abstract(config: Config, *, dtype=jnp.float32, remat: bool = False) -> tuple
 
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
-    """New parameters (float32) as a nested dict. Pure: jit it, with `out_shardings` to place them."""
+    """Initialises parameters (float32) as a nested dict. A pure function: jit it with `out_shardings` to shard them."""
     return nnx.to_pure_dict(nnx.split(create(config, rngs=nnx.Rngs(key)))[1])

@@ -1,4 +1,4 @@
-"""A small classifier of the embedded digits, whose features are to them what InceptionV3's are to photographs."""
+"""A small classifier for the embedded digits. Metrics on digits use its features instead of InceptionV3's."""
 
 import dataclasses
 
@@ -9,17 +9,17 @@ from flax import nnx
 IMAGE_SIZE = 32
 FEATURES = 64
 NUM_CLASSES = 10
-CHANNELS = (16, 32, 32)  # of three convolutions of stride 2
+CHANNELS = (16, 32, 32)  # output channels of the three convolutions, each of stride 2
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitsNetConfig:
-    """The one network of digits there is."""
+    """Configuration of the digits network, which has no options."""
 
 
 class DigitsNet(nnx.Module):
-    """Three 3 x 3 convolutions, 64 features, logits. The features are what enters the last GELU: they may be negative and
-    none is always 0, so that their covariance is regular."""
+    """Three 3 x 3 convolutions, a layer of 64 features, and the logits. The features are taken before the last GELU. They
+    can be negative and none of them is always 0, so their covariance matrix is invertible."""
 
     def __init__(self, config: DigitsNetConfig = DigitsNetConfig(), *, rngs: nnx.Rngs):
         self.config = config
@@ -40,5 +40,5 @@ class DigitsNet(nnx.Module):
             return features, self.head(jax.nn.gelu(features, approximate=False))
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """uint8 [B, 32, 32, 3], of which the mean of the channels is seen -> features [B, 64] and logits [B, 10]."""
+        """uint8 [B, 32, 32, 3] -> features [B, 64] and logits [B, 10]. The network sees the mean over the channels."""
         return self.from_grey(images.astype(jnp.float32).mean(-1) / 255.0)

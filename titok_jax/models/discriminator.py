@@ -1,5 +1,7 @@
-"""The convolutional discriminator of stage 2 and of single-stage training (the "improved" PatchGAN of TiTok's published
-code: blurred downsampling after Zhang 2019, "Making Convolutional Networks Shift-Invariant Again", and GroupNorm).
+"""The convolutional discriminator for stage 2 and single-stage training.
+
+It is the "improved" PatchGAN of TiTok's published code, with GroupNorm and with blurred downsampling after Zhang 2019,
+"Making Convolutional Networks Shift-Invariant Again".
 """
 
 import dataclasses
@@ -21,11 +23,11 @@ class DiscriminatorConfig:
 
     Attributes:
       num_channels: channels of the images.
-      hidden_channels: width of the first convolution, a multiple of 32 (the groups of GroupNorm). The first stage keeps
-        it, each further one doubles it.
-      num_stages: stages, each of which halves the image.
-      logits_size: height and width of the grid of logits, whatever the size of the image. Published 16; a grid finer than
-        the last stage repeats its elements, so choose image size / 2^num_stages or less for smaller images.
+      hidden_channels: width of the first convolution, a multiple of 32 (GroupNorm uses 32 groups). The first stage keeps
+        this width, and each later stage doubles it.
+      num_stages: number of stages. Each stage halves the image.
+      logits_size: height and width of the grid of logits, independent of the image size (published: 16). A grid finer than
+        the output of the last stage repeats elements, so choose image size / 2^num_stages or less for smaller images.
     """
 
     num_channels: int = 3
@@ -39,7 +41,7 @@ def _leaky_relu(x: jax.Array) -> jax.Array:
 
 
 def _blur_axis(x: jax.Array, axis: int) -> jax.Array:
-    """The taps along one axis with stride 2 and "same" zero padding, in float32: n -> ceil(n / 2)."""
+    """Applies the taps along one axis with stride 2 and "same" zero padding, in float32: n -> ceil(n / 2)."""
     n = x.shape[axis]
     out = -(-n // 2)
     padding = [(0, 0)] * x.ndim
@@ -52,35 +54,35 @@ def _blur_axis(x: jax.Array, axis: int) -> jax.Array:
 def blur_downsample(x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C]: the 4 x 4 blur with stride 2 and "same" zero padding.
 
-    As sums of shifted arrays: a depthwise convolution takes 3 times as long on a CPU, its gradient 20 times. The taps are
-    constants of this function, because an array held by a module would be trained.
+    The blur is a sum of shifted arrays. On a CPU a depthwise convolution takes 3 times as long, and its gradient 20 times.
+    The taps are constants here because an array held by an nnx module would be trained.
     """
     return _blur_axis(_blur_axis(x.astype(jnp.float32), 1), 2).astype(x.dtype)
 
 
 def _max_axis(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """Maximum along one axis over `size` windows, window i from floor(i n / size) to ceil((i + 1) n / size)."""
+    """Maximum along one axis over `size` windows. Window i runs from floor(i n / size) to ceil((i + 1) n / size)."""
     n = x.shape[axis]
     starts = np.arange(size) * n // size
     ends = -(-np.arange(1, size + 1) * n // size)
     best = None
     for k in range((ends - starts).max()):
-        if n % size == 0:  # windows side by side: strided slices, whose gradient is no scatter
+        if n % size == 0:  # adjacent windows: strided slices, whose gradient needs no scatter
             candidate = jax.lax.slice_in_dim(x, k, n, n // size, axis)
         else:
-            candidate = jnp.take(x, np.minimum(starts + k, ends - 1), axis=axis)  # a short window repeats its last
+            candidate = jnp.take(x, np.minimum(starts + k, ends - 1), axis=axis)  # repeats a window's end
         if best is None:
             best = candidate
         else:
-            # Not jnp.maximum, which halves the gradient between equals; torch gives it to the first of them.
+            # jnp.maximum would split the gradient between equal elements. Torch gives all of it to the first.
             best = jnp.where((candidate > best) | jnp.isnan(candidate), candidate, best)
     return best
 
 
 def adaptive_max_pool(x: jax.Array, size: int) -> jax.Array:
-    """[B, H, W, C] -> [B, size, size, C], as torch's AdaptiveMaxPool2d: windows overlap where `size` does not divide H or
-    W, and repeat elements where it is larger. The gradient goes to the first maximum of a window in row-major order."""
-    # Columns first: in each row the first column wins, then the first row.
+    """[B, H, W, C] -> [B, size, size, C], like torch's AdaptiveMaxPool2d. Windows overlap if `size` does not divide H or W,
+    and they repeat elements if it is larger. The gradient goes to the first maximum of a window in row-major order."""
+    # Columns come first: the first column wins within each row, then the first row wins.
     return _max_axis(_max_axis(x, size, 2), size, 1)
 
 
@@ -97,7 +99,7 @@ class DiscriminatorStage(nnx.Module):
 
 
 class NLayerDiscriminator(nnx.Module):
-    """Images to a grid of logits, high for real. Small images take a small one, for instance
+    """Maps images to a grid of logits, which are high for real images. Small images need a small discriminator, for example
     `DiscriminatorConfig(hidden_channels=32, num_stages=2, logits_size=8)` for 32 x 32."""
 
     def __init__(self, config: DiscriminatorConfig = DiscriminatorConfig(), *, dtype=jnp.float32, rngs: nnx.Rngs):

@@ -1,9 +1,11 @@
-"""Masked token generators (MaskGIT, Chang et al., arXiv 2202.04200): a bidirectional transformer that fills in masked
-tokens given a class. Two published forms: ViT, a BERT with post-norm blocks, and U-ViT (Bao et al., arXiv 2209.12152),
-pre-norm with long skips.
+"""Masked token generators (MaskGIT, Chang et al., arXiv 2202.04200): bidirectional transformers that fill in masked tokens
+given a class.
 
-The vocabulary is [0, K) codes, K the mask, K + 1 + label a class, K + 1 + num_classes "no class"; the output has K entries.
-The class is position 0 of the sequence.
+There are two published architectures. ViT is a BERT with post-norm blocks. U-ViT (Bao et al., arXiv 2209.12152) has pre-norm
+blocks and long skip connections.
+
+In the vocabulary, 0 .. K - 1 are codes, K is the mask, K + 1 + label is a class, and K + 1 + num_classes means "no class".
+The output has K entries. The class is at position 0 of the sequence.
 """
 
 import dataclasses
@@ -23,12 +25,12 @@ GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are sampled unless the caller says otherwise; see `titok_jax.decoding`.
+    """Default settings for sampling tokens; see `titok_jax.inference.decoding`.
 
     Attributes:
       num_steps: decoding steps.
-      guidance_scale, guidance_schedule: of classifier-free guidance.
-      temperature: of the Gumbel noise in the first step; falls to 0 (published name: randomize_temperature).
+      guidance_scale, guidance_schedule: strength of classifier-free guidance, and how it changes over the steps.
+      temperature: scale of the Gumbel noise in the first step; it falls to 0 (published name: randomize_temperature).
       softmax_temperature_annealing: divide the logits by 0.5 + 0.8 (1 - ratio), as the published sampling script does.
     """
 
@@ -53,10 +55,10 @@ class GeneratorConfig:
 
     Attributes:
       model_type: "ViT" or "UViT".
-      num_tokens, codebook_size: of the tokenizer whose tokens it generates.
+      num_tokens, codebook_size: sizes of the tokenizer whose tokens the model generates.
       num_classes: labels are 0 .. num_classes - 1.
-      dropout, attn_dropout: rates in training; of the ViT only (the published U-ViT ignores them).
-      class_label_dropout: how often training drops the label.
+      dropout, attn_dropout: rates in training, used by the ViT only (the published U-ViT ignores them).
+      class_label_dropout: probability that training drops the label.
     """
 
     model_type: str = "ViT"
@@ -86,11 +88,11 @@ class GeneratorConfig:
     def vocabulary_size(self) -> int:
         return self.codebook_size + self.num_classes + 2
 
-    # The published config.json <-> this class.
+    # Conversion from and to the published config.json.
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> "GeneratorConfig":
-        """From the published `config.json` with its interpolations resolved.
+        """Reads the published `config.json`, with its interpolations already resolved.
 
         Raises:
           ValueError: for a missing section or key, an unknown key or a bad value.
@@ -114,7 +116,7 @@ class GeneratorConfig:
         return cls(sampling=SamplingConfig(**sampling), **fields)
 
     def to_published(self) -> dict[str, Any]:
-        """The published form of `config.json`; `from_published` reads it back to an equal configuration."""
+        """The configuration in the published format of `config.json`. `from_published` reads it back unchanged."""
         generator = {key: getattr(self, ours) for key, ours in _GENERATOR_KEYS.items()}
         generator |= {key: getattr(self.sampling, ours) for key, ours in _SAMPLING_KEYS.items()}
         vq = {"codebook_size": self.codebook_size, "num_latent_tokens": self.num_tokens}
@@ -160,7 +162,7 @@ class PostNormBlock(nnx.Module):
         return self.norm1(x + dropout(self.attn(x, keys[0]), self.dropout_rate, keys[1]))
 
     def __call__(self, x: jax.Array, skip: None = None, *, key: jax.Array | None = None) -> jax.Array:
-        """x [B, L, D] -> [B, L, D], with dropout if a key is given. `skip` is for the sake of `run_stack`."""
+        """x [B, L, D] -> [B, L, D], with dropout if a key is given. `skip` is unused; `run_stack` passes it."""
         del skip
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = self.attention(x, keys[:2])
@@ -206,7 +208,7 @@ class ViTGenerator(nnx.Module):
 
 
 class UViTGenerator(nnx.Module):
-    """The U-ViT generator: num_layers // 2 blocks in, one in the middle, num_layers // 2 out, with long skips."""
+    """The U-ViT generator: num_layers // 2 input blocks, a middle block, num_layers // 2 output blocks with long skips."""
 
     def __init__(self, config: GeneratorConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -233,11 +235,11 @@ class UViTGenerator(nnx.Module):
         self.lm_head = nnx.Linear(width, config.codebook_size, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """ids [B, L] -> [B, L, D], positions added."""
+        """ids [B, L] -> [B, L, D], with positions added."""
         return (self.embeddings[...][ids] + self.pos_embed[...]).astype(self.dtype)
 
     def logits(self, ids: jax.Array, labels: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """See `make_generator`; there is no dropout in this one."""
+        """See `make_generator`. The U-ViT has no dropout."""
         del key
         x = self.embed(with_class(ids, labels, self.config))
         x, skips = run_stack(self.in_blocks, x, remat=self.remat)
@@ -247,7 +249,7 @@ class UViTGenerator(nnx.Module):
 
 
 def with_class(ids: jax.Array, labels: jax.Array, config: GeneratorConfig) -> jax.Array:
-    """ids [B, N], labels [B] in 0 .. num_classes -> [B, 1 + N] with the class's entry of the vocabulary in front."""
+    """ids [B, N], labels [B] in 0 .. num_classes -> [B, 1 + N]: the class's id in the vocabulary, then the ids."""
     return jnp.concatenate([(labels + config.codebook_size + 1)[:, None], ids], axis=1)
 
 
@@ -257,8 +259,8 @@ def make_generator(
     """The generator that `config.model_type` names.
 
     Its method `logits(ids, labels, key=None)` takes ids int [B, N] in 0 .. codebook_size (the last is the mask) and labels
-    int [B] in 0 .. num_classes (the last means unconditional), and gives float32 [B, N, codebook_size]. With a key it
-    applies dropout.
+    int [B] in 0 .. num_classes (the last means unconditional). It returns float32 [B, N, codebook_size] and applies dropout
+    if a key is given.
 
     Args:
       dtype: computation dtype; parameters are float32.

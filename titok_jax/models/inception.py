@@ -1,8 +1,9 @@
-"""InceptionV3 as FID is defined on it: the network of 2015-12-05 with the peculiarities of its TensorFlow graph.
+"""The InceptionV3 that FID is defined on: the network of 2015-12-05 with the peculiarities of its TensorFlow graph.
 
-Szegedy et al. 2015 (arXiv 1512.00567). It differs from torchvision's: the resize, averages that leave the padding out, a
-maximum in the last block's pool branch, and 1,008 outputs. Convolutions have their published names (torch-fidelity,
-feature_extractor_inceptionv3.py). All computes in float32, also where an accelerator's default is less.
+The architecture is from Szegedy et al. 2015 (arXiv 1512.00567). It differs from torchvision's in four ways: the resize,
+average pools that leave out the padding, a max pool in the last block's pool branch, and 1,008 outputs. Convolutions have
+their published names (torch-fidelity, feature_extractor_inceptionv3.py). Everything is computed in float32, even where an
+accelerator's default precision is lower.
 """
 
 import dataclasses
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-IMAGE_SIZE = 299  # pixels per side, to which every image is resized
+IMAGE_SIZE = 299  # pixels per side; every image is resized to this
 NUM_CLASSES = 1008
 BATCH_NORM_EPSILON = 1e-3
-SPATIAL_CHANNELS = 7  # of sFID: 7 x 17 x 17 = 2,023 features
+SPATIAL_CHANNELS = 7  # used by sFID: 7 x 17 x 17 = 2,023 features
 
 
 class _Conv(NamedTuple):
@@ -30,23 +31,23 @@ class _Conv(NamedTuple):
 
 
 class _Fork(NamedTuple):
-    """Convolutions of the same input, their outputs side by side."""
+    """Two convolutions of the same input, with concatenated outputs."""
 
     convs: tuple[_Conv, _Conv]
 
 
-# A branch is what happens to a block's input in turn; a string is a 3 x 3 pool: "average" and "max" keep the size, "halve"
-# is a maximum of stride 2 without padding. A block puts its branches' outputs side by side.
+# A branch is a sequence of steps applied to a block's input. A string is a 3 x 3 pool: "average" and "max" keep the size,
+# "halve" is a max pool of stride 2 without padding. A block concatenates the outputs of its branches.
 _Branch = tuple[_Conv | _Fork | str, ...]
 
 
 def _chain(name: str, *convs: tuple) -> _Branch:
-    """Convolutions numbered from 1: (channels, height, width)."""
+    """A branch of convolutions, numbered from 1. Each is given as (channels, height, width)."""
     return tuple(_Conv(f"{name}_{i + 1}", channels, (h, w)) for i, (channels, h, w) in enumerate(convs))
 
 
 def _halving(branch: _Branch) -> _Branch:
-    """The same branch whose last convolution has stride 2 and no padding."""
+    """The same branch, but its last convolution has stride 2 and no padding."""
     return (*branch[:-1], branch[-1]._replace(stride=2, padding="VALID"))
 
 
@@ -114,15 +115,15 @@ _BLOCKS: dict[str, tuple[_Branch, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class InceptionConfig:
-    """The one InceptionV3 there is."""
+    """Configuration of InceptionV3, which has no options."""
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-    """[B, H, W, C] float32 -> [B, size, size, C] as TensorFlow 1 resizes bilinearly: pixel i lies at i H / size of the
-    input, without a shift by half a pixel and without a filter where it shrinks; at the edge the last pixel repeats."""
+    """[B, H, W, C] float32 -> [B, size, size, C], with TensorFlow 1's bilinear resize. Pixel i samples the input at
+    i H / size. There is no half-pixel shift and no antialiasing filter, and the last pixel repeats at the edge."""
     for axis in (2, 1):
         length = images.shape[axis]
-        # In float32, as the graph computes it.
+        # The TensorFlow graph computes this in float32 too.
         source = np.arange(size, dtype=np.float32) * np.float32(length / size)
         low = source.astype(np.int32)
         shape = [1] * 4
@@ -134,8 +135,8 @@ def resize(images: jax.Array, size: int) -> jax.Array:
 
 
 class ConvBatchNorm(nnx.Module):
-    """Convolution without bias, batch normalisation by the stored mean and variance, ReLU. Made of zeros and ones: its
-    parameters are only ever read from a file."""
+    """Convolution without bias, batch normalisation with the stored mean and variance, ReLU. The parameters start as zeros
+    and ones because they are always read from a file."""
 
     def __init__(self, inputs: int, conv: _Conv):
         self.conv = conv
@@ -160,13 +161,13 @@ def _pool(kind: str, x: jax.Array) -> jax.Array:
 
 
 class InceptionOutputs(NamedTuple):
-    """What is used of the network, all float32.
+    """The activations that the metrics use, all float32.
 
     Attributes:
-      pool64, pool192, pool768: means over the positions after the first and the second pool and after Mixed_6e.
+      pool64, pool192, pool768: means over the positions after the first pool, the second pool and Mixed_6e.
       pool: [B, 2048], the features of FID.
-      spatial: [B, 2023], those of sFID: the first 7 channels of ADM's `mixed_6/conv`, here Mixed_6d's branch1x1 after its
-        ReLU, in the order row, column, channel.
+      spatial: [B, 2023], the features of sFID, in the order row, column, channel: the first 7 channels of ADM's
+        `mixed_6/conv`, which is Mixed_6d's branch1x1 after its ReLU here.
       logits_unbiased: [B, 1008] without the bias, for the Inception score.
       logits: [B, 1008].
     """
@@ -181,14 +182,14 @@ class InceptionOutputs(NamedTuple):
 
 
 class InceptionV3(nnx.Module):
-    """The network; its convolutions are in `convs` by their published names."""
+    """The network. `convs` holds its convolutions under their published names."""
 
     def __init__(self, config: InceptionConfig = InceptionConfig(), *, rngs: nnx.Rngs):
         self.config = config
         self.convs, channels = nnx.Dict(), 3
 
         def add(name: str, step: _Conv | _Fork | str, inputs: int) -> int:
-            """Makes a step's convolutions; returns the number of its output channels."""
+            """Creates the convolutions of a step and returns its number of output channels."""
             if isinstance(step, str):
                 return inputs
             for conv in step.convs if isinstance(step, _Fork) else [step]:

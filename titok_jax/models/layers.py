@@ -1,8 +1,8 @@
-"""Building blocks that every model here shares: attention, MLP, pre-norm block, block stack, GroupNorm.
+"""Building blocks that the models share: attention, MLP, pre-norm block, block stack, GroupNorm.
 
-Modules are Flax NNX and hold parameters only: no RNG state, dropout keys are passed in. Parameters are float32,
-`dtype` is the computation dtype. Where one formulation is much faster on a CPU, the function chooses it by backend; both
-forms are checked against each other in tests/test_layers.py.
+Modules are Flax NNX modules that hold only parameters. They have no RNG state; callers pass dropout keys. Parameters are
+float32, and `dtype` is the computation dtype. Some functions have a variant that is much faster on a CPU and choose it by
+platform. tests/test_layers.py checks the variants against each other.
 """
 
 import functools
@@ -14,13 +14,13 @@ from flax import nnx
 
 from titok_jax.runtime import sharding
 
-# The published models draw every Linear, Conv and Embedding from this.
+# The published models initialise every Linear, Conv and Embedding with this.
 trunc_normal = nnx.initializers.truncated_normal(stddev=0.02)
 
 
 def target_platform() -> str:
-    """The platform that the current program is traced for, "cpu", "gpu" or "tpu": that of the mesh which `jax.set_mesh` has
-    set (its devices may be of a machine that is not here), else of this machine."""
+    """The platform that the current program is traced for: "cpu", "gpu" or "tpu". It is the platform of the mesh set by
+    `jax.set_mesh`, whose devices may belong to another machine. Without such a mesh, it is the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -42,7 +42,7 @@ def _xavier_qkv(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> ja
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU, as in all published models; the tanh form differs by 5e-4."""
+    """Exact (erf) GELU, as in all published models; the tanh approximation differs by 5e-4."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.7071067811865476))
 
 
@@ -55,16 +55,19 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def attention_plain(q, k, v, *, dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v over [B, L, H, d], the softmax in float32, dropout on the probabilities."""
+    """softmax(q k^T / sqrt(d)) v over [B, L, H, d], with the softmax in float32 and dropout on the probabilities."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
 
 def attention_by_image(q, k, v) -> jax.Array:
-    """The same, one image of the batch at a time: 3 x faster on one CPU at L = 289, where a batched score matrix
-    falls out of the cache. Not for a sharded batch (a loop over a sharded axis gathers it), nor for bfloat16, in which the
-    sum that is divided by last costs gradients of q and k two digits."""
+    """The same, one image of the batch at a time. This is 3 x faster on one CPU at L = 289, where a batched score matrix
+    does not fit in the cache.
+
+    Do not use it for a sharded batch, because a loop over a sharded axis gathers the batch. Do not use it in bfloat16
+    either: it divides by the softmax's sum at the end, which then costs the gradients of q and k two digits.
+    """
 
     def one(qkv):
         q, k, v = (a.transpose(1, 0, 2) for a in qkv)  # [H, L, d]
@@ -77,8 +80,8 @@ def attention_by_image(q, k, v) -> jax.Array:
 
 
 def attention_flash(q, k, v) -> jax.Array:
-    """The same in bfloat16 by cuDNN's kernel, which never writes the scores. Its gradient is for even lengths only, so an
-    odd one gets a position that nothing attends to."""
+    """The same in bfloat16 with cuDNN's kernel, which never writes the scores to memory. Its gradient supports only even
+    lengths, so an odd length is padded with one position that nothing attends to."""
     length, lengths = q.shape[1], None
     if length % 2:
         q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
@@ -88,14 +91,14 @@ def attention_flash(q, k, v) -> jax.Array:
 
 @functools.cache
 def _has_flash() -> bool:
-    """Whether this machine's devices have what `attention_flash` needs: CUDA, Ampere or newer."""
+    """Whether the local devices support `attention_flash`, which needs CUDA and Ampere or newer."""
     device = jax.local_devices()[0]
     is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
     return is_cuda and float(device.compute_capability) >= 8.0
 
 
 def attention(q, k, v, *, dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
-    """Multi-head attention over [B, L, H, d], by the form that is fastest on the backend."""
+    """Multi-head attention over [B, L, H, d], with the implementation that is fastest on the platform."""
     if key is not None and dropout_rate > 0.0:
         return attention_plain(q, k, v, dropout_rate=dropout_rate, key=key)
     platform = target_platform()
@@ -109,14 +112,14 @@ def attention(q, k, v, *, dropout_rate: float = 0.0, key: jax.Array | None = Non
 
 
 class LayerNorm(nnx.LayerNorm):
-    """LayerNorm over the last axis with float32 statistics; torch's default epsilon, not flax's."""
+    """LayerNorm over the last axis with float32 statistics. The default epsilon is torch's, not flax's."""
 
     def __init__(self, width: int, *, epsilon: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs):
         super().__init__(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention. `qkv` keeps its kernel as [D, 3, D], so that heads stay whole when it is sharded."""
+    """Multi-head self-attention. The kernel of `qkv` has the shape [D, 3, D], so that sharding does not split heads."""
 
     def __init__(
         self,
@@ -160,7 +163,7 @@ class MLP(nnx.Module):
 
 
 class PreNormBlock(nnx.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)). With `skip`, a long skip enters first: Linear([x, skip]) (U-ViT)."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)). With `skip`, x is first Linear([x, skip]), the long skip of U-ViT."""
 
     def __init__(
         self,
@@ -182,7 +185,7 @@ class PreNormBlock(nnx.Module):
         self.mlp = MLP(width, hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, skip: jax.Array | None = None, *, key: jax.Array | None = None) -> jax.Array:
-        """x, skip [B, L, D] -> [B, L, D]. `key` is taken for the sake of `run_stack`; these blocks have no dropout."""
+        """x, skip [B, L, D] -> [B, L, D]. `key` is unused (these blocks have no dropout); `run_stack` passes it."""
         del key
         if skip is not None:
             x = self.skip_linear(jnp.concatenate([x, skip], axis=-1))
@@ -204,10 +207,10 @@ def make_stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rn
 def run_stack(
     stack: nnx.Module, x: jax.Array, *, key: jax.Array | None = None, skips: jax.Array | None = None, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Scan x [B, L, D] through a stack of n blocks.
+    """Scans x [B, L, D] through a stack of n blocks.
 
-    `key` gives each layer its own dropout key; `skips` [n, B, L, D] enter the layers as second input. Returns the last
-    output and the outputs of all layers [n, B, L, D] (free where they are not used).
+    `key` is split into one dropout key per layer. `skips` [n, B, L, D] holds a second input for each layer. Returns the last
+    output and the outputs of all layers [n, B, L, D], which cost nothing if they are not used.
     """
     graphdef, params = nnx.split(stack)
     num_layers = jax.tree.leaves(params)[0].shape[0]
@@ -224,7 +227,7 @@ def run_stack(
 
 
 def group_norm_two_pass(x, scale, bias, *, groups: int, epsilon: float) -> jax.Array:
-    """GroupNorm over [B, H, W, C] in the textbook form."""
+    """GroupNorm over [B, H, W, C] by the textbook formula."""
     b, h, w, c = x.shape
     g = x.astype(jnp.float32).reshape(b, h * w, groups, c // groups)
     mean = g.mean((1, 3), keepdims=True)
@@ -234,8 +237,8 @@ def group_norm_two_pass(x, scale, bias, *, groups: int, epsilon: float) -> jax.A
 
 
 def group_norm_affine(x, scale, bias, *, groups: int, epsilon: float) -> jax.Array:
-    """The same from per-channel sums, applied as one multiply and add per element: twice as fast on a CPU.
-    The variance is E[x^2] - E[x]^2, so it loses digits where the mean is large against the deviation."""
+    """The same from per-channel sums, applied as one multiply and add per element. It is twice as fast on a CPU.
+    The variance is E[x^2] - E[x]^2, so it loses digits if the mean is large compared with the deviation."""
     per_group = x.shape[-1] // groups
     x32 = x.astype(jnp.float32)
     mean = x32.mean((1, 2)).reshape(-1, groups, per_group).mean(-1)
@@ -258,7 +261,7 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         form = group_norm_affine if target_platform() == "cpu" else group_norm_two_pass
-        # Every convolution of the networks that have this is before or after one.
+        # In the networks that use GroupNorm, every convolution comes before or after one.
         x = sharding.constrain_batch(x)
         x = form(x, self.scale[...], self.bias[...], groups=self.groups, epsilon=self.epsilon)
         return sharding.constrain_batch(x)

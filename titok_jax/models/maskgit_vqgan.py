@@ -1,15 +1,15 @@
-"""The MaskGIT-VQGAN (Chang et al. 2022, "MaskGIT: Masked Generative Image Transformer"): a convolutional tokenizer of one
-code per 16 x 16 pixels. Its codes are the targets of TiTok's first stage, its decoder turns the second stage's into pixels.
+"""The MaskGIT-VQGAN (Chang et al. 2022, "MaskGIT: Masked Generative Image Transformer"): a convolutional tokenizer with one
+code per 16 x 16 pixels. TiTok's stage 1 predicts its codes, and TiTok's stage 2 uses its decoder to make pixels.
 
-Two things of the published code look like mistakes, but the weights depend on them:
+Two details of the published code look like mistakes, but the weights depend on them:
 
-- Where a residual block changes the number of channels, its shortcut is a projection of the block's own *output*; the
-  block's input is not added at all (`ResBlock`).
-- Convolutions in residual blocks and the encoder's first have no bias, all others have.
+- If a residual block changes the number of channels, its shortcut is a projection of the block's own *output*. The block's
+  input is not added at all (`ResBlock`).
+- The convolutions in residual blocks and the encoder's first convolution have no bias. All others have one.
 
-Parameter paths are the published names: levels and blocks are numbered by string keys ("0", "1", ...), so that a
-nested dict of parameters reads the same whether it comes from a module or from a file. The decoder's `up` is numbered from
-the finest level and runs from the coarsest.
+Parameter paths are the published names. Levels and blocks have string keys ("0", "1", ...), so that a nested dict of
+parameters looks the same whether it comes from a module or from a file. The decoder's `up` is numbered from the finest level
+but runs from the coarsest.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ class MaskgitVQGANConfig:
     """Sizes of a MaskGIT-VQGAN; the defaults are the published model (ImageNet, 256 x 256).
 
     Attributes:
-      hidden_channels: width of the finest level, a multiple of 32 (the groups of GroupNorm).
+      hidden_channels: width of the finest level, a multiple of 32 (GroupNorm uses 32 groups).
       channel_mult: width of each level in units of `hidden_channels`, finest first. Every level but the last halves the
         image.
       num_res_blocks: residual blocks per level, and in the middle.
       z_channels: width of the latents and of the codebook.
       codebook_size: number of codes.
       num_channels: channels of the images.
-      resolution: side of the training images in pixels. The model takes any size that `downsampling` divides.
+      resolution: side of the training images in pixels. The model accepts any multiple of `downsampling`.
     """
 
     hidden_channels: int = 128
@@ -54,12 +54,12 @@ class MaskgitVQGANConfig:
 
     @property
     def image_size(self) -> int:
-        """`resolution`, by the name that the other models have for it."""
+        """`resolution` under the name that the other models use."""
         return self.resolution
 
     @property
     def downsampling(self) -> int:
-        """Pixels per side of the square that one code stands for."""
+        """Pixels per side of the square that one code represents."""
         return 2 ** (len(self.channel_mult) - 1)
 
     @property
@@ -67,27 +67,27 @@ class MaskgitVQGANConfig:
         """Channels of each level, finest first."""
         return tuple(self.hidden_channels * m for m in self.channel_mult)
 
-    # The published weights have no configuration; this is the form of our `config.json`.
+    # The published weights come without a configuration. This is the format of our own `config.json`.
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> "MaskgitVQGANConfig":
-        """From `{"model": {"maskgit_vqgan": {...}}}`; what is not in it has its default.
+        """Reads `{"model": {"maskgit_vqgan": {...}}}`. Missing keys have their defaults.
 
         Raises:
-          ValueError: for another configuration, an unknown key or a bad value.
+          ValueError: for a configuration of another model, an unknown key or a bad value.
         """
         fields = published.section(config, "model.maskgit_vqgan", "MaskGIT-VQGAN")
         return published.take_all(fields, cls, "model.maskgit_vqgan")
 
     def to_published(self) -> dict[str, Any]:
-        """What `from_published` reads back to an equal configuration."""
+        """The configuration in a format that `from_published` reads back unchanged."""
         fields = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
         return {"model": {"maskgit_vqgan": fields}}
 
 
 def conv(in_channels: int, out_channels: int, size: int, *, use_bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Conv | nnx.Linear:
-    """A convolution over [B, H, W, C] with "same" padding and stride 1, initialised as torch does it: kernel and bias
-    uniform within fan_in^-0.5. Of size 1 it is a matrix product, which is what a CPU computes faster."""
+    """A convolution over [B, H, W, C] with "same" padding and stride 1. As in torch, kernel and bias are initialised
+    uniformly within fan_in^-0.5. A convolution of size 1 is a matrix product, which is faster on a CPU."""
     bound = (in_channels * size * size) ** -0.5
 
     def uniform(key, shape, dtype=jnp.float32):
@@ -106,13 +106,14 @@ def downsample(x: jax.Array) -> jax.Array:
 
 
 def upsample(x: jax.Array) -> jax.Array:
-    """[B, h, w, C] -> [B, 2h, 2w, C], every element four times (nearest neighbour)."""
+    """[B, h, w, C] -> [B, 2h, 2w, C], nearest neighbour: each element is repeated four times."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 class ResBlock(nnx.Module):
-    """(GroupNorm, SiLU, 3x3 convolution) twice. The input is added if the width stays; else the projected output is."""
+    """(GroupNorm, SiLU, 3x3 convolution) twice. If the width stays the same, the input is added. If it changes, the
+    projected output is added."""
 
     def __init__(self, in_channels: int, out_channels: int, *, dtype, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(in_channels, epsilon=1e-6, rngs=rngs)
@@ -130,7 +131,7 @@ class ResBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.transform(x)
-        # Of the transformed state, not of x: the trained weights know no other.
+        # The projection is of the transformed state, not of x: the published weights were trained this way.
         return h + (self.nin_shortcut(h) if self.widens else x)
 
 
@@ -147,7 +148,7 @@ def _run(blocks: nnx.Dict, x: jax.Array) -> jax.Array:
 
 
 class DownLevel(nnx.Module):
-    """One level of the encoder: residual blocks, then the image halved (`halves`)."""
+    """One level of the encoder: residual blocks, then downsampling by 2 if `halves`."""
 
     def __init__(self, in_channels: int, out_channels: int, count: int, *, halves: bool, dtype, rngs: nnx.Rngs):
         self.block = _res_blocks(in_channels, out_channels, count, dtype=dtype, rngs=rngs)
@@ -160,7 +161,7 @@ class DownLevel(nnx.Module):
 
 
 class UpLevel(nnx.Module):
-    """One level of the decoder: residual blocks, then the image doubled and convolved (`doubles`)."""
+    """One level of the decoder: residual blocks, then upsampling by 2 and a convolution if `doubles`."""
 
     def __init__(self, in_channels: int, out_channels: int, count: int, *, doubles: bool, dtype, rngs: nnx.Rngs):
         self.block = _res_blocks(in_channels, out_channels, count, dtype=dtype, rngs=rngs)
@@ -175,7 +176,7 @@ class UpLevel(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to continuous latents."""
+    """Maps images to continuous latents."""
 
     def __init__(self, config: MaskgitVQGANConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         widths, n = config.widths, config.num_res_blocks
@@ -208,7 +209,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Code vectors, or mixtures of them, to pixels."""
+    """Maps code vectors, or mixtures of them, to pixels."""
 
     def __init__(self, config: MaskgitVQGANConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         widths, n = config.widths, config.num_res_blocks
@@ -222,7 +223,7 @@ class Decoder(nnx.Module):
         self.conv_out = conv(widths[0], config.num_channels, 3, use_bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, z_q: jax.Array) -> jax.Array:
-        """z_q [B, h, w, z_channels] -> pixels [B, 16 h, 16 w, 3] (published sizes), about [0, 1] but not clamped."""
+        """z_q [B, h, w, z_channels] -> pixels [B, 16 h, 16 w, 3] (published sizes), near [0, 1] but not clamped."""
         x = self.conv_in(z_q)
         x = _run(self.mid, x)
         for i in reversed(range(len(self.up))):
@@ -233,15 +234,16 @@ class Decoder(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class VQGANQuantizerOutput:
-    """What the quantizer makes of latents z [B, h, w, C].
+    """Outputs of the quantizer for latents z [B, h, w, C].
 
     Attributes:
-      quantized: [B, h, w, C] float32 the chosen code vectors, straight-through: their gradient goes to z.
+      quantized: [B, h, w, C] float32, the chosen code vectors. Their gradient passes straight through to z.
       codes: [B, h, w] int32.
-      commitment_loss: mean((sg(q) - z)^2), which draws latents to their codes.
-      codebook_loss: mean((q - sg(z))^2), the same number, which draws codes to their latents. Trainings differ in which of
-        the two is weighted by 0.25: the original one, van den Oord et al. 2017 (eq. 3) and TiTok the first, the published
-        PyTorch port the second.
+      commitment_loss: mean((sg(q) - z)^2), which pulls latents to their codes.
+      codebook_loss: mean((q - sg(z))^2), the same number, which pulls codes to their latents.
+
+    One of the two losses is weighted by 0.25 in training. The original training, van den Oord et al. 2017 (eq. 3) and TiTok
+    weight the commitment loss; the published PyTorch port weights the codebook loss.
     """
 
     quantized: jax.Array
@@ -254,7 +256,7 @@ class VQGANQuantizer(nnx.Module):
     """Nearest code by Euclidean distance, in float32."""
 
     def __init__(self, codebook_size: int, channels: int, *, rngs: nnx.Rngs):
-        bound = (3.0 / codebook_size) ** 0.5  # as the original code has it
+        bound = (3.0 / codebook_size) ** 0.5  # as in the original code
         init = jax.random.uniform(rngs.params(), (codebook_size, channels), jnp.float32, -bound, bound)
         self.embedding = nnx.Param(init)
 
@@ -271,7 +273,7 @@ class VQGANQuantizer(nnx.Module):
         return self.embedding[...][codes]
 
     def soft_code(self, z: jax.Array) -> jax.Array:
-        """z [..., C] -> a distribution over the codes [..., K] float32: the softmax of minus the squared distances."""
+        """z [..., C] -> a distribution over the codes [..., K] float32: the softmax of the negative squared distances."""
         return jax.nn.softmax(-self.distances(z), axis=-1)
 
     def __call__(self, z: jax.Array) -> VQGANQuantizerOutput:
@@ -286,7 +288,7 @@ class VQGANQuantizer(nnx.Module):
 
 
 class MaskgitVQGAN(nnx.Module):
-    """The whole tokenizer. `quantize(z)` is its quantizer (`VQGANQuantizer`), always in float32."""
+    """The complete tokenizer. Its quantizer `quantize` (`VQGANQuantizer`) always computes in float32."""
 
     def __init__(self, config: MaskgitVQGANConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -303,14 +305,14 @@ class MaskgitVQGAN(nnx.Module):
         return self.quantize.codes(self.encode(images))
 
     def decode(self, z_q: jax.Array) -> jax.Array:
-        """Code vectors [B, h, w, C] -> pixels [B, H, W, 3] float32 as they leave the decoder, not clamped: for losses."""
+        """Code vectors [B, h, w, C] -> pixels [B, H, W, 3] float32, not clamped, so that losses can use them."""
         return self.decoder(z_q).astype(jnp.float32)
 
     def decode_codes(self, codes: jax.Array) -> jax.Array:
         """codes [B, h, w] int -> images [B, H, W, 3] float32, clamped to [0, 1].
 
         Raises:
-          ValueError: if the codes are not of three axes.
+          ValueError: if the codes do not have three axes.
         """
         if codes.ndim != 3:
             raise ValueError(f"codes of shape {codes.shape}: expected [batch, height, width]")

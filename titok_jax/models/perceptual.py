@@ -1,7 +1,7 @@
-"""Perceptual distances of images, for the losses on pixels: ConvNeXt-S logits, LPIPS, and a weighted mean of the two.
+"""Perceptual distances between images, for losses on pixels: ConvNeXt-S logits, LPIPS, and a weighted mean of the two.
 
-Both networks are trained elsewhere and only read here: torchvision's ConvNeXt-S (Liu et al. 2022, arXiv 2201.03545), and
-LPIPS (Zhang et al. 2018, arXiv 1801.03924), torchvision's VGG16 with a linear head per level. All computes in float32.
+Both networks are pretrained and stay fixed. ConvNeXt-S is torchvision's (Liu et al. 2022, arXiv 2201.03545). LPIPS (Zhang
+et al. 2018, arXiv 1801.03924) is torchvision's VGG16 with a linear head per level. Everything is computed in float32.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from titok_jax.models.maskgit_vqgan import conv
 from titok_jax.runtime import sharding
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The same of images in [-1, 1], rounded as LPIPS has them.
+# The same for images in [-1, 1], rounded as in LPIPS.
 LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 CONVNEXT_S = ((3, 96), (3, 192), (27, 384), (3, 768))  # blocks and channels of each stage
-CONVNEXT_SIZE = 224  # pixels per side of its images
+CONVNEXT_SIZE = 224  # pixels per side of ConvNeXt's input
 NUM_CLASSES = 1000
 # Convolutions of VGG16 by their torchvision numbers, one level per row, and the levels' channels.
 VGG_LEVELS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -30,13 +30,13 @@ VGG_CHANNELS = (64, 128, 256, 512, 512)
 
 @dataclasses.dataclass(frozen=True)
 class PerceptualConfig:
-    """Which perceptual distance.
+    """Selects a perceptual distance.
 
     Attributes:
       name: "convnext_s", "lpips", or "lpips-convnext_s-A-B": (A lpips + B convnext_s) / (A + B).
 
     Raises:
-      ValueError: another name.
+      ValueError: for another name.
     """
 
     name: str
@@ -48,7 +48,7 @@ class PerceptualConfig:
 
     @property
     def weights(self) -> tuple[float, float]:
-        """(of LPIPS, of ConvNeXt)."""
+        """(weight of LPIPS, weight of ConvNeXt)."""
         number = r"(\d+(?:\.\d*)?)"
         match = re.fullmatch(rf"lpips-convnext_s-{number}-{number}", self.name)
         if match:
@@ -61,14 +61,14 @@ class PerceptualConfig:
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-    """[B, H, W, 3] -> [B, size, size, 3], bilinear, antialiased where it shrinks (torch: `interpolate(antialias=True)`)."""
+    """[B, H, W, 3] -> [B, size, size, 3], bilinear, antialiased if it shrinks (torch: `interpolate(antialias=True)`)."""
     shape = (images.shape[0], size, size, images.shape[3])
-    # A matmul inside; the default precision of an accelerator would round the pixels to bfloat16.
+    # The resize is a matmul. An accelerator's default precision would round the pixels to bfloat16.
     return jax.image.resize(images, shape, "bilinear", antialias=True, precision="highest")
 
 
 def depthwise_conv_plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [B, H, W, C], kernel [k, k, 1, C] -> [B, H, W, C], "same" zero padding."""
+    """x [B, H, W, C], kernel [k, k, 1, C] -> [B, H, W, C], with "same" zero padding."""
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
     )
@@ -76,7 +76,7 @@ def depthwise_conv_plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def depthwise_conv_shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The same as a sum of shifted arrays, k odd: 4 to 30 times as fast on a CPU, its gradient 8 to 18 times."""
+    """The same for odd k, as a sum of shifted arrays. On a CPU it is 4 to 30 times as fast, its gradient 8 to 18 times."""
     (_, height, width, _), size = x.shape, kernel.shape[0]
     padding = (size // 2, size // 2)
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
@@ -88,7 +88,7 @@ def _shifted_forward(x, kernel):
 
 
 def _shifted_backward(saved, grad):
-    # Of x: the same sum with the kernel turned round, where automatic differentiation would add 49 padded arrays.
+    # The gradient of x is the same sum with the flipped kernel. Automatic differentiation would add 49 padded arrays.
     x, kernel = saved
     _, of_kernel = jax.vjp(lambda k: depthwise_conv_plain(x, k), kernel)
     return depthwise_conv_shifted(grad, kernel[::-1, ::-1]), *of_kernel(grad)
@@ -98,7 +98,7 @@ depthwise_conv_shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
 class DepthwiseConv(nnx.Module):
-    """7 x 7 convolution of each channel by itself, with bias."""
+    """7 x 7 depthwise convolution with bias."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(trunc_normal(rngs.params(), (7, 7, 1, channels), jnp.float32))
@@ -119,13 +119,13 @@ class ConvNeXtBlock(nnx.Module):
         self.layer_scale = nnx.Param(jnp.full((channels,), 1e-6))
 
     def __call__(self, x: jax.Array, skip: None = None, *, key: None = None) -> jax.Array:
-        """x [B, H, W, C] -> [B, H, W, C]. `skip` and `key` are for the sake of `run_stack`."""
+        """x [B, H, W, C] -> [B, H, W, C]. `skip` and `key` are unused; `run_stack` passes them."""
         del skip, key
         return x + self.layer_scale[...] * self.mlp(self.norm(self.dwconv(x)))
 
 
 class ConvNeXt(nnx.Module):
-    """torchvision's ConvNeXt-S without its stochastic depth, which acts in its own training only."""
+    """torchvision's ConvNeXt-S without stochastic depth, which is only active when ConvNeXt itself is trained."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.downsample, self.stages = nnx.Dict(), nnx.Dict()
@@ -149,7 +149,7 @@ class ConvNeXt(nnx.Module):
         outputs = []
         for i in range(len(CONVNEXT_S)):
             down = self.downsample[str(i)]
-            # The first convolution is normalised after, the others before.
+            # The first LayerNorm comes after its convolution, the others come before.
             x = down["conv"](down["norm"](x)) if i else down["norm"](down["conv"](x))
             x, _ = run_stack(self.stages[str(i)], x)
             outputs.append(x)
@@ -170,14 +170,14 @@ def _halve(x: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x / (|x| + 1e-10) along the last axis; where x is 0 its gradient is 0, not NaN."""
+    """x / (|x| + 1e-10) along the last axis. Where x is 0, the gradient is 0, not NaN."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     nonzero = square > 0
     return x / (jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, square, 1.0)), 0.0) + 1e-10)
 
 
 class LPIPS(nnx.Module):
-    """Distance of VGG16 features at five levels, at the images' own resolution (16 pixels per side or more)."""
+    """Distance between VGG16 features at five levels, at the images' own resolution (16 pixels per side or more)."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.net, inputs = nnx.Dict(), 3
@@ -225,8 +225,8 @@ class PerceptualLoss(nnx.Module):
             self.convnext = ConvNeXt(rngs=rngs)
 
     def __call__(self, images: jax.Array, reconstructions: jax.Array) -> jax.Array:
-        """Two [B, H, W, 3] in [0, 1] -> distances [B], or of ConvNeXt alone one scalar: the mean squared difference of the
-        logits, over images and classes. Reconstructions may leave [0, 1]."""
+        """Two [B, H, W, 3] in [0, 1] -> distances [B]. ConvNeXt alone gives one scalar: the mean squared difference of the
+        logits over images and classes. Reconstructions may lie outside [0, 1]."""
         lpips, convnext = self.config.weights
         total = jnp.zeros((), jnp.float32)
         if lpips:

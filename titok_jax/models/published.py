@@ -1,18 +1,19 @@
-"""Values of a published configuration: each of its type and of a sensible size, or an error that names its key."""
+"""Reads values of a published configuration. A value of the wrong type or of an implausible size is an error that names
+its key."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-# Limits of what is sensible, so that a damaged number is an error and not hours of building a model.
+# Upper limits, so that a damaged number causes an error and not hours of building a model.
 _LARGEST = {"num_layers": 1000, "num_res_blocks": 100, "image_size": 8192, "resolution": 8192, "num_steps": 10_000}
 _LARGEST_NUMBER = 10_000_000
 _RATES = ("dropout", "attn_dropout", "class_label_dropout")  # probabilities
 
 
 def section(config: Any, path: str, what: str) -> dict[str, Any]:
-    """A copy of the object at `path` ("model.vq_model") of a configuration of a `what`; ValueError if there is none."""
+    """A copy of the object at `path` ("model.vq_model") in the configuration of a `what`; ValueError if it is missing."""
     for key in path.split("."):
         config = config.get(key) if isinstance(config, Mapping) else None
     if not isinstance(config, Mapping):
@@ -21,22 +22,22 @@ def section(config: Any, path: str, what: str) -> dict[str, Any]:
 
 
 def take(values: dict[str, Any], keys: Mapping[str, str], cls: type, where: str) -> dict[str, Any]:
-    """Moves fields of the dataclass `cls` out of `values`.
+    """Removes fields of the dataclass `cls` from `values` and returns them.
 
     Args:
-      keys: {key in `values`: name of the field}; those that are not there are left out.
-      where: path of `values` in the file, for errors.
+      keys: {key in `values`: name of the field}; missing keys are skipped.
+      where: path of `values` in the file, for error messages.
 
     Raises:
-      ValueError: a value of another type than the field's, or beyond what is sensible.
+      ValueError: for a value of the wrong type or of an implausible size.
     """
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     return {ours: check(f"{where}.{key}", values.pop(key), ours, types[ours]) for key, ours in keys.items() if key in values}
 
 
 def take_all(values: Any, cls: type, where: str) -> Any:
-    """The dataclass `cls` from an object whose keys are its fields; what is not in it has its default. Errors as of `take`,
-    and for an unknown key."""
+    """Makes the dataclass `cls` from an object whose keys are its fields. Missing keys have their defaults. Raises the
+    errors of `take`, and ValueError for an unknown key."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} is {_shown(values)}, expected an object")
     values = dict(values)
@@ -50,11 +51,11 @@ def take_all(values: Any, cls: type, where: str) -> Any:
 
 
 def check(key: str, value: Any, field: str, kind: Any) -> Any:
-    """The value of a key, made a tuple where a tuple is wanted; ValueError unless it can be that of a field of this type."""
+    """Returns the value of a key, with lists as tuples. Raises ValueError unless it is valid for a field of this type."""
     largest = _LARGEST.get(field, _LARGEST_NUMBER)
 
     def is_size(number: Any) -> bool:
-        return type(number) is int and 1 <= number <= largest  # a bool is no number
+        return type(number) is int and 1 <= number <= largest  # a bool is not a number
 
     if kind is int:
         expected, good = f"a whole number from 1 to {largest}", is_size(value)

@@ -1,4 +1,4 @@
-"""The two bottlenecks of TiTok: a vector quantizer and a diagonal Gaussian. Both compute in float32 always."""
+"""The two bottlenecks of TiTok: a vector quantizer and a diagonal Gaussian. Both always compute in float32."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ from flax import nnx
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class QuantizerOutput:
-    """What the vector quantizer makes of latents z [B, N, C].
+    """Outputs of the vector quantizer for latents z [B, N, C].
 
     Attributes:
-      quantized: [B, N, C] the chosen code vectors, straight-through: their gradient goes to z.
-      tokens: [B, N] int32 indices of the codes.
-      latents: [B, N, C] float32, z as it came, not normalised.
+      quantized: [B, N, C], the chosen code vectors. Their gradient passes straight through to z.
+      tokens: [B, N] int32, the indices of the codes.
+      latents: [B, N, C] float32, the given z, not normalised.
       commitment_loss, codebook_loss, quantizer_loss: scalars; the last is the sum that training minimises.
     """
 
@@ -28,23 +28,23 @@ class QuantizerOutput:
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """x / max(|x|, 1e-12) along the last axis, as torch's `normalize`."""
+    """x / max(|x|, 1e-12) along the last axis, like torch's `normalize`."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
-    # The maximum is taken of the square so that a zero vector has gradient 0, not NaN.
+    # The maximum applies to the square so that a zero vector has gradient 0, not NaN.
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def codebook_distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Squared distances [..., K] of vectors z [..., C] to every row of a codebook [K, C], in float32 by
-    |z|^2 + |e|^2 - 2 z.e (the published form; the rounding decides near ties)."""
+    """Squared distances [..., K] from vectors z [..., C] to every row of a codebook [K, C], computed in float32 as
+    |z|^2 + |e|^2 - 2 z.e. This is the published formula; its rounding decides near ties."""
     z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
     dots = jnp.einsum("...c,kc->...k", z, codebook, precision="highest")
     return jnp.sum(z * z, axis=-1, keepdims=True) + jnp.sum(codebook * codebook, axis=-1) - 2.0 * dots
 
 
 class VectorQuantizer(nnx.Module):
-    """Nearest code by Euclidean distance, after L2 normalisation of both sides if `use_l2_norm` (van den Oord et al.
-    2017; Yu et al. 2022 for the normalised form)."""
+    """Chooses the nearest code by Euclidean distance (van den Oord et al. 2017). With `use_l2_norm`, latents and codes are
+    L2-normalised first (Yu et al. 2022)."""
 
     def __init__(
         self,
@@ -61,17 +61,17 @@ class VectorQuantizer(nnx.Module):
         self.embedding = nnx.Param(init)
 
     def codebook(self) -> jax.Array:
-        """The code vectors as they are compared and looked up: [K, C] float32, normalised if so configured."""
+        """The code vectors that are compared and looked up: [K, C] float32, normalised if `use_l2_norm`."""
         codebook = self.embedding[...].astype(jnp.float32)
         return l2_normalize(codebook) if self.use_l2_norm else codebook
 
     def normalized(self, z: jax.Array) -> jax.Array:
-        """z in float32 as it is compared with the codebook."""
+        """z in float32, ready to compare with the codebook: normalised if `use_l2_norm`."""
         z = z.astype(jnp.float32)
         return l2_normalize(z) if self.use_l2_norm else z
 
     def distances(self, z: jax.Array) -> jax.Array:
-        """z [..., C] -> [..., K]."""
+        """z [..., C] -> squared distances to the codes [..., K]."""
         return codebook_distances(self.normalized(z), self.codebook())
 
     def __call__(self, z: jax.Array) -> QuantizerOutput:
@@ -93,20 +93,22 @@ class VectorQuantizer(nnx.Module):
 def restart_codes(
     embedding: jax.Array, usage: jax.Array, latents: jax.Array, tokens: jax.Array, *, use_l2_norm: bool, decay: float = 0.99
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves codes that are not used onto latents of the batch, as the text-aware models' training does (published:
+    """Moves unused codes onto latents of the batch, as in the training of the text-aware models (published:
     modeling/quantizer/quantizer.py, `clustering_vq`, after Zheng and Vedaldi, "Online Clustered Codebook", ICCV 2023).
 
-    A code of usage u moves a share exp(-10 K u / (1 - decay) - 0.001) of the way to the latent nearest to it, among all of
-    the global batch: all of it at u = 0, a third at a thousandth of an even share 1 / K, nothing that can be seen at a
-    hundredth. Nothing is drawn. One step of training does this between forward and update, from the codebook that the step
-    used. Adam's moments of a moved code stay: a code reaches u = 0.001 / K only hundreds of steps after its last use, when
-    its first moment has decayed to nothing, and an unused code has no gradient, so nothing carries the new vector away.
+    A code with usage u moves a share exp(-10 K u / (1 - decay) - 0.001) of the way to the nearest latent in the global
+    batch. It moves all of the way at u = 0, a third at a thousandth of the even share 1 / K, and not visibly at a
+    hundredth. Nothing is random. Each training step does this between the forward pass and the update, starting from the
+    codebook that the step used.
+
+    A moved code keeps its Adam moments. It reaches u = 0.001 / K only hundreds of steps after its last use, when its first
+    moment has decayed to nothing. An unused code has no gradient, so nothing carries the new vector away.
 
     Args:
       embedding: [K, C], as stored.
-      usage: [K] running average of the codes' shares of the tokens, 0 at the start, so that at the first step all codes that
-        the first batch does not use move.
-      latents: [B, N, C] as they came from the encoder; tokens: [B, N], their codes.
+      usage: [K] running average of each code's share of the tokens. It starts at 0, so the first step moves all codes that
+        the first batch does not use.
+      latents: [B, N, C], the encoder's output; tokens: [B, N], their codes.
 
     Returns:
       embedding and usage after this step.
@@ -143,7 +145,7 @@ class DiagonalGaussian:
         return jnp.exp(0.5 * self.logvar)
 
     def sample(self, noise: jax.Array) -> jax.Array:
-        """mean + std noise, with standard normal noise [B, N, C]."""
+        """mean + std * noise, where noise [B, N, C] is standard normal."""
         return self.mean + self.std * noise
 
     def kl(self) -> jax.Array:

@@ -1,8 +1,9 @@
 """TiTok: an image as a short 1D sequence of tokens (Yu et al., "An Image is Worth 32 Tokens", arXiv 2406.07550, section 3).
 
-Encoder: patches and K latent tokens go through a transformer, the latent tokens come out. Bottleneck: vector quantizer or
-diagonal Gaussian. Decoder: the latents and a grid of mask tokens go through a transformer, the grid comes out, as pixels
-or, in the legacy two-stage models, as 1024 logits per cell: the codes of a MaskGIT-VQGAN, which stage 2 turns into pixels.
+The encoder passes patches and K latent tokens through a transformer and returns the latent tokens. The bottleneck is a
+vector quantizer or a diagonal Gaussian. The decoder passes the latents and a grid of mask tokens through a transformer and
+returns the grid as pixels. In the legacy two-stage models it returns 1024 logits per cell instead. These predict the codes
+of a MaskGIT-VQGAN, and stage 2 turns them into pixels.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.quantizer import DiagonalGaussian, QuantizerOutput, VectorQuantizer
 from titok_jax.runtime.sharding import constrain_batch
 
-PROXY_CODES = 1024  # codebook of the MaskGIT-VQGAN that legacy decoders predict
+PROXY_CODES = 1024  # codebook size of the MaskGIT-VQGAN whose codes legacy decoders predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +48,17 @@ class TiTokConfig:
 
     Attributes:
       image_size: height and width of the images in pixels.
-      patch_size: pixels per side of a patch of the encoder, and of a cell of the decoder's grid.
+      patch_size: pixels per side of an encoder patch, and of a cell of the decoder's grid.
       num_latent_tokens: tokens per image.
       token_size: channels of a latent.
       quantize_mode: "vq" (discrete tokens) or "vae" (continuous ones).
-      codebook_size, use_l2_norm, commitment_cost: of the vector quantizer; unused by a VAE.
+      codebook_size, use_l2_norm, commitment_cost: settings of the vector quantizer; a VAE ignores them.
       encoder, decoder: sizes of the transformers.
-      is_legacy: the published two-stage models (L-32, B-64, S-128): latents reshaped without transposing, and a decoder
-        that predicts VQGAN codes. False: the single-stage models, whose decoder predicts pixels.
-      finetune_decoder: of a legacy model: True is stage 2, with the VQGAN's pixel decoder; False is stage 1, whose
-        output are logits.
-      pixel_decoder: the VQGAN whose decoder stage 2 has.
+      is_legacy: True for the published two-stage models (L-32, B-64, S-128), which reshape latents without transposing and
+        whose decoder predicts VQGAN codes. False for the single-stage models, whose decoder predicts pixels.
+      finetune_decoder: for legacy models only. True is stage 2, with the VQGAN's pixel decoder. False is stage 1, which
+        outputs logits.
+      pixel_decoder: the VQGAN whose decoder stage 2 uses.
     """
 
     image_size: int = 256
@@ -89,17 +90,17 @@ class TiTokConfig:
 
     @property
     def predicts_codes(self) -> bool:
-        """Whether the output are logits of VQGAN codes (stage 1) instead of an image."""
+        """Whether the model outputs logits of VQGAN codes (stage 1) instead of an image."""
         return self.is_legacy and not self.finetune_decoder
 
-    # The published config.json <-> this class.
+    # Conversion from and to the published config.json.
 
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> "TiTokConfig":
-        """From the published `config.json`; the defaults for missing keys are the published code's.
+        """Reads the published `config.json`. Missing keys have the defaults of the published code.
 
-        A transformer of another size than small, base or large is given in our own models as
-        `{"width": ., "num_layers": ., "num_heads": .}` in the place of its name.
+        Our own models may have transformers of other sizes than small, base or large. In place of the name, the file then
+        holds `{"width": ., "num_layers": ., "num_heads": .}`.
 
         Raises:
           ValueError: for a missing section or key, an unknown key or a bad value.
@@ -140,7 +141,7 @@ class TiTokConfig:
         return cls(**fields)
 
     def to_published(self) -> dict[str, Any]:
-        """The published form of `config.json`; `from_published` reads it back to an equal configuration."""
+        """The configuration in the published format of `config.json`. `from_published` reads it back unchanged."""
         vq: dict[str, Any] = {
             "quantize_mode": self.quantize_mode,
             "token_size": self.token_size,
@@ -168,7 +169,7 @@ def transformer_size(value: Any, where: str = "transformer size") -> Transformer
     """A size by name (small, base, large) or as {"width": ., "num_layers": ., "num_heads": .}.
 
     Raises:
-      ValueError: it is neither; the message calls it `where`.
+      ValueError: if it is neither. The message calls it `where`.
     """
     if isinstance(value, str) and value in TRANSFORMER_SIZES:
         return TRANSFORMER_SIZES[value]
@@ -188,7 +189,7 @@ def _size_name(size: TransformerSize) -> str | dict[str, int]:
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """[B, H, W, C] -> [B, H/p W/p, p p C], patches row by row; a matmul on this is the strided convolution."""
+    """[B, H, W, C] -> [B, H/p W/p, p p C], patches row by row. A matmul on the result is the strided convolution."""
     b, h, w, c = images.shape
     p = patch_size
     x = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
@@ -206,16 +207,16 @@ def unpatchify(x: jax.Array, patch_size: int) -> jax.Array:
 def legacy_reshape(latents: jax.Array) -> jax.Array:
     """[B, N, D] -> [B, N, D], wrong on purpose.
 
-    The published legacy encoder reinterprets the row-major [N, D] block of each image as [D, N] where it should
-    transpose it, so that "token n, channel d" of the result is element d N + n of the block. The weights of L-32, B-64 and
-    S-128 were trained with this.
+    The published legacy encoder reinterprets the row-major [N, D] block of each image as [D, N] instead of transposing it.
+    So "token n, channel d" of the result is element d N + n of the block. The weights of L-32, B-64 and S-128 were trained
+    with this.
     """
     b, n, d = latents.shape
     return latents.reshape(b, d, n).transpose(0, 2, 1)
 
 
 class Encoder(nnx.Module):
-    """Image and latent tokens -> latents."""
+    """Maps images and latent tokens to latents."""
 
     def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -236,7 +237,8 @@ class Encoder(nnx.Module):
         self.conv_out = nnx.Linear(size.width, channels, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
 
     def embed(self, images: jax.Array, latent_tokens: jax.Array) -> jax.Array:
-        """images [B, H, W, 3], latent tokens [N, D] -> [B, 1 + patches + N, D]: class, patches, latents with positions."""
+        """images [B, H, W, 3], latent tokens [N, D] -> [B, 1 + patches + N, D]: class, patches, latents; all with
+        positions."""
         b = images.shape[0]
         patches = self.patch_embed(patchify(images.astype(self.dtype), self.config.patch_size))
         width = patches.shape[-1]
@@ -251,14 +253,14 @@ class Encoder(nnx.Module):
         return legacy_reshape(latents) if self.config.is_legacy else latents
 
     def __call__(self, images: jax.Array, latent_tokens: jax.Array) -> jax.Array:
-        """-> latents [B, N, token_size], or [B, N, 2 token_size] (mean, logvar) of a VAE; float32."""
+        """Returns float32 latents [B, N, token_size]; a VAE returns [B, N, 2 token_size] (mean, logvar)."""
         x = self.ln_pre(self.embed(images, latent_tokens))
         x, _ = run_stack(self.transformer, x, remat=self.remat)
         return self.conv_out(self.readout(x)).astype(jnp.float32)
 
 
 class Decoder(nnx.Module):
-    """Latents -> grid of mask tokens filled in: 1024 logits per cell (legacy) or pixels."""
+    """Maps latents to a grid of 1024 logits per cell (legacy) or to pixels, by filling in mask tokens."""
 
     def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -288,7 +290,7 @@ class Decoder(nnx.Module):
             self.conv_out = nnx.Conv(3, 3, (3, 3), padding="SAME", kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
 
     def embed(self, z: jax.Array) -> jax.Array:
-        """z [B, N, token_size] -> [B, 1 + cells + N, D]: class, mask tokens, latents with positions."""
+        """z [B, N, token_size] -> [B, 1 + cells + N, D]: class, mask tokens, latents; all with positions."""
         b, cells = z.shape[0], self.config.grid_size**2
         latents = self.decoder_embed(z.astype(self.dtype))
         width = latents.shape[-1]
@@ -311,7 +313,7 @@ class Decoder(nnx.Module):
         return unpatchify(constrain_batch(self.ffn_0(x)), self.config.patch_size)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """-> logits [B, h, w, 1024] (legacy) or images [B, H, W, 3], not clamped; float32."""
+        """Returns float32 logits [B, h, w, 1024] (legacy) or float32 images [B, H, W, 3], not clamped."""
         x = self.ln_pre(self.embed(z))
         x, _ = run_stack(self.transformer, x, remat=self.remat)
         x = self.ffn(self.readout(x))
@@ -321,7 +323,7 @@ class Decoder(nnx.Module):
 
 
 class _Embedding(nnx.Module):
-    """A bare table, so that its published name ends in `embedding.weight`."""
+    """A table in a module of its own, so that its published name ends in `embedding.weight`."""
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
         self.embedding = nnx.Param(trunc_normal(rngs.params(), (rows, width), jnp.float32))
@@ -333,7 +335,7 @@ class TiTok(nnx.Module):
     def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         """
         Args:
-          dtype: computation dtype; parameters are float32, the bottleneck computes in float32 always.
+          dtype: computation dtype. Parameters are float32, and the bottleneck always computes in float32.
           remat: recompute each block's activations in the backward pass.
         """
         self.config = config
@@ -354,15 +356,15 @@ class TiTok(nnx.Module):
             self.pixel_decoder = PixelDecoder(config.pixel_decoder, dtype=dtype, rngs=rngs)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """images [B, H, W, 3] -> what enters the bottleneck: [B, N, token_size] (VAE: [B, N, 2 token_size])."""
+        """images [B, H, W, 3] -> input of the bottleneck [B, N, token_size] (VAE: [B, N, 2 token_size])."""
         return self.encoder(images, self.latent_tokens[...])
 
     def quantized(self, images: jax.Array) -> QuantizerOutput:
-        """Encode and quantize; of a vq model."""
+        """Encodes and quantizes images. For vq models only."""
         return self.quantize(self.encode(images))
 
     def posterior(self, images: jax.Array) -> DiagonalGaussian:
-        """Encode; of a VAE."""
+        """Encodes images. For VAEs only."""
         return DiagonalGaussian.from_moments(self.encode(images))
 
     def soft_codes(self, logits: jax.Array) -> jax.Array:
@@ -371,13 +373,13 @@ class TiTok(nnx.Module):
         return jnp.einsum("bhwk,kc->bhwc", weights, self.pixel_quantize.embedding[...])
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """Latents [B, N, token_size] after the bottleneck -> images [B, H, W, 3], not clamped; a stage 1 model gives
-        logits [B, h, w, 1024]."""
+        """Latents [B, N, token_size] after the bottleneck -> images [B, H, W, 3], not clamped. A stage 1 model returns
+        logits [B, h, w, 1024] instead."""
         x = self.decoder(z)
         if self.config.is_legacy and self.config.finetune_decoder:
             return self.pixel_decoder(self.soft_codes(x)).astype(jnp.float32)
         return x
 
     def decode_tokens(self, tokens: jax.Array) -> jax.Array:
-        """tokens int [B, N] -> as `decode`; of a vq model."""
+        """tokens int [B, N] -> the output of `decode`. For vq models only."""
         return self.decode(self.quantize.lookup(tokens))

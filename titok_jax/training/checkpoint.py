@@ -1,8 +1,8 @@
-"""Training checkpoints: the whole state and the configuration, written by Orbax in the background.
+"""Training checkpoints: the complete state and the configuration, written by Orbax in the background.
 
-A checkpoint `<folder>/<step>` is complete or absent: Orbax writes beside it and renames or, in a bucket, adds an object that
-says so at the end. All processes of a run write their shards of it; it can be restored on any mesh and by any number of
-processes.
+A checkpoint `<folder>/<step>` is either complete or absent. Orbax writes to a temporary folder and renames it. In a bucket,
+it finally adds an object that marks the checkpoint as complete. Every process writes its own shards. A checkpoint can be
+restored on any mesh and by any number of processes.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from titok_jax.runtime.paths import is_remote
 
 State = Any
 
-# What TensorStore says, as a ValueError, when a storage fails rather than what is stored there.
+# Words in the ValueErrors of TensorStore which mean that the storage fails, and not that the stored files are damaged.
 _STORAGE_FAILS = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
@@ -33,30 +33,30 @@ _STORAGE_FAILS = (
     "RESOURCE_EXHAUSTED",
     "ABORTED",
 )
-# The modules by which Orbax and etils reach a bucket: what they raise of their own says nothing of a checkpoint's files.
+# The modules through which Orbax and etils reach a bucket. Their own exceptions do not mean that a checkpoint is damaged.
 _CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.", "urllib3.")
 
 
 class Checkpoints:
-    """The checkpoints of one run. Close it, or use it in a `with` block: that waits for the last write."""
+    """The checkpoints of one run. Call `close` or use a `with` block; both wait for the last write."""
 
     def __init__(self, folder: str | epath.Path, keep: int = 2):
         """
         Args:
-          folder: absolute; made if need be.
-          keep: how many of the newest are kept.
+          folder: absolute path; created if necessary.
+          keep: number of the newest checkpoints to keep.
 
         Raises:
-          OSError: it cannot be looked into.
+          OSError: if the checkpoints in the folder cannot be listed.
         """
-        # What a killed run left half written is removed: no other run writes here.
+        # Removes incomplete checkpoints of a killed run. No other run writes here.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._folder = epath.Path(folder)
         try:
             if str(self._folder).startswith("gs://"):
-                # As Orbax does once there are checkpoints to read or remove: what forbids that shows now, not after hours.
+                # Orbax makes the same request once there are checkpoints to read or remove. A missing permission shows now.
                 from google.cloud import storage
 
                 storage.Client().get_bucket(str(self._folder).split("/")[2])
@@ -72,11 +72,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: State, config: Mapping[str, Any]) -> None:
-        """Writes a checkpoint in the background; waits for the one before.
+        """Writes a checkpoint in the background, after waiting for the previous one.
 
         Raises:
-          OSError: it, or the one before, cannot be written; complete ones are as they were.
-          RuntimeError: Orbax declined (there is one of this or a later step).
+          OSError: if this checkpoint or the previous one cannot be written. Complete checkpoints are not changed.
+          RuntimeError: if Orbax declines because there is a checkpoint of this or a later step.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(json.loads(json.dumps(config)))
@@ -88,12 +88,12 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Makes every error that writing ends with one line that says what is safe."""
+        """Turns any error of writing into one line that also says which checkpoint is safe."""
         try:
             yield
         except Exception as error:
             kept = "complete ones are as they were"
-            with contextlib.suppress(Exception):  # the storage may fail here too
+            with contextlib.suppress(Exception):  # listing may fail too
                 complete = ocp.path.step.checkpoint_steps(self._folder)
                 kept = f"the newest complete one, of step {max(complete)}, is intact" if complete else "there is none yet"
             why = "may this run write in that bucket?" if is_remote(self._folder) else "is the disk full?"
@@ -105,18 +105,19 @@ class Checkpoints:
     def restore_newest(
         self, abstract: State, shardings: State, check: Callable[[dict[str, Any]], None]
     ) -> tuple[int, State] | None:
-        """The newest checkpoint that can be read, straight onto its shards, or None if there is none at all.
+        """Restores the newest readable checkpoint directly onto its shards. Returns None if there are no checkpoints.
 
-        A newer one that is damaged is reported and, once an older one has been read, moved out of the way, into the folder
-        `damaged` beside the checkpoints. A storage that fails is an error and moves nothing.
+        Newer checkpoints that are damaged are reported and moved to the folder `damaged` beside the checkpoints. They are
+        moved only after an older one has been read. If the storage fails, that is an error and nothing is moved.
 
         Args:
-          abstract: shapes and dtypes; shardings: a NamedSharding for each, of any mesh.
-          check: is given the configuration that the checkpoint was made with; raises to refuse.
+          abstract: shapes and dtypes.
+          shardings: a NamedSharding for each array, on any mesh.
+          check: called with the configuration in the checkpoint; raises to reject it.
 
         Raises:
-          ValueError: there are checkpoints, but none of them can be read.
-          OSError: the storage fails.
+          ValueError: if there are checkpoints, but none of them can be read.
+          OSError: if the storage fails.
         """
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         damaged: dict[int, str] = {}
@@ -136,16 +137,18 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any) -> tuple[Any, str]:
-        """(the item, "") or (None, what is wrong with its files); all processes agree which. Read by the item's handler and
-        not by the manager, in which processes that could read it would wait for one that could not.
+        """Returns (the item, "") or (None, what is wrong with its files). All processes return the same case.
+
+        The item's handler reads it, not the manager. In the manager, processes that can read it would wait for one that
+        cannot.
 
         Raises:
-          OSError: the storage fails, on this process or another.
+          OSError: if the storage fails on this or another process.
         """
         found, error = None, None
         try:
             found = handler.restore(self._folder / str(step) / item, args=args)
-        except Exception as caught:  # whatever a damaged file makes the libraries below raise
+        except Exception as caught:  # damaged files make the libraries raise anything
             error = caught
         fine, damaged, fails = range(3)
         outcome = fine if error is None else fails if _storage_fails(error) else damaged
@@ -160,7 +163,7 @@ class Checkpoints:
         return (found, "") if outcome == fine else (None, problem)
 
     def _put_aside(self, damaged: Mapping[int, str]) -> None:
-        """Moves checkpoints {step: what is wrong} out of the way."""
+        """Moves damaged checkpoints {step: what is wrong} to the folder `damaged`."""
         if not damaged:
             return
         if jax.process_index() == 0:
@@ -169,7 +172,8 @@ class Checkpoints:
                 while place.exists():
                     place = place.with_name(place.name + "_again")
                 place.parent.mkdir(parents=True, exist_ok=True)
-                place.with_name(place.name + ".txt").write_text(problem + "\n")  # a bucket moves into no empty folder
+                # This file comes first because a bucket cannot rename into an empty folder.
+                place.with_name(place.name + ".txt").write_text(problem + "\n")
                 (self._folder / str(step)).rename(place)
                 print(f"warning: the checkpoint of step {step} cannot be read ({problem}); moved to {place}", flush=True)
         multihost_utils.sync_global_devices("moved")
@@ -179,7 +183,7 @@ class Checkpoints:
         """Waits until everything is written.
 
         Raises:
-          OSError: the last checkpoint cannot be written; complete ones are as they were.
+          OSError: if the last checkpoint cannot be written. Complete checkpoints are not changed.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -193,9 +197,9 @@ class Checkpoints:
 
 
 def quiet_checkpointing() -> None:
-    """Lets a command end with the one line of `Checkpoints` when a disk is full. Orbax, which reports every file as
-    information, reports every array that it could not write as an error, asyncio once more, and TensorStore that nobody
-    waits for the others; what is wrong is raised all the same."""
+    """Silences the libraries below, so that a full disk ends a command with only the one line of `Checkpoints`. Otherwise
+    Orbax logs every file as information and every array that it could not write as an error, asyncio logs these again, and
+    TensorStore complains that nobody waits for the rest. The errors are still raised."""
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     report = sys.unraisablehook
@@ -208,14 +212,14 @@ def quiet_checkpointing() -> None:
 
 
 def check_config(found: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str], where: str) -> None:
-    """Refuses to continue a run with another configuration.
+    """Refuses to continue a run with a different configuration.
 
     Args:
-      found: of the checkpoint; now: of this run.
-      free: dotted names of the fields (and sections) that may differ.
+      found: configuration of the checkpoint; now: configuration of this run.
+      free: dotted names of the fields and sections that may differ.
 
     Raises:
-      ValueError: listing every other field that differs.
+      ValueError: if other fields differ. The message lists them.
     """
     flat_found, flat_now = _flat(found), _flat(now)
     different = []
@@ -232,7 +236,7 @@ def check_config(found: Mapping[str, Any], now: Mapping[str, Any], free: Iterabl
 
 
 def _storage_fails(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is of the machine or its storage, and says nothing of the files."""
+    """Whether an error or one of its causes comes from the machine or its storage, so that the files may be intact."""
     while error is not None:
         if isinstance(error, OSError | MemoryError) or type(error).__module__.startswith(_CLIENTS):
             if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):

@@ -1,4 +1,4 @@
-"""One run at a time in a workdir, so that no two write each other's checkpoints."""
+"""Locks a workdir for one run at a time, so that no two runs overwrite each other's checkpoints."""
 
 import contextlib
 import os
@@ -15,19 +15,19 @@ from jax.experimental import multihost_utils
 from titok_jax.runtime.locks import file_lock
 from titok_jax.runtime.paths import is_remote
 
-BEAT = 20.0  # seconds between two signs of life of a lock in a bucket
-_PATIENCE = 3  # beats without one, after which its run is taken for dead
+BEAT = 20.0  # seconds between two heartbeats of a lock in a bucket
+_PATIENCE = 3  # after this many beats without a heartbeat, the run counts as dead
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: epath.Path) -> Iterator["BucketLock | None"]:
-    """Holds a workdir for all processes of this run.
+    """Locks a workdir for all processes of this run.
 
-    On this machine the lock ends with the first process, however that ends. In a bucket there is none that does: see
-    `BucketLock`, which is given. It waits for a minute if a run was killed there.
+    A lock on a local disk ends with the first process, however that process ends. A bucket has no such locks, so this yields
+    a `BucketLock` there. It waits for a minute if a run was killed in that workdir.
 
     Raises:
-      ValueError: another run holds it; on every process.
+      ValueError: on every process, if another run holds the lock.
     """
     with contextlib.ExitStack() as stack:
         lock, held = BucketLock(workdir / ".lock") if is_remote(workdir) else None, True
@@ -43,12 +43,15 @@ def lock_workdir(workdir: epath.Path) -> Iterator["BucketLock | None"]:
 
 
 class BucketLock:
-    """An object that its holder, the first process of a run, writes anew every `BEAT` seconds, and removes in the end.
+    """An object in a bucket. Its holder, the first process of a run, rewrites it every `BEAT` seconds and removes it at the
+    end.
 
-    Who finds one looks at it for three beats: if it changes, its holder lives; if it stays as it is, its holder was killed
-    and it is taken over. So nobody has to remove it after a kill, and no clocks are compared. Of two that begin in the same
-    moment the one that wrote last holds it. A holder that finds another's name in it, because it was cut off from the bucket
-    for longer than those beats, has lost it: `check` says so, to all its processes, before a checkpoint is written.
+    A run that finds such an object watches it for three beats. If it changes, its holder is alive. If it does not change,
+    its holder was killed, and the new run takes the lock over. So nobody has to remove the object after a kill, and no
+    clocks are compared. If two runs start at the same moment, the one that wrote last holds the lock.
+
+    A holder that was cut off from the bucket for longer than those beats may find another run's name in the object. It has
+    then lost the lock. `check` reports this to all its processes before a checkpoint is written.
     """
 
     def __init__(self, path: epath.Path):
@@ -58,7 +61,7 @@ class BucketLock:
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def acquire(self) -> bool:
-        """Takes the lock, and keeps it until `release`; False if another run lives."""
+        """Takes the lock and keeps it until `release`. Returns False if another run is alive."""
         found = self._read()
         if found:
             print(
@@ -69,21 +72,21 @@ class BucketLock:
         for _ in range(_PATIENCE if found else 0):
             time.sleep(BEAT)
             now = self._read()
-            if not now:  # it has ended in order
+            if not now:  # the other run has ended normally
                 break
             if now != found:
                 return False
         self._write()
-        time.sleep(BEAT / 10)  # another that also found it free writes within this time
+        time.sleep(BEAT / 10)  # another run that also found it free writes within this time
         if not self._read().startswith(self._name):
             return False
         self._thread.start()
         return True
 
     def check(self) -> None:
-        """Raises OSError on every process, all of which must call it, if another run has taken the workdir."""
+        """Raises OSError on every process if another run has taken the workdir. All processes must call it."""
         if jax.process_index() == 0:
-            with contextlib.suppress(Exception):  # as in `_keep`; without an answer, what the last beat found counts
+            with contextlib.suppress(Exception):  # as in `_keep`; without an answer, the last beat counts
                 self._look()
         if multihost_utils.broadcast_one_to_all(bool(self._other)):
             raise OSError(
@@ -92,13 +95,13 @@ class BucketLock:
             )
 
     def beat(self) -> None:
-        """Gives a sign of life, unless the lock is lost."""
+        """Writes a heartbeat unless the lock is lost."""
         self._look()
         if not self._other:
             self._write()
 
     def release(self) -> None:
-        """Removes the lock if it is still this run's."""
+        """Removes the lock if this run still holds it."""
         self._ended.set()
         self._thread.join()
         if self._read().startswith(self._name):
@@ -106,7 +109,7 @@ class BucketLock:
 
     def _keep(self) -> None:
         while not self._other and not self._ended.wait(BEAT):
-            with contextlib.suppress(Exception):  # a storage that fails for a while; each has its own errors
+            with contextlib.suppress(Exception):  # the storage may fail for a while; each kind has its own errors
                 self.beat()
 
     def _look(self) -> None:

@@ -1,7 +1,7 @@
-"""Losses of all trainings, as pure functions of what the networks gave: no network is called here.
+"""The losses of all trainings, as pure functions of network outputs. No network is called here.
 
-Everything is computed in float32 whatever comes in. The functions that combine several terms return the total and a dict of
-metrics under the names that the published training logs, where the terms carry their weights already.
+Everything is computed in float32, whatever the input dtype. Functions that combine several terms return the total and a dict
+of metrics. The metrics have the names of the published training logs, and the terms in them are already weighted.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Metrics = dict[str, jax.Array]
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Per-element cross entropy: logits [..., K], targets int [...] in [0, K) -> [...].
 
-    With smoothing s it is (1 - s) nll + s times the mean of -log p over all classes, as torch's CrossEntropyLoss.
+    With smoothing s it is (1 - s) nll + s times the mean of -log p over all classes, like torch's CrossEntropyLoss.
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
@@ -32,20 +32,22 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
 def token_weights(mask: jax.Array, unmasked_weight: float) -> jax.Array:
     """Weights of the tokens of a whole batch: mask bool [B, N], true where masked -> [B, N] float32, summing to 1.
 
-    Masked tokens count 1, the others `unmasked_weight`. The sum runs over the whole batch: where gradients are
-    accumulated, make the weights before the batch is cut, then the parts' losses add up to the loss of the whole.
+    Before normalisation, masked tokens have weight 1 and the others `unmasked_weight`. The weights sum to 1 over the whole
+    batch. For gradient accumulation, compute them before the batch is split; the losses of the parts then add up to the loss
+    of the batch.
     """
     weights = jnp.where(mask, 1.0, jnp.float32(unmasked_weight))
     return weights / (weights.sum() + 1e-8)
 
 
 def weighted_token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, label_smoothing: float) -> jax.Array:
-    """sum(weights * cross entropy), over a batch or a part of one: logits [b, N, K], targets int [b, N], weights [b, N]."""
+    """sum(weights * cross entropy) over a batch or part of one: logits [b, N, K], targets int [b, N], weights [b, N]."""
     return jnp.sum(weights * cross_entropy(logits, targets, label_smoothing))
 
 
 def correct_tokens(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """Share of the masked tokens that the argmax hits, averaged over the rows of [B, N]; a row without masks counts 0."""
+    """Share of masked tokens that the argmax predicts correctly, averaged over the rows of [B, N]. A row without masks
+    counts as 0."""
     hits = (jnp.argmax(logits, axis=-1) == targets) & mask
     return jnp.mean(hits.sum(-1) / (mask.sum(-1) + 1e-8))
 
@@ -77,7 +79,7 @@ def stage1_loss(
     codebook_loss: jax.Array,
     quantizer_weight: float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
-    """proxy_code_loss + quantizer_weight * quantizer_loss. The last two parts of the quantizer's loss are only logged."""
+    """proxy_code_loss + quantizer_weight * quantizer_loss. `commitment_loss` and `codebook_loss` are only logged."""
     reconstruction = proxy_code_loss(logits, codes)
     quantizer = quantizer_weight * quantizer_loss
     total = reconstruction + quantizer
@@ -91,8 +93,8 @@ def stage1_loss(
 
 
 def codebook_metrics(tokens: jax.Array, codebook_size: int) -> Metrics:
-    """How `tokens` (int, any shape) use the codes: "codebook_usage", the share that occurs, and "codebook_perplexity", as
-    many equally frequent codes would be as uncertain (exp of the entropy)."""
+    """How `tokens` (int, any shape) use the codebook. "codebook_usage" is the share of codes that occur.
+    "codebook_perplexity" is the exp of the entropy: the number of equally frequent codes with the same entropy."""
     p = jnp.zeros(codebook_size, jnp.float32).at[tokens.reshape(-1)].add(1.0) / tokens.size
     return {
         "codebook_usage": jnp.mean(p > 0),
@@ -119,12 +121,12 @@ def reconstruction_loss(images: jax.Array, reconstructions: jax.Array, kind: str
 
 
 def kl_loss(kl: jax.Array) -> jax.Array:
-    """KL divergences [B, N] in nats per token, summed over the tokens and averaged over the images."""
+    """KL divergences [B, N] in nats per token, summed over tokens and averaged over images."""
     return jnp.sum(kl) / kl.shape[0]
 
 
 def discriminator_factor(step: jax.Array, start: int, factor: float = 1.0) -> jax.Array:
-    """`factor` from update `start` on (updates count from 0), before that 0."""
+    """0 before update `start`, and `factor` from then on. Updates count from 0."""
     return jnp.where(step >= start, jnp.float32(factor), 0.0)
 
 
@@ -141,16 +143,16 @@ def pixel_terms(
     discriminator_weight: float,
     adversarial: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Metrics]:
-    """The terms that all losses on pixels have, weighted: (reconstruction + perceptual + adversarial, metrics).
+    """The weighted terms that all pixel losses share. Returns (reconstruction + perceptual + adversarial, metrics).
 
     Args:
       images, reconstructions: [B, H, W, 3].
-      perceptual: the perceptual distance, one value or one per image; its mean counts.
-      logits_fake: the discriminator's logits of the reconstructions, any shape, its parameters held constant; None where it
-        was not run (the factor is 0).
-      factor: `discriminator_factor` of this step, may be traced. The adversarial term is logged as 0 while it is 0.
-      kind: of the `reconstruction_loss`.
-      adversarial: the loss of these logits, `hinge_g_loss` or `non_saturating_g_loss`.
+      perceptual: the perceptual distance, one value or one per image. The loss uses its mean.
+      logits_fake: the discriminator's logits for the reconstructions, any shape, computed with its parameters held constant.
+        None if it was not run (the factor is 0).
+      factor: `discriminator_factor` of this step; may be traced. While it is 0, the adversarial term is logged as 0.
+      kind: kind of `reconstruction_loss`.
+      adversarial: the loss on `logits_fake`, `hinge_g_loss` or `non_saturating_g_loss`.
     """
     factor = jnp.asarray(factor, jnp.float32)
     gan = jnp.zeros((), jnp.float32)
@@ -174,11 +176,12 @@ def vq_generator_loss(
     quantizer_weight: float,
     **pixels,
 ) -> tuple[jax.Array, Metrics]:
-    """Total of the generator side with a vector quantizer: stage 2, and the single stage in its "vq" mode.
+    """Total loss of a tokenizer with a vector quantizer: stage 2, and single-stage training in "vq" mode.
 
     Args:
-      images, reconstructions, pixels: as of `pixel_terms`.
-      quantizer_loss, commitment_loss, codebook_loss: of the quantizer; the first is their sum, the other two are logged.
+      images, reconstructions, pixels: as in `pixel_terms`.
+      quantizer_loss, commitment_loss, codebook_loss: the quantizer's losses. The first is the sum of the other two, which
+        are only logged.
     """
     total, metrics = pixel_terms(images, reconstructions, adversarial=hinge_g_loss, **pixels)
     quantizer = quantizer_weight * quantizer_loss
@@ -202,10 +205,10 @@ def vae_generator_loss(
     reconstruction_weight: float = 1.0,
     **pixels,
 ) -> tuple[jax.Array, Metrics]:
-    """Total of the generator side with a Gaussian bottleneck (the single stage in its "vae" mode).
+    """Total loss of a tokenizer with a Gaussian bottleneck (single-stage training in "vae" mode).
 
-    The reconstruction is divided by exp(logvar), a constant of the published configuration (0 there). `kl` [B, N] is in
-    nats per token; the rest is as of `pixel_terms`.
+    The reconstruction loss is divided by exp(logvar). `logvar` is a constant of the published configuration, where it is 0.
+    `kl` [B, N] is in nats per token. The other arguments are those of `pixel_terms`.
     """
     pixels["reconstruction_weight"] = reconstruction_weight / jnp.exp(logvar)
     total, metrics = pixel_terms(images, reconstructions, adversarial=hinge_g_loss, **pixels)
@@ -219,7 +222,7 @@ def vae_generator_loss(
 
 
 class LeCamEma(NamedTuple):
-    """Running means of the discriminator's logits on real and on reconstructed images: float32 scalars, 0 at the start."""
+    """Running means of the discriminator's logits on real and on reconstructed images: float32 scalars, initially 0."""
 
     real: jax.Array
     fake: jax.Array
@@ -246,7 +249,7 @@ def lecam_penalty(real_mean: jax.Array, fake_mean: jax.Array, ema: LeCamEma) -> 
 
 
 def update_lecam(ema: LeCamEma, real_mean: jax.Array, fake_mean: jax.Array, decay: float = 0.999) -> LeCamEma:
-    """decay * ema + (1 - decay) * mean, without bias correction, no gradient."""
+    """decay * ema + (1 - decay) * mean, without bias correction and without gradient."""
     means = jax.lax.stop_gradient(LeCamEma(real_mean, fake_mean))
     return jax.tree.map(lambda e, m: decay * e + (1.0 - decay) * m, ema, means)
 
@@ -258,8 +261,9 @@ def non_saturating_d_loss(logits_real: jax.Array, logits_fake: jax.Array) -> jax
 
 
 def r1_penalty(square_norms: jax.Array) -> jax.Array:
-    """Mean over the images of |gradient of the discriminator's output with respect to a real image|^2, given these squares
-    [B] (Mescheder et al. 2018; the original MaskGIT code weights it by 10, without the factor 1/2 of that paper)."""
+    """The R1 penalty (Mescheder et al. 2018): the mean over real images of the squared norm [B] of the gradient of the
+    discriminator's output with respect to the image. The original MaskGIT code weights it by 10, without that paper's
+    factor 1/2."""
     return jnp.mean(square_norms)
 
 
@@ -273,10 +277,10 @@ def discriminator_loss(
     lecam_decay: float = 0.999,
     kind: str = "hinge",
 ) -> tuple[jax.Array, Metrics, LeCamEma]:
-    """Total of the discriminator side: factor * adversarial + lecam_weight * LeCam, and the averages after this step.
+    """Total loss of the discriminator, factor * adversarial + lecam_weight * LeCam, and the averages after this step.
 
-    LeCam uses the averages before this step's update. It and the averages act whatever the factor is: before the
-    discriminator starts, do not call this, so that they stay 0 as in the published training. `kind` is "hinge" or
+    LeCam uses the averages from before this step's update. The factor does not affect LeCam and the averages. Do not call
+    this before the discriminator starts, so that the averages stay 0 as in the published training. `kind` is "hinge" or
     "non_saturating".
     """
     real_mean, fake_mean = (jnp.mean(x.astype(jnp.float32)) for x in (logits_real, logits_fake))
@@ -297,10 +301,10 @@ def non_saturating_g_loss(logits_fake: jax.Array) -> jax.Array:
 
 
 def entropy_loss(distances: jax.Array, temperature: float) -> jax.Array:
-    """Mean entropy of the codes of each vector less the entropy of their mean, in nats, of p = softmax(-distances / T).
+    """Mean entropy of p = softmax(-distances / T) minus the entropy of the mean p, in nats.
 
-    It falls where each vector is sure of its code and all codes are used alike. `distances` [..., K] are squared; the mean
-    is over all vectors of the batch. The published 1e-5 inside the logarithm of the mean is kept.
+    It is low if each vector clearly prefers one code and all codes are used equally. `distances` [..., K] are squared
+    distances, and the means are over all vectors of the batch. As published, 1e-5 is added inside the logarithm of the mean.
     """
     log_p = jax.nn.log_softmax(-distances.astype(jnp.float32).reshape(-1, distances.shape[-1]) / temperature, axis=-1)
     p = jnp.exp(log_p)
@@ -319,9 +323,9 @@ def maskgit_vqgan_loss(
     entropy_weight: float,
     **pixels,
 ) -> tuple[jax.Array, Metrics]:
-    """Total of the generator side: the terms of `pixel_terms`, the adversarial one non-saturating, and the quantizer's.
+    """Total loss of the MaskGIT-VQGAN: `pixel_terms` with the non-saturating adversarial loss, plus the quantizer's terms.
 
-    Commitment and codebook loss without weights (the latter's is 1), `entropy` from `entropy_loss`.
+    Pass `commitment_loss` and `codebook_loss` unweighted (the latter has weight 1), and `entropy` from `entropy_loss`.
     """
     total, metrics = pixel_terms(images, reconstructions, adversarial=non_saturating_g_loss, **pixels)
     commitment, entropy = commitment_weight * commitment_loss, entropy_weight * entropy

@@ -1,4 +1,4 @@
-"""What the masked generator sees in training: which tokens are replaced by the mask id (MaskGIT, section 3.2)."""
+"""Masks tokens for training the masked generator (MaskGIT, section 3.2)."""
 
 import math
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Share of masked tokens as a function of the time u in [0, 1); 1 at 0. The published models use arccos, the others are those
-# of the MaskGIT paper's comparison.
+# Share of masked tokens as a function of the time u in [0, 1). It is 1 at u = 0. The published models use arccos. The others
+# are from the comparison in the MaskGIT paper.
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "arccos": lambda u: jnp.arccos(u) / (math.pi * 0.5),
     "cosine": lambda u: jnp.cos(u * (math.pi * 0.5)),
@@ -40,10 +40,10 @@ def mask_tokens(
     Args:
       tokens: int [B, N].
       timesteps: [B] in [0, 1), one time per row.
-      order_uniforms: [B, N] random numbers whose order decides which tokens are masked. Position j is masked where
-        argsort(row)[j] < count: the permutation itself is compared, not its inverse, the ranks. Both give a uniformly random
-        subset; only this one gives the published subset.
-      mask_id: the id put in.
+      order_uniforms: [B, N] random numbers whose order decides which tokens are masked. Position j is masked if
+        argsort(row)[j] < count. This compares the permutation, not its inverse (the ranks). Both give a uniformly random
+        subset, but only this one gives the published subset.
+      mask_id: the id that replaces masked tokens.
 
     Returns:
       (tokens with the mask id [B, N] int32, mask [B, N] bool, true where masked).
@@ -56,7 +56,7 @@ def mask_tokens(
 def random_mask_tokens(
     key: jax.Array, tokens: jax.Array, mask_id: int, schedule: str = "arccos"
 ) -> tuple[jax.Array, jax.Array]:
-    """`mask_tokens` with times and order drawn from one key for the whole batch."""
+    """`mask_tokens` with random times and a random order, both from one key for the whole batch."""
     time_key, order_key = jax.random.split(key)
     timesteps = jax.random.uniform(time_key, tokens.shape[:1])
     return mask_tokens(tokens, timesteps, jax.random.uniform(order_key, tokens.shape), mask_id, schedule)

@@ -1,6 +1,6 @@
-"""The optimizer of the published trainings: AdamW as torch computes it, the warm-up schedules, clipping, and the EMA.
+"""The optimizer of the published trainings: torch's AdamW, warm-up schedules, clipping, and the EMA.
 
-Updates count from 0 everywhere. Schedules and the EMA's ramp take a traced int32 step and give a float32 scalar.
+Updates count from 0 everywhere. Schedules and the EMA's ramp map a traced int32 step to a float32 scalar.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import optax
 Params = Any  # nested dict of arrays
 Schedule = Callable[[jax.Array], jax.Array]
 
-# A parameter whose published name contains one of these does not decay, nor does any with fewer than two axes in the
+# Weight decay skips a parameter if its published name contains one of these, or if it has fewer than two axes in the
 # published layout: `convert.decay_mask(table, params, NO_DECAY_WORDS)`. "embed" also exempts the patch embedding, the
 # decoder embedding, positions and codebooks (published: utils/train_utils.py, `create_optimizer`).
 NO_DECAY_WORDS = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
@@ -58,7 +58,7 @@ class OptimizerConfig:
 
 
 def constant_schedule(base_lr: float, *, warmup_steps: int = 0) -> Schedule:
-    """Linear warm-up from 0, then `base_lr`. Update k < warmup_steps has base_lr k / warmup_steps, so update 0 has 0."""
+    """Linear warm-up from 0, then `base_lr`. Update k < warmup_steps uses base_lr k / warmup_steps, so update 0 uses 0."""
 
     def schedule(step):
         ramp = jnp.asarray(step, jnp.float32) / max(1, warmup_steps)
@@ -71,15 +71,15 @@ def cosine_schedule(base_lr: float, *, end_lr: float, warmup_steps: int, total_s
     """Linear warm-up from 0, then half a cosine from `base_lr` to `end_lr` at `total_steps` (published:
     utils/lr_schedulers.py).
 
-    As published, the progress is not clamped: after `total_steps` the rate rises again. A discriminator that starts late has
-    a schedule of its own that counts its own updates. (With P processes the published code gives it the total
-    max_train_steps - start / P, which need not be whole.)
+    As published, the progress is not clamped, so the rate rises again after `total_steps`. A discriminator that starts late
+    has its own schedule, which counts its own updates. (With P processes the published code sets its `total_steps` to
+    max_train_steps - start / P, which may not be an integer.)
     """
 
     def schedule(step):
         step = jnp.asarray(step)
         ramp = step.astype(jnp.float32) / max(1, warmup_steps)
-        # (1 + cos(pi p)) / 2 = sin^2(pi (1 - p) / 2): near the end the left side cancels in float32, the right does not.
+        # (1 + cos(pi p)) / 2 = sin^2(pi (1 - p) / 2). Near the end the left side cancels in float32, the right does not.
         remaining = (total_steps - step).astype(jnp.float32) / max(1, total_steps - warmup_steps)
         cosine = jnp.square(jnp.sin(0.5 * math.pi * remaining))
         return jnp.where(step < warmup_steps, base_lr * ramp, end_lr + (base_lr - end_lr) * cosine)
@@ -88,10 +88,10 @@ def cosine_schedule(base_lr: float, *, end_lr: float, warmup_steps: int, total_s
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` (its state too) with bias corrections that are exact in float32.
+    """`optax.scale_by_adam`, with the same state, but with bias corrections that are exact in float32.
 
-    optax computes 1 - b2**t in float32, which for b2 = 0.999 is off by 1.3e-5 at the first updates. torch computes it in
-    double precision; -expm1(t log b2), the logarithm taken in double precision, agrees with that.
+    optax computes 1 - b2**t in float32. For b2 = 0.999 this is off by 1.3e-5 in the first updates. torch computes it in
+    double precision. -expm1(t log b2) with a double-precision logarithm agrees with torch.
     """
 
     def init(params):
@@ -113,9 +113,9 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
 def adamw(
     schedule: Schedule, *, b1: float, b2: float, eps: float = 1e-8, weight_decay: float, decay_mask: Params
 ) -> optax.GradientTransformation:
-    """AdamW as torch has it: p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps), the decay where `decay_mask` is true.
+    """torch's AdamW: p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps), with decay where `decay_mask` is true.
 
-    Clipping is not in the chain (`clip_by_global_norm` also gives the norm to log). The state is a plain pytree.
+    The chain does not clip; use `clip_by_global_norm`, which also returns the norm for logging. The state is a plain pytree.
     """
     return optax.chain(
         scale_by_adam(b1, b2, eps),
@@ -125,9 +125,9 @@ def adamw(
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Array]:
-    """(gradients times min(1, max_norm / (norm + 1e-6)), their norm before), torch's `clip_grad_norm_`.
+    """Returns (gradients times min(1, max_norm / (norm + 1e-6)), the norm before clipping), like torch's `clip_grad_norm_`.
 
-    optax divides by the norm alone and so leaves a gradient of exactly `max_norm` alone; torch shrinks it by 1e-6.
+    optax divides by the norm itself, so it does not change a gradient of norm `max_norm`. torch shrinks it by 1e-6.
     """
     norm = optax.tree.norm(grads)
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
@@ -135,27 +135,28 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Arr
 
 
 def _ema_step(step: jax.Array, max_decay: float) -> jax.Array:
-    """1 - ema_decay(step), without the cancellation."""
+    """1 - ema_decay(step), computed without cancellation."""
     step = jnp.asarray(step, jnp.float32)
     return jnp.where(step <= 0, 1.0, jnp.maximum(9.0 / (10.0 + step), 1.0 - max_decay))
 
 
 def ema_decay(step: jax.Array, max_decay: float = 0.999) -> jax.Array:
-    """Decay of the EMA at its update `step`: 0 at the first, then min((1 + step) / (10 + step), max_decay)
-    (published: modeling/modules/ema_model.py, whose own counter is one ahead)."""
+    """Decay of the EMA at its update `step`: 0 at the first update, then min((1 + step) / (10 + step), max_decay)
+    (published: modeling/modules/ema_model.py, whose counter is one ahead)."""
     return 1.0 - _ema_step(step, max_decay)
 
 
 def constant_decay(decay: float) -> Schedule:
-    """The plain EMA's: the same at every update. (It starts at the first parameters, which it forgets only slowly.)"""
+    """The same decay at every update, for a plain EMA. (That EMA starts at the first parameters and forgets them slowly.)"""
     return lambda step: jnp.float32(decay)
 
 
 def ema_update(ema: Params, params: Params, step: jax.Array, decay: float | Schedule = 0.999) -> Params:
-    """decay ema + (1 - decay) params, after the optimizer's update `step`.
+    """decay * ema + (1 - decay) * params, after the optimizer's update `step`.
 
     Args:
-      decay: the largest decay of the published ramp, `ema_decay`, whose first update copies; or another schedule of it.
+      decay: a number is the largest decay of the published ramp `ema_decay`, whose first update copies the parameters. A
+        schedule gives the decay of each step instead.
     """
     weight = 1.0 - decay(step) if callable(decay) else _ema_step(step, decay)
     return jax.tree.map(lambda e, p: e - weight * (e - p), ema, params)
