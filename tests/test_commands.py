@@ -426,8 +426,8 @@ def test_labels_of_the_published_evaluation():
 
 # A process that is killed (SIGKILL) while it writes its fourth piece, half of which is on the disk then.
 KILLED = """
-import os, sys, titok_jax.sample, titok_jax.shards
-savez, pieces = titok_jax.shards.np.savez, []
+import os, sys, titok_jax.sample, titok_jax.runtime.shards
+savez, pieces = titok_jax.runtime.shards.np.savez, []
 def dies(file, **arrays):
     pieces.append(arrays)
     savez(file, **arrays)
@@ -435,7 +435,7 @@ def dies(file, **arrays):
         file.truncate(file.tell() // 2)
         file.flush()
         os.kill(os.getpid(), 9)
-titok_jax.shards.np.savez = dies
+titok_jax.runtime.shards.np.savez = dies
 titok_jax.sample.main(sys.argv[1:])
 """
 

@@ -68,3 +68,24 @@ def test_no_module_imports_a_private_name():
     for path in MODULES:
         for name in imports(path):
             assert not any(part.startswith("_") and not part.startswith("__") for part in name), f"{path.name}: {name}"
+
+
+def code_lines(source: str, node: ast.AST) -> int:
+    """Lines of a function without blank lines, comments and docstrings."""
+    documented = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner, clean=False) is not None:
+            documented |= set(range(inner.body[0].lineno, inner.body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines()[node.lineno - 1 : node.end_lineno], node.lineno)
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and number not in documented for number, line in lines
+    )
+
+
+def test_a_function_has_at_most_sixty_lines_of_code():
+    folders = ("titok_jax", "tools", "benchmarks", "configs")
+    for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert code_lines(source, node) <= 60, f"{path.relative_to(ROOT)}: {node.name}"

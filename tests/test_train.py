@@ -464,6 +464,14 @@ def test_where_a_file_system_has_no_locks_a_run_warns_and_goes_on(tmp_path, monk
         (None, {"log_every": 0}, "log_every is 0"),
         (None, {"max_nonfinite_steps": 0}, "max_nonfinite_steps is 0"),
         ("data", {"eval_source": ConfigDict({"name": "digits", "split": "test", "image_size": 64})}, "images have shape"),
+        (
+            "data",
+            {"eval_transform": ConfigDict({"name": "center_crop_torchvision", "size": 16})},
+            r"data.eval_transform.size is 16, but the model takes images of 32 x 32",
+        ),
+        ("data", {"num_threats": 2}, "config.data has unknown fields: num_threats"),
+        (None, {"nmu_steps": 2}, "config has unknown fields: nmu_steps"),
+        ("optimizer", {"schedule": "step"}, "config.optimizer: schedule is 'step'"),
     ],
 )
 def test_bad_configurations_are_refused_before_anything_is_written(section, change, message, tmp_path):
@@ -472,6 +480,16 @@ def test_bad_configurations_are_refused_before_anything_is_written(section, chan
         (config if section is None else config[section]).update(change)
     config.eval_every = 3
     with pytest.raises(ValueError, match=message):
+        loop.train(parse_settings(config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_another_size_are_refused_before_anything_is_written(tmp_path):
+    """Previews are drawn of held-out data, or of the training data without their augmentation."""
+    config = small("tokenizer", preview_every=3)
+    with config.unlocked():
+        config.data.eval_source = ConfigDict({"name": "digits", "split": "test", "image_size": 64})
+    with pytest.raises(ValueError, match=r"images have shape \[64, 64, 3\], the model takes \[32, 32, 3\]"):
         loop.train(parse_settings(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -7,8 +7,9 @@ Work is kept in JSON.shards until the JSON is written, so a killed command goes 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from titok_jax.evaluation import image_sources, scores
+from titok_jax.evaluation import image_sources
 from titok_jax.inference.arguments import add_sampling_arguments
 from titok_jax.inference.many import MATMUL_PRECISION
 from titok_jax.runtime.command import command
@@ -141,10 +142,8 @@ def _check(args: argparse.Namespace) -> str:
     return "generation" if args.reference else "digits"
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
-    mode = _check(args)
+def _check_outputs(args: argparse.Namespace, mode: str) -> None:
+    """Refuses outputs that cannot or must not be written."""
     if args.json:
         # The JSON of a sweep is continued, if it is one of the same settings.
         check_output(args.json, args.overwrite or mode == "sweep")
@@ -155,87 +154,86 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output(picture, args.overwrite or as_path(args.json).exists())
     if args.save_reference:
         check_output(args.save_reference, args.overwrite)
+
+
+def _models(args: argparse.Namespace, mode: str) -> tuple[int, list[dict[str, Any]]]:
+    """(the side of the model's images, the sampling settings of every point); fills in `args.num`.
+
+    Raises:
+      ValueError: a model that cannot be measured so.
+    """
+    from titok_jax import inference, models
+    from titok_jax.evaluation.runs import check_generator, tokenizer_revision
+    from titok_jax.evaluation.sweep import settings_grid
+
+    if mode in ("reconstruction", "reference"):
+        revision = tokenizer_revision(args, None)
+        tokenizer, grid = inference.load_image_config(args.tokenizer or args.model, revision=revision), []
+        if isinstance(tokenizer, models.MaskgitVQGANConfig):
+            return tokenizer.resolution, grid
+    else:
+        revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
+        tokenizer, generator = inference.pair_configs(args.model, args.tokenizer, **revisions)
+        grid = settings_grid(args, generator.sampling)
+        check_generator(args, tokenizer.image_size, generator.num_classes)
+    if mode != "reference" and tokenizer.predicts_codes:
+        raise ValueError("the tokenizer is a stage 1 model, which predicts codes, not images; name one of stage 2")
+    return tokenizer.image_size, grid
+
+
+def _show(args: argparse.Namespace, mode: str, result: dict[str, Any]) -> None:
+    """Prints the figures of an evaluation, and writes them."""
+    from titok_jax.evaluation.digits import digits_rows
+    from titok_jax.evaluation.jobs import write_json
+
+    _print_table(digits_rows(result) if mode == "digits" else [(k, f"{v:.4f}") for k, v in result["metrics"].items()])
+    for note in result.get("notes", ()):
+        print(f"note: {note}")
+    if args.json:
+        write_json(args.json, result)
+        print(f"wrote {args.json}")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    mode = _check(args)
+    _check_outputs(args, mode)
     samples = image_sources.NpzImages(args.samples) if args.samples else None
     if samples is None:  # before JAX is imported
         kind = "tokenizer" if mode in ("reconstruction", "reference") else "generator"
-        published_models.find(
-            args.model, None if kind == "tokenizer" and args.model in published_models.names("vqgan") else kind
-        )
+        vqgan = kind == "tokenizer" and args.model in published_models.names("vqgan")
+        published_models.find(args.model, None if vqgan else kind)
 
     import jax
 
-    from titok_jax import inference, models
-    from titok_jax.evaluation.digits import DIGITS_SIZE, NUM_CLASSES, digits_rows
-    from titok_jax.evaluation.jobs import Work, work_folder, write_json
-    from titok_jax.evaluation.runs import (
-        Evaluation,
-        run_digits,
-        run_generation,
-        run_reconstruction,
-        run_samples,
-        tokenizer_revision,
-    )
-    from titok_jax.evaluation.sweep import run_sweep, settings_grid
+    from titok_jax.evaluation import runs
+    from titok_jax.evaluation.jobs import Work, work_folder
+    from titok_jax.evaluation.sweep import run_sweep
     from titok_jax.runtime import processes
 
     processes.initialize_distributed()
-    predicts_codes = False
-    if samples is not None:
-        image_size, grid = samples.size, []
-    elif mode in ("reconstruction", "reference"):
-        revision = tokenizer_revision(args, None)
-        tokenizer_config, grid = inference.load_image_config(args.tokenizer or args.model, revision=revision), []
-        if isinstance(tokenizer_config, models.MaskgitVQGANConfig):
-            image_size = tokenizer_config.resolution
-        else:
-            image_size, predicts_codes = tokenizer_config.image_size, tokenizer_config.predicts_codes
-    else:
-        revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
-        tokenizer_config, config = inference.pair_configs(args.model, args.tokenizer, **revisions)
-        image_size, grid = tokenizer_config.image_size, settings_grid(args, config.sampling)
-        predicts_codes = tokenizer_config.predicts_codes
-        digits = config.num_classes == NUM_CLASSES and image_size == DIGITS_SIZE
-        if not (digits or args.reference):
-            raise ValueError(
-                f"{args.model} is a model of {config.num_classes} classes of {image_size}x{image_size} pixels, not of "
-                "digits; say what to measure: --reference REF, or --reconstruct DATA"
-            )
-        args.num = args.num or (scores.PUBLISHED_NUM if args.reference else 1000)
-        if args.num % config.num_classes:
-            raise ValueError(
-                f"--num is {args.num}, expected a multiple of {config.num_classes}, so that every class has as many"
-            )
-    if mode != "reference" and predicts_codes:
-        raise ValueError("the tokenizer is a stage 1 model, which predicts codes, not images; name one of stage 2")
-
+    image_size, grid = (samples.size, []) if samples is not None else _models(args, mode)
     with work_folder(args.json or args.save_reference) as folder:
         work = Work(folder, batch_size=args.batch_size, restart=args.overwrite)
-        run = Evaluation(args, mode, image_size, work)
+        run = runs.Evaluation(args, mode, image_size, work)
         with jax.default_matmul_precision(MATMUL_PRECISION[args.dtype]):
             if mode == "reconstruction":
-                figures = run_reconstruction(run)
+                figures = runs.run_reconstruction(run)
             elif mode == "samples":
-                figures = run_samples(run, samples)
+                figures = runs.run_samples(run, samples)
             elif mode == "reference":
                 figures = run.reference(args.num)
             elif mode == "sweep":
                 figures = run_sweep(run, grid)
             else:
                 print("sampling: " + ", ".join(f"{k} {v}" for k, v in grid[0].items()) + f", seed {args.seed}", flush=True)
-                figures = (run_digits if mode == "digits" else run_generation)(run, grid[0])
+                figures = (runs.run_digits if mode == "digits" else runs.run_generation)(run, grid[0])
         if work.first and mode == "reference":
             figures.save(args.save_reference)
             print(f"wrote {args.save_reference}: statistics of {figures.about['num_images']} images")
         elif work.first and mode != "sweep":
-            result = run.result | figures
-            _print_table(
-                digits_rows(result) if mode == "digits" else [(k, f"{v:.4f}") for k, v in figures["metrics"].items()]
-            )
-            for note in figures.get("notes", ()):
-                print(f"note: {note}")
-            if args.json:
-                write_json(args.json, result)
-                print(f"wrote {args.json}")
+            _show(args, mode, run.result | figures)
         work.remove()
 
 

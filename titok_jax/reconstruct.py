@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -69,53 +70,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
-    for option, value in (("--num", args.num), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{option} is {value}, expected at least 1")
-    if not args.images and args.model != "digits":
-        raise ValueError("no images given; name image files or a folder of them")
-    out = check_output(args.out, args.overwrite, folder_of=_FILES)
-    published_models.find(
-        args.model, None if args.model in published_models.names("vqgan") else "tokenizer"
-    )  # before JAX is imported
-    files = dict(find_images(args.images))
+def _inputs(args: argparse.Namespace, files: dict[str, Any], size: int) -> tuple[list[str], "np.ndarray | ImageFiles"]:
+    """(names, images) of the files, or of the first held-out digits.
 
-    from titok_jax import inference
-    from titok_jax.models import MaskgitVQGANConfig
-    from titok_jax.runtime.sharding import local_mesh, whole_batch
-
-    config = inference.load_image_config(args.model, revision=args.revision)
-    is_vqgan = isinstance(config, MaskgitVQGANConfig)
-    if not is_vqgan and config.predicts_codes:
-        raise ValueError(f"{args.model} is a stage 1 model, which predicts codes, not images; name one of stage 2")
-    size = config.resolution if is_vqgan else config.image_size
+    Raises:
+      ValueError: unreadable files, or more digits than there are.
+    """
     if files:
-        names, images = list(files), ImageFiles(list(files.values()), size)
-    else:
-        digits, labels = load_digits("test", size)
-        if args.num > len(digits):
-            raise ValueError(f"--num is {args.num}, but there are {len(digits)} held-out digits")
-        digits, labels = digits[: args.num], labels[: args.num]
-        names = [f"digit_{index:03d}_{label}" for index, label in enumerate(labels)]
-        images = np.repeat(digits[..., None], 3, axis=-1)
+        return list(files), ImageFiles(list(files.values()), size)
+    digits, labels = load_digits("test", size)
+    if args.num > len(digits):
+        raise ValueError(f"--num is {args.num}, but there are {len(digits)} held-out digits")
+    names = [f"digit_{index:03d}_{label}" for index, label in enumerate(labels[: args.num])]
+    return names, np.repeat(digits[: args.num, ..., None], 3, axis=-1)
 
-    load = inference.load_vqgan if is_vqgan else inference.load_tokenizer
-    tokenizer = load(args.model, revision=args.revision, mesh=local_mesh())
-    batch_size = whole_batch(args.batch_size, len(images))
-    if is_vqgan:
-        what = f"{(size // config.downsampling) ** 2} tokens of {config.codebook_size} codes"
-    elif config.quantize_mode == "vae":
-        what = f"{config.num_latent_tokens} latents of {config.token_size} channels"
-    else:
-        what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
-    print(f"{args.model}: {size}x{size} pixels to {what}\ncompiling; the first batch takes longer")
+
+def _write(folder: Path, names: Sequence[str], images, batches: Iterable[tuple[slice, np.ndarray, np.ndarray]]) -> float:
+    """Writes the pictures and tokens of all batches into a folder, and prints each PSNR; gives their mean in dB."""
     width, all_psnr, tokens, shown = max(map(len, names)), [], {}, []
-    with new_folder(out, last="tokens.json") as folder, tqdm(total=len(images), unit="image") as bar:
-        file_names = _picture_names(names)
-        for where, codes, decoded in reconstruct(tokenizer, images, batch_size=batch_size):
+    file_names = _picture_names(names)
+    with tqdm(total=len(images), unit="image") as bar:
+        for where, codes, decoded in batches:
             originals = images[where]
             values = metrics.psnr(originals / 255.0, decoded)
             rows = zip(range(where.start, where.stop), codes, originals, decoded, values, strict=True)
@@ -127,14 +102,50 @@ def main(argv: Sequence[str] | None = None) -> None:
             shown += list(decoded[: _SHOWN - len(shown)])
             all_psnr += values.tolist()
             bar.update(len(codes))
-        captions = [f"{value:.1f} dB" for value in all_psnr[: len(shown)]]
-        columns = 8 if size <= 64 else 4
-        grids.comparison(images[: len(shown)], np.stack(shown), columns, captions).save(folder / "grid.png")
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(code)}" for name, code in tokens.items())
-        (folder / "tokens.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    print(
-        f"mean PSNR {np.mean(all_psnr):.2f} dB over {len(images)} images\nwrote {out}: the pictures, grid.png, tokens.json"
-    )
+    captions = [f"{value:.1f} dB" for value in all_psnr[: len(shown)]]
+    columns = 8 if shown[0].shape[0] <= 64 else 4
+    grids.comparison(images[: len(shown)], np.stack(shown), columns, captions).save(folder / "grid.png")
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(code)}" for name, code in tokens.items())
+    (folder / "tokens.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    return float(np.mean(all_psnr))
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    for option, value in (("--num", args.num), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise ValueError(f"{option} is {value}, expected at least 1")
+    if not args.images and args.model != "digits":
+        raise ValueError("no images given; name image files or a folder of them")
+    out = check_output(args.out, args.overwrite, folder_of=_FILES)
+    # Before JAX is imported.
+    published_models.find(args.model, None if args.model in published_models.names("vqgan") else "tokenizer")
+    files = dict(find_images(args.images))
+
+    from titok_jax import inference
+    from titok_jax.models import MaskgitVQGANConfig
+    from titok_jax.runtime.sharding import local_mesh, whole_batch
+
+    config = inference.load_image_config(args.model, revision=args.revision)
+    is_vqgan = isinstance(config, MaskgitVQGANConfig)
+    if not is_vqgan and config.predicts_codes:
+        raise ValueError(f"{args.model} is a stage 1 model, which predicts codes, not images; name one of stage 2")
+    size = config.resolution if is_vqgan else config.image_size
+    names, images = _inputs(args, files, size)
+    load = inference.load_vqgan if is_vqgan else inference.load_tokenizer
+    tokenizer = load(args.model, revision=args.revision, mesh=local_mesh())
+    if is_vqgan:
+        what = f"{(size // config.downsampling) ** 2} tokens of {config.codebook_size} codes"
+    elif config.quantize_mode == "vae":
+        what = f"{config.num_latent_tokens} latents of {config.token_size} channels"
+    else:
+        what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
+    print(f"{args.model}: {size}x{size} pixels to {what}\ncompiling; the first batch takes longer")
+    batches = reconstruct(tokenizer, images, batch_size=whole_batch(args.batch_size, len(images)))
+    with new_folder(out, last="tokens.json") as folder:
+        mean = _write(folder, names, images, batches)
+    print(f"mean PSNR {mean:.2f} dB over {len(images)} images\nwrote {out}: the pictures, grid.png, tokens.json")
 
 
 if __name__ == "__main__":

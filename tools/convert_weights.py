@@ -49,7 +49,7 @@ _EPILOG = """examples:
       a file of a perceptual network (convnext_small-0c510722, vgg16-397923af, lpips_vgg), for training with
       --config.perceptual_weights=WEIGHTS; of VGG16 only what LPIPS uses, 59 MB of 528
 
-The format of the input is told from its content, that of the output from its name: .safetensors; .bin, .pt or .pth (PyTorch);
+The input's format is told from its content, that of the output from its name: .safetensors; .bin, .pt or .pth (PyTorch);
 .msgpack (Flax); no ending, or a slash: a folder. A file of a model that is not one of the published gets its configuration
 beside it, with the ending .json. A generator's folder is converted without the tokenizer in it; that is FOLDER/tokenizer.
 """
@@ -153,8 +153,7 @@ def compare(path: Path, tensors: Mapping[str, Any], config: models.Config | None
                 raise convert.WeightsError(f"{path}: {name} was not written as it should be; is the disk sound?")
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/convert_weights.py",
         description=__doc__,
@@ -169,8 +168,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", help="branch, tag or commit, of an input on the hub")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the output (default: that of each tensor)")
     parser.add_argument("--dry-run", action="store_true", help="print names, shapes and dtypes; write nothing")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def _check(args: argparse.Namespace, output: Path, format: str, files: pretrained.Source, config: Any) -> None:
+    """Raises ValueError if a model cannot be written in a format."""
+    if format == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
+        raise ValueError(f"{output}: only the MaskGIT-VQGAN has a Flax form")
+    if isinstance(config, models.InceptionConfig):
+        if format != "safetensors" or args.dtype not in (None, "float32"):
+            raise ValueError(f"{output}: the InceptionV3 of FID is written as .safetensors in float32 only")
+        features.verify_inception(files.weights)
+    if format == "folder" and (config is None or isinstance(config, models.DiscriminatorConfig)):
+        which = "a perceptual network" if config is None else "a discriminator"
+        raise ValueError(f"{output}: {which} has no configuration, so no folder; name a file")
+
+
+def _write_output(output: Path, format: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:
+    """Writes a folder or a file, with its configuration beside it unless it is that of a known model; reads it back."""
+    if format == "folder":
+        with new_folder(output, last=pretrained.CONFIG_FILE) as folder:
+            write(folder / pretrained.WEIGHTS_FILE, "safetensors", tensors, config)
+            compare(folder / pretrained.WEIGHTS_FILE, tensors, config)
+            config_files.write_config(folder / pretrained.CONFIG_FILE, config)
+        return
+    with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(new_file(output))
+        write(partial, format, tensors, config)
+        compare(partial, tensors, config)
+        if _needs_config(config):
+            config_files.write_config(stack.enter_context(new_file(output.with_suffix(".json"))), config)
+
+
+def _needs_config(config: models.Config | None) -> bool:
+    """Whether a file of weights does not tell its configuration by its tensors."""
+    return config is not None and config not in known_models.known_configs().values()
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
     output = as_path(args.output)
     format = "folder" if args.output.endswith("/") else _ENDINGS.get(output.suffix)
     if format is None:
@@ -180,27 +217,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if format == "torch" and not args.dry_run:
         torch_file.import_torch(output, "write")
     kind = None if args.kind is None else _KINDS[args.kind]
-    if (
-        kind is None
-        and args.input in published_models.names("generator")
-        and args.input in published_models.names("tokenizer")
-    ):
+    if kind is None and all(args.input in published_models.names(name) for name in ("generator", "tokenizer")):
         raise ValueError(f"{args.input} is a tokenizer and a generator; add --kind tokenizer or --kind generator")
     files = pretrained.locate(args.input, kind, revision=args.revision)
     hub.check_download(files.weights)
     pretrained.check_config(files)
     with open_input(files, kind) as (config, found):
-        known = config is None or config in known_models.known_configs().values()
-        if format == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
-            raise ValueError(f"{output}: only the MaskGIT-VQGAN has a Flax form")
-        if isinstance(config, models.InceptionConfig):
-            if format != "safetensors" or args.dtype not in (None, "float32"):
-                raise ValueError(f"{output}: the InceptionV3 of FID is written as .safetensors in float32 only")
-            features.verify_inception(files.weights)
-        if format == "folder" and (config is None or isinstance(config, models.DiscriminatorConfig)):
-            which = "a perceptual network" if config is None else "a discriminator"
-            raise ValueError(f"{output}: {which} has no configuration, so no folder; name a file")
-        beside = None if format == "folder" or known else output.with_suffix(".json")
+        _check(args, output, format, files, config)
+        beside = output.with_suffix(".json") if format != "folder" and _needs_config(config) else None
         dtypes = {name: tensor.dtype if args.dtype is None else _DTYPES[args.dtype] for name, tensor in found.items()}
         if args.dry_run:
             print(table(found, dtypes))
@@ -210,20 +234,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     raise FileExistsError(f"{path} exists and nothing was overwritten; choose another output or remove it")
             check_output(output, False, folder_of="" if format == "folder" else None)
         tensors = {name: Cast(name, tensor, dtypes[name]) for name, tensor in found.items()}
-        with contextlib.ExitStack() as stack:
-            if args.dry_run:
-                pass
-            elif format == "folder":
-                folder = stack.enter_context(new_folder(output, last=pretrained.CONFIG_FILE))
-                write(folder / pretrained.WEIGHTS_FILE, "safetensors", tensors, config)
-                compare(folder / pretrained.WEIGHTS_FILE, tensors, config)
-                config_files.write_config(folder / pretrained.CONFIG_FILE, config)
-            else:
-                partial = stack.enter_context(new_file(output))
-                write(partial, format, tensors, config)
-                compare(partial, tensors, config)
-                if beside is not None:
-                    config_files.write_config(stack.enter_context(new_file(beside)), config)
+        if not args.dry_run:
+            _write_output(output, format, tensors, config)
         count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
         done = "dry run, nothing written" if args.dry_run else "read again and equal"
         names = sorted({dtype.name for dtype in dtypes.values()})

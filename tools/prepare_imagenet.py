@@ -403,9 +403,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+def _check_arguments(args: argparse.Namespace) -> int:
+    """Makes paths of the arguments -> the number of shards.
+
+    Raises:
+      ValueError: a number below 1, a path in a bucket, or a file where the folder should be.
+    """
     num_shards = SPLITS[args.split].shards if args.shards is None else args.shards
     for name, value in (("shards", num_shards), ("workers", args.workers)):
         if value < 1:
@@ -416,6 +419,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out, args.devkit = Path(args.out), args.devkit and Path(args.devkit)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, expected a folder")
+    return num_shards
+
+
+def _write_report(report: Path, listed: Path, left_out: Sequence[str], summary: dict[str, Any]) -> None:
+    """Writes what was made, and why images were left out."""
+    if left_out:
+        with new_file(listed) as partial:
+            partial.write_text("".join(f"{reason}\n" for reason in left_out), encoding="utf-8")
+    with new_file(report) as partial:
+        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    num_shards = _check_arguments(args)
     report, listed = args.out / f"{args.split}.json", args.out / f"{args.split}.left_out.txt"
     complete = report.exists()
     if complete:
@@ -458,20 +477,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_shards(source, shards, paths, verify=not args.no_verify, workers=args.workers)
         counts, left_out = check_shards(shards, paths)
         found = findings(args.split, counts, left_out, class_names)
-        if left_out:
-            with new_file(listed) as partial:
-                partial.write_text("".join(f"{reason}\n" for reason in left_out), encoding="utf-8")
-        with new_file(report) as partial:
-            summary = {
-                "input": args.input,
-                **settings,
-                "written": int(counts.sum()),
-                "left_out": len(left_out),
-                "findings": found,
-                "class_names": class_names,
-                "images_per_class": counts.tolist(),
-            }
-            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        summary = {
+            "input": args.input,
+            **settings,
+            "written": int(counts.sum()),
+            "left_out": len(left_out),
+            "findings": found,
+            "class_names": class_names,
+            "images_per_class": counts.tolist(),
+        }
+        _write_report(report, listed, left_out, summary)
         shards.remove()
     for text in found:
         print(f"WARNING: {text}")

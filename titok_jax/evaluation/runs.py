@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from titok_jax.evaluation import image_sources, pieces, references, scores
-from titok_jax.evaluation.digits import DIGITS_SIZE, NEIGHBOURS, evaluate_digits
+from titok_jax.evaluation.digits import DIGITS_SIZE, NEIGHBOURS, NUM_CLASSES, evaluate_digits
 from titok_jax.evaluation.jobs import Work, versions
 from titok_jax.inference.many import MATMUL_PRECISION, balanced_labels
 from titok_jax.runtime.outputs import sha256
@@ -100,6 +100,22 @@ class Evaluation:
 def tokenizer_revision(args: argparse.Namespace, generator: str | None) -> str | None:
     """The revision for `load_tokenizer`. Without a generator, --model is the tokenizer."""
     return args.tokenizer_revision if generator or args.tokenizer else args.revision
+
+
+def check_generator(args: argparse.Namespace, image_size: int, num_classes: int) -> None:
+    """Fills in how many images are made.
+
+    Raises:
+      ValueError: no model of digits and nothing to compare with, or a number that the classes do not divide.
+    """
+    if not (args.reference or (num_classes == NUM_CLASSES and image_size == DIGITS_SIZE)):
+        raise ValueError(
+            f"{args.model} is a model of {num_classes} classes of {image_size}x{image_size} pixels, not of "
+            "digits; say what to measure: --reference REF, or --reconstruct DATA"
+        )
+    args.num = args.num or (scores.PUBLISHED_NUM if args.reference else 1000)
+    if args.num % num_classes:
+        raise ValueError(f"--num is {args.num}, expected a multiple of {num_classes}, so that every class has as many")
 
 
 def run_digits(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] | None:
