@@ -74,9 +74,9 @@ def test_resize_is_torchs_antialiased_bilinear(golden, size):
     x = gd.nchw(jax.jit(perceptual.resize, static_argnums=1)(gd.images(1, size, 7), 224))
     case = f"resize/{size}_224_"
     # Both sum pixels of [0, 1] with float32 weights, torch's computed in float32 too: 7e-6.
-    np.testing.assert_allclose(x[:, :, :8, :8], golden[case + "corner"], atol=1e-5)
-    np.testing.assert_allclose(x[:, :, -8:, -8:], golden[case + "last_corner"], atol=1e-5)
-    np.testing.assert_allclose(x[0, :, 5], golden[case + "row5"], atol=1e-5)
+    np.testing.assert_allclose(x[:, :, :8, :8], golden[case + "corner"], atol=2e-5)
+    np.testing.assert_allclose(x[:, :, -8:, -8:], golden[case + "last_corner"], atol=2e-5)
+    np.testing.assert_allclose(x[0, :, 5], golden[case + "row5"], atol=2e-5)
 
 
 def test_lpips_features_and_terms(golden):
