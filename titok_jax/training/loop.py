@@ -29,8 +29,8 @@ from titok_jax.training.progress import Evaluation, Previews
 from titok_jax.training.settings import Settings, check_batch
 from titok_jax.training.tasks.base import State, Task, jit_step
 
-# These fields may change when a run is resumed: the hardware, and what the run logs and keeps. All other fields determine the
-# result. These fields only change the rounding, and gradient_accumulation also changes the dropout draws.
+# These fields may change when a run is resumed: they concern the hardware, and what the run logs and keeps. They affect only
+# the rounding, and gradient_accumulation also affects the dropout draws. All other fields determine the result.
 FREE_FIELDS = (
     "mesh",
     "remat",
