@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from titok_jax.runtime import sharding
-from titok_jax.training.checkpoint import Checkpoints
+from titok_jax.training.checkpoint import Checkpoints, check_config
 
 CONFIG = {"seed": 0}
 
@@ -86,6 +86,15 @@ def test_a_storage_that_fails_is_no_damage(tmp_path, monkeypatch, error):
         assert not (tmp_path / "damaged").exists()
         monkeypatch.undo()
         assert restore(checkpoints)[0] == 2
+
+
+def test_a_field_that_is_newer_than_a_checkpoint_has_the_value_that_the_run_had():
+    found = {"seed": 1, "data": {"batch_size": 8}}
+    check_config(found, {**found, "data": {"batch_size": 8, "cache": 0}}, (), "run", later={"data.cache": 0, "else": 3})
+    with pytest.raises(ValueError, match=r"data.cache: 0 in the checkpoint, 1 now"):
+        check_config(found, {**found, "data": {"batch_size": 8, "cache": 1}}, (), "run", later={"data.cache": 0})
+    with pytest.raises(ValueError, match=r"data.cache: 'absent' in the checkpoint, 0 now"):
+        check_config(found, {**found, "data": {"batch_size": 8, "cache": 0}}, (), "run")
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):

@@ -213,17 +213,26 @@ def quiet_checkpointing() -> None:
     sys.unraisablehook = unraisable
 
 
-def check_config(found: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str], where: str) -> None:
+def check_config(
+    found: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: Iterable[str],
+    where: str,
+    *,
+    later: Mapping[str, Any] | None = None,
+) -> None:
     """Refuses to continue a run with a different configuration.
 
     Args:
       found: configuration of the checkpoint; now: configuration of this run.
       free: dotted names of the fields and sections that may differ.
+      later: {dotted name: value} of fields that are newer than some checkpoints: the value that a run without them had.
 
     Raises:
       ValueError: if other fields differ. The message lists them.
     """
     flat_found, flat_now = _flat(found), _flat(now)
+    flat_found = {name: value for name, value in (later or {}).items() if name in flat_now} | flat_found
     different = []
     for name in sorted(flat_found.keys() | flat_now.keys()):
         a, b = flat_found.get(name, "absent"), flat_now.get(name, "absent")

@@ -51,6 +51,9 @@ FREE_FIELDS = (
     "data.eval_transform",
 )
 
+# Fields that recipes got later, with the value that a run without them had: its checkpoints can still be resumed.
+LATER_FIELDS: dict[str, Any] = {}
+
 
 def train(settings: Settings, workdir: epath.PathLike) -> State | None:
     """Runs a training to its end. Resumes from the newest checkpoint if there is one.
@@ -234,7 +237,8 @@ def begin(run: Run, held: contextlib.ExitStack) -> Started:
 def check_same_run(found: Mapping[str, Any], run: Run) -> None:
     """Raises ValueError if a checkpoint's configuration or frozen networks differ from those of this run."""
     now = run.stored
-    check_config({**found, "frozen_weights": ""}, {**now, "frozen_weights": ""}, FREE_FIELDS, str(run.workdir))
+    then, today = ({**stored, "frozen_weights": ""} for stored in (found, now))
+    check_config(then, today, FREE_FIELDS, str(run.workdir), later=LATER_FIELDS)
     if found.get("frozen_weights") != now["frozen_weights"]:
         named = {n: getattr(run.settings, n) for n in ("tokenizer", "vqgan", "perceptual_weights")}
         networks = " or ".join(f"config.{name} ({source})" for name, source in named.items() if source)
