@@ -226,7 +226,7 @@ def check_config(
     Args:
       found: configuration of the checkpoint; now: configuration of this run.
       free: dotted names of the fields and sections that may differ.
-      later: {dotted name: value} of fields that are newer than some checkpoints: the value that a run without them had.
+      later: {dotted name: value} of fields that older checkpoints lack, with the value that was in effect without the field.
 
     Raises:
       ValueError: if other fields differ. The message lists them.

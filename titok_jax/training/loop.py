@@ -51,7 +51,7 @@ FREE_FIELDS = (
     "data.eval_transform",
 )
 
-# Fields that recipes got later, with the value that a run without them had: its checkpoints can still be resumed.
+# Fields added to the recipes later, each with the value that was in effect before. Older checkpoints can then be resumed.
 LATER_FIELDS: dict[str, Any] = {}
 
 
