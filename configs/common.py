@@ -1,9 +1,9 @@
-"""What the recipes for ImageNet share, and their small form: the embedded digits, to see in a minute that a recipe runs."""
+"""What the ImageNet recipes share, and their small smoke variants on the embedded digits, which run in a minute."""
 
 from ml_collections import ConfigDict
 
-# Sizes of the two-stage tokenizers: (transformers, tokens, pixels per side). Of the two for 512 pixels no weights were
-# published; the paper says (arXiv 2406.07550, section 4) that for this resolution the number of tokens is doubled.
+# Sizes of the two-stage tokenizers: (transformers, tokens, pixels per side). No weights were published for the two models
+# with 512 pixels. The paper says that the number of tokens is doubled at this resolution (arXiv 2406.07550, section 4).
 TWO_STAGE = {
     "l32": ("large", 32, 256),
     "b64": ("base", 64, 256),
@@ -15,10 +15,10 @@ TWO_STAGE = {
 
 
 def pick(variants: dict, variant: str):
-    """The entry `variant`.
+    """Returns the entry `variant`.
 
     Raises:
-      ValueError: there is none.
+      ValueError: if there is no such entry.
     """
     if variant not in variants:
         raise ValueError(f"variant {variant!r}, expected one of {list(variants)}")
@@ -26,13 +26,14 @@ def pick(variants: dict, variant: str):
 
 
 def images() -> dict[str, str]:
-    """A source of images to be filled in by flags: what tools/prepare_imagenet.py writes, or with another `name` what
-    titok_jax/data/sources.py has. The options are those of all kinds; an empty one is not given."""
+    """An image source whose options are to be set on the command line. It reads the files that tools/prepare_imagenet.py
+    writes; another `name` selects another source of titok_jax/data/sources.py. It has the options of all sources; empty
+    options are ignored."""
     return {"name": "array_record", "paths": "", "path": "", "dataset": "", "data_dir": "", "split": ""}
 
 
 def base(task: str) -> ConfigDict:
-    """Everything that is the same in all recipes."""
+    """The values that all ImageNet recipes start from."""
     config = ConfigDict()
     config.task = task
     config.seed = 42
@@ -40,14 +41,14 @@ def base(task: str) -> ConfigDict:
     config.data = ConfigDict(
         {
             "source": images(),
-            "eval_source": images(),  # none, until it is said where
+            "eval_source": images(),  # nothing is held out until a path is set
             "transform": {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256},
             "eval_transform": {"name": "center_crop_torchvision", "size": 256},
             "batch_size": 256,
             "num_workers": 16,
             "num_threads": 16,
         },
-        type_safe=False,  # a source has other fields than another
+        type_safe=False,  # sources differ in their fields
     )
     config.ema_decay = 0.999
     config.ema_ramp = True  # as published; False: the same decay at every step
@@ -68,7 +69,7 @@ def base(task: str) -> ConfigDict:
 
 
 def optimizer(learning_rate: float, *, beta2: float, weight_decay: float, warmup_steps: int) -> ConfigDict:
-    """AdamW as in all published recipes: cosine to 1e-5, gradients clipped to norm 1."""
+    """AdamW as in all published recipes: cosine schedule down to 1e-5, gradients clipped to norm 1."""
     return ConfigDict(
         {
             "learning_rate": learning_rate,
@@ -84,7 +85,7 @@ def optimizer(learning_rate: float, *, beta2: float, weight_decay: float, warmup
 
 
 def at_size(config: ConfigDict, pixels: int) -> ConfigDict:
-    """The recipe on images of another size than 256: the crops too, and the discriminator's patches as large as before."""
+    """Adapts a recipe to images of another size than 256. Sets the crops, and keeps the discriminator's patch size."""
     config.data.transform.update({"resize_shorter_edge": pixels, "crop_size": pixels})
     config.data.eval_transform.size = pixels
     if "discriminator" in config:
@@ -93,7 +94,7 @@ def at_size(config: ConfigDict, pixels: int) -> ConfigDict:
 
 
 def two_stage_model(size: str, num_tokens: int, pixels: int, *, finetune_decoder: bool) -> ConfigDict:
-    """A two-stage tokenizer."""
+    """The model of a two-stage tokenizer."""
     return ConfigDict(
         {
             "image_size": pixels,
@@ -114,8 +115,8 @@ def two_stage_model(size: str, num_tokens: int, pixels: int, *, finetune_decoder
 
 
 def finish(config: ConfigDict, *, smoke: bool) -> ConfigDict:
-    """The recipe as it is or its small form, with a copy in `config.recipe` of the values that belong together: train.py
-    warns where a run has others."""
+    """Completes a recipe, or its small variant if `smoke`. Copies the values that belong together to `config.recipe`;
+    train.py warns if a run changes one of them."""
     if smoke:
         shrink(config)
     recipe = {"num_steps": config.num_steps, "data": {"batch_size": config.data.batch_size}}
@@ -127,7 +128,7 @@ def finish(config: ConfigDict, *, smoke: bool) -> ConfigDict:
 
 
 def shrink(config: ConfigDict) -> None:
-    """The recipe on the digits of 32 x 32 pixels, for a few steps."""
+    """Changes a recipe to a few steps on the digits, with 32 x 32 pixels."""
     config.num_steps = 150
     config.compute_dtype = "float32"
     config.log_every = 10
@@ -148,7 +149,7 @@ def shrink(config: ConfigDict) -> None:
         config.discriminator.update({"hidden_channels": 32, "num_stages": 2, "logits_size": 8})
         config.loss.discriminator_start = 75
     vqgan = {"hidden_channels": 32, "channel_mult": (1, 1, 1, 1), "num_res_blocks": 1, "z_channels": 32}
-    if "vqgan" in config:  # nothing is learnt from a random one; it shows that the steps work
+    if "vqgan" in config:  # a random VQGAN teaches nothing, but shows that the steps run
         config.vqgan = "random"
         config.vqgan_model = ConfigDict(vqgan)
     if "perceptual_weights" in config:  # no trained network comes with the package

@@ -4,10 +4,10 @@
   python -m titok_jax.train --config configs/digits.py:generator --workdir runs/digits/generator \
       --config.tokenizer=runs/digits/tokenizer/pretrained
 
-or both by `make digits`. On 2 CPU cores they take minutes each; expect (measured figures: README.md) more than 95 % of
-reconstructed held-out digits and of generated digits to be read as what they should be.
+or both by `make digits`. On 2 CPU cores they take minutes each. Expect a classifier to recognise more than 95 % of the
+reconstructed held-out digits and of the generated digits correctly (measured figures: README.md).
 
-`:smoke_tokenizer` and `:smoke_generator` are the same in a few steps, to see that everything runs.
+`:smoke_tokenizer` and `:smoke_generator` run the same for a few steps, to test that everything works.
 """
 
 from ml_collections import ConfigDict

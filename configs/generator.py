@@ -1,17 +1,19 @@
-"""Masked generators of a tokenizer's tokens, given the class.
+"""Masked generators: generate a tokenizer's tokens for a given class.
 
   python -m titok_jax.train --config configs/generator.py:b64 --workdir runs/b64_generator \
       --config.data.source.paths='TOKENS/*.array_record'
 
-The data are token records; for tokens made from images on the way take l32_images, b64_images or s128_images, and set
---config.tokenizer and --config.data.source.paths (slower, but every flip is drawn anew). Variants l32
-and b64 (ViT), s128 (U-ViT); published gFID 2.77, 2.48, 1.97, about 1 day (32 tokens) to 2 days (128) on 32 A800. l64_512 and
-b128_512 make tokens of images of 512 x 512 pixels: published gFID 2.74, and 2.49 (2.13 in 64 steps). `:smoke` is a small one
-of the embedded digits' tokens, about a minute on a CPU; `:smoke_tokens` is the same on token records.
+The data are token records. To make tokens from images during training, use l32_images, b64_images or s128_images, and set
+--config.tokenizer and --config.data.source.paths (slower, but every flip is drawn anew).
 
-Values: the published configs/training/generator/maskgit.yaml (B-64; batch 64 on each of 32 GPUs). There is none for the two
-others: sizes are those of their published weights, the rest is the same. Sampling settings: those of the published results,
-configs/infer/TiTok/titok_*.yaml.
+Variants: l32 and b64 (ViT), s128 (U-ViT). Published gFID: 2.77, 2.48, 1.97, after about 1 day (32 tokens) to 2 days (128) on
+32 A800. l64_512 and b128_512 generate tokens for images of 512 x 512 pixels; published gFID: 2.74, and 2.49 (2.13 in 64
+steps). `:smoke` is a small generator of the embedded digits' tokens, about a minute on a CPU. `:smoke_tokens` is the same on
+token records.
+
+Values: the published configs/training/generator/maskgit.yaml (B-64; batch 64 on each of 32 GPUs). The other two have no
+published file: their sizes are those of their published weights, and the rest is the same. The sampling settings are those
+of the published results, configs/infer/TiTok/titok_*.yaml.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +26,7 @@ VARIANTS = {
     "l32": ("ViT", 32, VIT, (8, 9.5, 4.5, "linear")),
     "b64": ("ViT", 64, VIT, (8, 11.0, 3.0, "linear")),
     "s128": ("UViT", 128, UVIT, (64, 2.8, 6.9, "power-cosine")),
-    # 512 x 512 pixels: sampling settings were not published, those of the same size of tokenizer are taken.
+    # 512 x 512 pixels: no sampling settings were published. These are from the 256-pixel tokenizer of the same size.
     "l64_512": ("ViT", 64, VIT, (8, 9.5, 4.5, "linear")),
     "b128_512": ("ViT", 128, VIT, (8, 11.0, 3.0, "linear")),
     "smoke": ("ViT", 8, VIT, (8, 1.0, 3.0, "linear")),

@@ -1,17 +1,16 @@
-"""The MaskGIT-VQGAN, the 2D tokenizer whose codes stage 1 predicts and whose decoder stage 2 fine-tunes, from scratch.
+"""The MaskGIT-VQGAN, trained from scratch. Stage 1 predicts the codes of this 2D tokenizer; stage 2 fine-tunes its decoder.
 
   python -m titok_jax.train --config configs/maskgit_vqgan.py:imagenet256 --workdir runs/vqgan \
       --config.data.source.paths='IMAGENET/train-*' --config.perceptual_weights=WEIGHTS
 
-WEIGHTS holds convnext_small-0c510722.pth of torchvision. Stages 1 and 2 take the result by
---config.vqgan=runs/vqgan/pretrained. Variants and the rFID of the published weights: imagenet256 2.28, imagenet512 1.97; how
-long the training takes was not published. `:smoke` is a small one on the embedded digits, about a minute on a CPU, without
-perceptual loss.
+WEIGHTS contains convnext_small-0c510722.pth of torchvision. For stages 1 and 2, set --config.vqgan=runs/vqgan/pretrained.
+Variants and rFID of the published weights: imagenet256 2.28, imagenet512 1.97. The training time was not published. `:smoke`
+is a small model on the embedded digits, about a minute on a CPU, without perceptual loss.
 
 Values: google-research/maskgit, maskgit/configs/vqgan_config.py and base_config.py (Adam without weight decay or clipping;
-batch size global; float32; average 0.999). That repository does not say how images are cropped for training: here as in
-TiTok's stages. Also our choice: no warm-up (it names one of 2,000 steps beside its constant schedule, without the code), the
-discriminator, its size, and the perceptual network (tasks/maskgit_vqgan.py).
+batch size global; float32; average 0.999). That repository does not say how training images are cropped; we crop as in
+TiTok's stages. It names a warm-up of 2,000 steps beside its constant schedule, but without code for it; we use no warm-up.
+The discriminator, its size and the perceptual network are also our choice (tasks/maskgit_vqgan.py).
 """
 
 from ml_collections import ConfigDict

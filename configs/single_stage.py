@@ -3,13 +3,13 @@
   python -m titok_jax.train --config configs/single_stage.py:bl64_vq8k --workdir runs/bl64 \
       --config.data.source.paths='IMAGENET/train-*' --config.perceptual_weights=WEIGHTS
 
-WEIGHTS holds convnext_small-0c510722.pth and vgg16-397923af.pth of torchvision and lpips_vgg.pth of LPIPS. Variants and
+WEIGHTS contains convnext_small-0c510722.pth and vgg16-397923af.pth of torchvision and lpips_vgg.pth of LPIPS. Variants and
 published rFID: bl64_vq8k 2.06, bl128_vq8k 1.49, sl256_vq8k 1.03, ll32_vae 1.61, bl64_vae 1.25, bl128_vae 0.84. `:smoke` (VQ)
-and `:smoke_vae` are small ones on the embedded digits, about a minute on a CPU, without perceptual loss.
+and `:smoke_vae` are small models on the embedded digits, about a minute on a CPU, without perceptual loss.
 
-Values: no file of these was published. Length and batch size are what the authors said of them (1M steps of 256 images,
-200 epochs), the rest is that of the text-aware models that followed, configs/training/TA-TiTok/tatitok_bl64_vq.yaml and
-tatitok_bl64_vae.yaml, without text and without its codebook restarts.
+Values: no configuration of these models was published. The authors stated the length and the batch size (1M steps of 256
+images, 200 epochs). The rest is from the later text-aware models, configs/training/TA-TiTok/tatitok_bl64_vq.yaml and
+tatitok_bl64_vae.yaml, without text and without their codebook restarts.
 """
 
 from ml_collections import ConfigDict
@@ -71,5 +71,5 @@ def get_config(variant: str = "bl64_vq8k") -> ConfigDict:
     config.discriminator = ConfigDict({"hidden_channels": 128, "num_stages": 3, "logits_size": 16})
     config.discriminator_optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=10_000)
     if variant.startswith("smoke"):
-        config.loss.discriminator_weight = 0.01  # with no perceptual loss beside it, 0.1 would outweigh the reconstruction
+        config.loss.discriminator_weight = 0.01  # without a perceptual loss, 0.1 would outweigh the reconstruction
     return common.finish(config, smoke=variant.startswith("smoke"))

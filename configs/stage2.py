@@ -4,13 +4,13 @@
       --config.data.source.paths='IMAGENET/train-*' --config.init_from=runs/l32_stage1/pretrained \
       --config.perceptual_weights=WEIGHTS
 
-WEIGHTS holds convnext_small-0c510722.pth of torchvision. Variants l32, b64, s128; published rFID 2.21, 1.70, 1.71. l64_512
-and b128_512 (published 1.77, 1.52) are for 512 x 512 pixels; set --config.vqgan as in configs/stage1.py. `:smoke` is a small
-one on the embedded digits, about a minute on a CPU, without perceptual loss and from random weights.
+WEIGHTS contains convnext_small-0c510722.pth of torchvision. Variants: l32, b64, s128; published rFID: 2.21, 1.70, 1.71.
+l64_512 and b128_512 (published 1.77, 1.52) are for 512 x 512 pixels; set --config.vqgan as in configs/stage1.py. `:smoke` is
+a small model on the embedded digits, about a minute on a CPU, without perceptual loss and from random weights.
 
 Values: the published configs/training/TiTok/stage2/titok_l32.yaml, titok_b64.yaml and titok_s128.yaml (batch 32 on
-each of 8 GPUs). fp16 there is bfloat16 here. For 512 pixels see configs/stage1.py; that the discriminator gives twice as
-many logits each way there is our choice.
+each of 8 GPUs), with bfloat16 instead of fp16. For 512 pixels, see configs/stage1.py. There, the discriminator outputs twice
+as many logits along each side, which is our choice.
 """
 
 from ml_collections import ConfigDict

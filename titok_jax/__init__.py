@@ -19,7 +19,7 @@ __all__ = ["VQGAN", "Generator", "Tokenizer", "generate", "load_generator", "loa
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, so that data workers and `--help` do not pay for importing JAX.
+    # Import on first use, so that data workers and `--help` do not import JAX, which is slow.
     if name in __all__:
         from titok_jax import inference
 

@@ -1,7 +1,9 @@
-"""Measures models: `python -m titok_jax.evaluate` gives the figures of the embedded digits; with --reconstruct or
---reference, those of any tokenizer or generator. docs/evaluation.md says what each means and what it compares with.
+"""Evaluates models: `python -m titok_jax.evaluate` computes the metrics of the embedded digits model.
 
-Work is kept in JSON.shards until the JSON is written, so a killed command goes on where it was when it is started again.
+With --reconstruct or --reference, it evaluates any tokenizer or generator. docs/evaluation.md explains each metric and which
+published figures it can be compared with.
+
+Finished work is kept in JSON.shards until the JSON file is written. After a kill, the same command continues from there.
 """
 
 import argparse
@@ -96,10 +98,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> str:
-    """What is asked for: "digits", "reconstruction", "generation", "samples", "sweep" or "reference".
+    """Returns the mode: "digits", "reconstruction", "generation", "samples", "sweep" or "reference".
 
     Raises:
-      ValueError: things that do not go together, or cannot be compared.
+      ValueError: for arguments that are invalid or do not go together, or figures that cannot be compared.
+      FileNotFoundError: if the .npz file of --reference does not exist.
     """
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
@@ -143,9 +146,9 @@ def _check(args: argparse.Namespace) -> str:
 
 
 def _check_outputs(args: argparse.Namespace, mode: str) -> None:
-    """Refuses outputs that cannot or must not be written."""
+    """Raises an error if an output cannot or must not be written."""
     if args.json:
-        # The JSON of a sweep is continued, if it is one of the same settings.
+        # A sweep continues an existing JSON file if the settings are the same.
         check_output(args.json, args.overwrite or mode == "sweep")
     if mode == "sweep":
         picture = as_path(args.json).with_suffix(".png")
@@ -157,10 +160,10 @@ def _check_outputs(args: argparse.Namespace, mode: str) -> None:
 
 
 def _models(args: argparse.Namespace, mode: str) -> tuple[int, list[dict[str, Any]]]:
-    """(the side of the model's images, the sampling settings of every point); fills in `args.num`.
+    """Returns (side of the model's images in pixels, sampling settings of every point). Sets `args.num` for a generator.
 
     Raises:
-      ValueError: a model that cannot be measured so.
+      ValueError: if the model cannot be evaluated in this mode.
     """
     from titok_jax import inference, models
     from titok_jax.evaluation.runs import check_generator, tokenizer_revision
@@ -182,7 +185,7 @@ def _models(args: argparse.Namespace, mode: str) -> tuple[int, list[dict[str, An
 
 
 def _show(args: argparse.Namespace, mode: str, result: dict[str, Any]) -> None:
-    """Prints the figures of an evaluation, and writes them."""
+    """Prints the metrics of an evaluation and writes them to the JSON file."""
     from titok_jax.evaluation.digits import digits_rows
     from titok_jax.evaluation.jobs import write_json
 

@@ -1,7 +1,7 @@
-"""Real weights against the published results: `python -m titok_jax.parity --model titok_l32 IMAGE...`.
+"""Compares real weights with the published results: `python -m titok_jax.parity --model titok_l32 IMAGE...`.
 
-Three things can be compared, and at least one must be at hand: the published tokens of two ImageNet validation images
-(TiTok-L-32), given reconstructions, and the published PyTorch code itself, run from a clone by an interpreter of its own.
+It can compare with three things, and needs at least one of them: the published tokens of two ImageNet validation images
+(TiTok-L-32), given reconstructions, and the published PyTorch code, which runs from a clone in a separate interpreter.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _known_tokens(config, path: Path) -> Sequence[int] | None:
-    """The published tokens of an image file, if any are known and it has the size that they are of."""
+    """Returns an image file's published tokens, or None if none are known or they are for another image size."""
     tokens, size = published_tokens(config).get(path.stem), config.image_size
     with path.open("rb") as file, Image.open(file) as image:
         if tokens is not None and image.size != (size, size):
@@ -144,7 +144,11 @@ def _known_tokens(config, path: Path) -> Sequence[int] | None:
 
 
 def _read_reconstructions(files: Sequence[str], size: int) -> list[np.ndarray]:
-    """uint8 [size, size, 3] each; pictures of another size are refused, as resizing would change every level."""
+    """Reads pictures as uint8 [size, size, 3].
+
+    Raises:
+      ValueError: for a picture of another size. It is not resized, because that would change its pixel values.
+    """
     pictures = []
     for file in files:
         picture = decode_image(as_path(file).read_bytes(), file)

@@ -1,9 +1,9 @@
-"""Turns an image data set into token records, once, for generator training: `python -m titok_jax.pretokenize`.
+"""Turns an image data set into token records for generator training: `python -m titok_jax.pretokenize`.
 
-The output is a folder of shards `tokens-00003-of-00016.array_record` (or `.jsonl`, the published form) and
-`pretokenize.json`, which says how they were made. A shard appears when it is complete, so the same command, started again
-after any kill, makes the missing ones; no record is lost or doubled. Several processes
-(sharding.py: initialize_distributed) share the shards.
+The output folder contains shards `tokens-00003-of-00016.array_record` (or `.jsonl`, the published format) and
+`pretokenize.json`, which records how they were made. A shard appears only when it is complete. After a kill, the same
+command makes the missing shards; no record is lost or duplicated. Several processes
+(processes.py: initialize_distributed) share the shards.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=whole_batch(args.batch_size, args.batch_size),
     )
     print(f"wrote {written} shards of {args.out}; {there} were there")
-    multihost_utils.sync_global_devices("tokenized")  # one that ends early would end the others
+    multihost_utils.sync_global_devices("tokenized")  # a process that ends early would end the others
 
 
 if __name__ == "__main__":

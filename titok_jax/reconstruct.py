@@ -1,4 +1,4 @@
-"""Images through a tokenizer and back: `python -m titok_jax.reconstruct --model MODEL IMAGE... --out DIR`."""
+"""Encodes and decodes images with a tokenizer: `python -m titok_jax.reconstruct --model MODEL IMAGE... --out DIR`."""
 
 import argparse
 import json
@@ -31,19 +31,19 @@ _EPILOG = """examples:
 """
 
 
-_FILES = r".*_reconstruction\.png|grid\.png|tokens\.json"  # what the output folder holds
+_FILES = r".*_reconstruction\.png|grid\.png|tokens\.json"  # files in the output folder
 
 
 _SHOWN = 64  # images in grid.png
 
 
 def _picture_names(names: Sequence[str]) -> list[str]:
-    """File names of the pictures, from the stems; equal ones are numbered."""
+    """Makes the file names of the pictures from the stems of the image names. Duplicates are numbered."""
     result: list[str] = []
     taken: set[str] = set()
     for name in names:
         stem, number = Path(name).stem, 1
-        # Compared without case, as some file systems do.
+        # Ignore case, as some file systems do.
         while (unique := stem if number == 1 else f"{stem}_{number}").lower() in taken:
             number += 1
         taken.add(unique.lower())
@@ -71,10 +71,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inputs(args: argparse.Namespace, files: dict[str, Any], size: int) -> tuple[list[str], "np.ndarray | ImageFiles"]:
-    """(names, images) of the files, or of the first held-out digits.
+    """Returns (names, images) of the files, or of the first held-out digits if there are no files.
 
     Raises:
-      ValueError: unreadable files, or more digits than there are.
+      ValueError: for unreadable files, or if more digits are requested than there are.
     """
     if files:
         return list(files), ImageFiles(list(files.values()), size)
@@ -86,7 +86,7 @@ def _inputs(args: argparse.Namespace, files: dict[str, Any], size: int) -> tuple
 
 
 def _write(folder: Path, names: Sequence[str], images, batches: Iterable[tuple[slice, np.ndarray, np.ndarray]]) -> float:
-    """Writes the pictures and tokens of all batches into a folder, and prints each PSNR; gives their mean in dB."""
+    """Writes the pictures and tokens of all batches into a folder and prints each PSNR. Returns the mean PSNR in dB."""
     width, all_psnr, tokens, shown = max(map(len, names)), [], {}, []
     file_names = _picture_names(names)
     with tqdm(total=len(images), unit="image") as bar:
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.images and args.model != "digits":
         raise ValueError("no images given; name image files or a folder of them")
     out = check_output(args.out, args.overwrite, folder_of=_FILES)
-    # Before JAX is imported.
+    # Find errors in the names before importing JAX, which is slow.
     published_models.find(args.model, None if args.model in published_models.names("vqgan") else "tokenizer")
     files = dict(find_images(args.images))
 

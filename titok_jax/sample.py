@@ -1,7 +1,7 @@
 """Generates images from class labels: `python -m titok_jax.sample` makes a labelled grid of digits.
 
-The images are made in batches, kept in OUT.shards until all are there: the same command, started again after any kill, makes
-the missing ones and ends with the same file. Where `jax.distributed` is initialised, processes share the batches.
+The images are made in batches, which are kept in OUT.shards until all are finished. After a kill, the same command makes the
+missing batches and ends with the same file. If `jax.distributed` is initialised, the processes share the batches.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _EPILOG = """examples:
 """
 
 
-_FILES = r"\d{6,}_\d+\.png|grid\.png"  # what a folder of samples holds
+_FILES = r"\d{6,}_\d+\.png|grid\.png"  # files in a folder of samples
 
 
 def _parser() -> argparse.ArgumentParser:

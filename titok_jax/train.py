@@ -6,9 +6,9 @@ Examples:
       --config.tokenizer=runs/tokenizer/pretrained
   python -m titok_jax.train --config configs/digits.py:tokenizer --workdir runs/small --config.optimizer.learning_rate=1e-3
 
-A run ends with DIR/pretrained, a model folder. Stopped at any point and started again by the same command, it goes on from
-DIR/checkpoints and ends with the same parameters, bit for bit, as if it had not been stopped. Also in DIR: metrics.jsonl,
-curves.png, tensorboard/ and previews/. docs/training.md is the guide; docs/recipes.md lists the recipes.
+A run ends with DIR/pretrained, a model folder. If it is stopped at any point, the same command resumes it from
+DIR/checkpoints. It then ends with the same parameters, bit for bit, as a run that was not stopped. DIR also contains
+metrics.jsonl, curves.png, tensorboard/ and previews/. docs/training.md is the guide; docs/recipes.md lists the recipes.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Stores the pieces of an evaluation, holds what its jobs share, and writes its result."""
+"""Stores the pieces of an evaluation and the settings that its jobs share, and writes its result."""
 
 import contextlib
 import json

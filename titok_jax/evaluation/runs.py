@@ -1,4 +1,4 @@
-"""Runs one evaluation: its work in pieces, its reference and its result."""
+"""Runs one evaluation: does the work in pieces, makes the reference and returns the result."""
 
 import argparse
 import dataclasses
@@ -103,10 +103,11 @@ def tokenizer_revision(args: argparse.Namespace, generator: str | None) -> str |
 
 
 def check_generator(args: argparse.Namespace, image_size: int, num_classes: int) -> None:
-    """Fills in how many images are made.
+    """Sets `args.num`, the number of images to generate, if it is not given.
 
     Raises:
-      ValueError: no model of digits and nothing to compare with, or a number that the classes do not divide.
+      ValueError: if the model is not a digits model and there is no reference, or if the number of images is not a multiple
+        of the number of classes.
     """
     if not (args.reference or (num_classes == NUM_CLASSES and image_size == DIGITS_SIZE)):
         raise ValueError(

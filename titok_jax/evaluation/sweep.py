@@ -1,4 +1,4 @@
-"""A grid of sampling settings: finished points are kept, and drawn."""
+"""Evaluates a grid of sampling settings. Keeps finished points in a JSON file and draws them."""
 
 import argparse
 import itertools
@@ -19,7 +19,7 @@ from titok_jax.runtime.paths import as_path
 
 
 def run_sweep(run: Evaluation, grid: Sequence[dict[str, Any]]) -> None:
-    """Evaluates each setting of a grid. A point that is done is in the JSON and is not done again."""
+    """Evaluates each setting of a grid, except those already in the JSON file, and writes the JSON file and the plot."""
     args, path = run.args, as_path(run.args.json)
     points = _finished_points(run) if path.exists() else []
     missing = [settings for settings in grid if all(point["sampling"] != settings for point in points)]
@@ -45,10 +45,10 @@ def run_sweep(run: Evaluation, grid: Sequence[dict[str, Any]]) -> None:
 
 
 def _finished_points(run: Evaluation) -> list[dict[str, Any]]:
-    """The points of a sweep that was begun with the same settings.
+    """Returns the finished points of a sweep that was begun with the same settings.
 
     Raises:
-      ValueError: with others, unless --overwrite is given; then there are none.
+      ValueError: if the settings differ or the file is not a sweep. With --overwrite, returns no points instead.
     """
     path = run.args.json
     try:
@@ -67,10 +67,10 @@ def _finished_points(run: Evaluation) -> list[dict[str, Any]]:
 
 
 def sweep_plot(points: Sequence[dict[str, Any]], title: str) -> Figure:
-    """FID over Inception score beside a table: a line per temperature, its points named by their guidance scale.
+    """Plots FID over Inception score beside a table. Each temperature has one line; guidance scales name its points.
 
     Args:
-      points: with "sampling" and "metrics", as in the JSON of a sweep.
+      points: dicts with "sampling" and "metrics", as in the JSON of a sweep.
     """
     names = list(points[0]["metrics"])
     fid, score = (next(n for n in names if n.removeprefix("digits-").startswith(what)) for what in ("FID", "IS"))
@@ -97,7 +97,7 @@ def sweep_plot(points: Sequence[dict[str, Any]], title: str) -> Figure:
 
 
 def settings_grid(args: argparse.Namespace, defaults) -> list[dict[str, Any]]:
-    """The sampling settings of every point."""
+    """The sampling settings of every point in the grid."""
     values = [getattr(args, name) or [None] for name in ("guidance_scale", "temperature")]
     points = []
     for guidance_scale, temperature in itertools.product(*values):

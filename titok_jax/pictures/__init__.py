@@ -1,4 +1,4 @@
-"""What people look at: labelled grids of images (Pillow) and plots of numbers (matplotlib).
+"""Pictures for people: labelled grids of images (Pillow) and plots of numbers (matplotlib).
 
 May import: runtime, data.
 """

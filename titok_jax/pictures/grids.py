@@ -1,4 +1,4 @@
-"""Labelled grids of images, drawn with Pillow, for files, reports and training logs."""
+"""Draws labelled grids of images with Pillow, for files, reports and training logs."""
 
 import math
 from collections.abc import Sequence
@@ -29,21 +29,22 @@ def grid(
     row_labels: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """Images in rows, on white.
+    """Draws images in rows on a white background.
 
     Args:
       images: [B, H, W, 3], uint8 or float in [0, 1] (rounded to uint8).
-      columns: images per row; about a square if not given.
-      labels: [B] captions, one under each image; cut off where they do not fit.
-      scale: every pixel becomes scale x scale pixels; if not given, small images are enlarged to about 64 pixels.
-      row_labels: one on the left of each row.
-      title: a line above.
+      columns: images per row. By default, the grid is about square.
+      labels: [B] captions, one below each image. Captions that do not fit are shortened.
+      scale: every pixel becomes scale x scale pixels. By default, small images are enlarged to about 64 pixels.
+      row_labels: one label to the left of each row.
+      title: a line above the grid.
 
     Returns:
       An RGB picture.
 
     Raises:
-      ValueError: images of another shape or none, numbers of labels that do not fit, columns or scale below 1.
+      ValueError: if the images have another shape or there are none, if the number of labels does not fit, or if columns or
+        scale is below 1.
     """
     pixels = _to_uint8(images)
     count, height, width = pixels.shape[:3]
@@ -59,7 +60,7 @@ def grid(
     gap = 4 if labels is None else max(4, width // 16)
     font = ImageFont.load_default(size=_font_size(width))
     line = sum(font.getmetrics())
-    # Only rows with a caption have room for one, so that a row can stand right above the one it is compared with.
+    # Only rows with captions get space for them. Rows to be compared can then be directly below each other.
     lines = [line if labels is not None and any(labels[r * columns : (r + 1) * columns]) else 0 for r in range(rows)]
     row_font = ImageFont.load_default(size=_font_size(width) + 3)
     left = _MARGIN + (
@@ -91,12 +92,12 @@ def grid(
 def side_by_side(
     original: np.ndarray, reconstruction: np.ndarray, caption: str | None = None, scale: int | None = None
 ) -> Image.Image:
-    """An image and its reconstruction beside each other.
+    """Draws an image and its reconstruction side by side.
 
     Args:
       original, reconstruction: [H, W, 3], uint8 or float in [0, 1].
-      caption: a line above, e.g. the name and the PSNR.
-      scale: as in `grid`, but small images are enlarged to about 128 pixels.
+      caption: a line above the images, e.g. the name and the PSNR.
+      scale: as in `grid`, but small images are enlarged to about 128 pixels by default.
 
     Returns:
       An RGB picture.
@@ -118,12 +119,12 @@ def comparison(
     *,
     title: str | None = None,
 ) -> Image.Image:
-    """Rows of images, and under each row its reconstructions.
+    """Draws rows of images, with the reconstructions of each row below it.
 
     Args:
       originals, reconstructions: [B, H, W, 3], uint8 or float in [0, 1].
       columns: pairs per row.
-      captions: [B], one under each pair.
+      captions: [B], one below each pair.
       scale, title: as in `grid`.
 
     Returns:
@@ -138,7 +139,7 @@ def comparison(
     columns = min(columns, len(above))
     pictures, labels, row_labels = [], [], []
     missing = -len(above) % columns
-    blank = np.full((missing, *above.shape[1:]), 255, np.uint8)  # the colour of the paper
+    blank = np.full((missing, *above.shape[1:]), 255, np.uint8)  # the background colour
     texts = list(captions if captions is not None else [""] * len(above)) + [""] * missing
     above, below = np.concatenate([above, blank]), np.concatenate([below, blank])
     for start in range(0, len(above), columns):
@@ -164,7 +165,7 @@ def _to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def _font_size(width: int) -> int:
-    """In pixels, for cells of a width in pixels."""
+    """The font size for cells of this width, both in pixels."""
     return min(16, max(11, width // 8))
 
 

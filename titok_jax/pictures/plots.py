@@ -1,6 +1,6 @@
-"""Plots of numbers, drawn with matplotlib: the curves of a training, and a sweep over sampling settings.
+"""Plots numbers with matplotlib: the curves of a training, and a sweep over sampling settings.
 
-The functions give figures; `figure.savefig(file, format="png")` writes one.
+The functions return figures. `figure.savefig(file, format="png")` writes one.
 """
 
 import math
@@ -14,22 +14,22 @@ Points = Sequence[tuple[float, float]]
 # Colours that people with every kind of colour vision can tell apart (Okabe and Ito, "Color Universal Design", 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _DPI = 100
-_COLUMNS = 3  # charts in a row
-_CHART = (4.4, 2.8)  # inches: width and height of a chart with its title and its axes
+_COLUMNS = 3  # charts per row
+_CHART = (4.4, 2.8)  # inches: width and height of a chart with its title and axes
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.75, 0.15, 0.5, 0.35  # inches around the axes of a chart
 
 
 def training_curves(curves: Mapping[str, Points]) -> Figure:
-    """One chart per name over the training steps, three in a row.
+    """Draws one chart per name over the training steps, three per row.
 
     Args:
-      curves: name -> (step, value) of its points, finite, in the order of the steps.
+      curves: name -> its points (step, value), finite, ordered by step.
 
     Returns:
-      A figure of 440 x 280 pixels per chart.
+      A figure with 440 x 280 pixels per chart.
 
     Raises:
-      ValueError: a curve has no points, or a value is not finite.
+      ValueError: if a curve has no points or a value is not finite.
     """
     rows = math.ceil(len(curves) / _COLUMNS)
     width, height = _CHART
@@ -38,7 +38,7 @@ def training_curves(curves: Mapping[str, Points]) -> Figure:
         row, column = divmod(number, _COLUMNS)
         left, bottom = column * width + _LEFT, (rows - 1 - row) * height + _BOTTOM
         size = (width - _LEFT - _RIGHT, height - _BOTTOM - _TOP)
-        # Places are given in inches and not left to a layout engine, which takes longer than all the drawing.
+        # Positions are computed here in inches. A layout engine would take longer than all the drawing.
         inches = np.array([left, bottom, *size]) / np.tile(figure.get_size_inches(), 2)
         axes = figure.add_axes(tuple(inches))
         _line(axes, points, COLOURS[0], marked=len(points) == 1)
@@ -56,15 +56,15 @@ def sweep(
     title: str,
     table: Sequence[Sequence[str]],
 ) -> Figure:
-    """Lines through marked points that each have a name, beside a table of the same points.
+    """Draws lines through marked and named points, beside a table of the same points.
 
     Args:
-      lines: name -> (x, y) of its points, finite, in the order in which they are joined.
-      names: name of a line -> a word beside each of its points.
-      table: rows of words, all of one length; the first row holds the heads.
+      lines: name -> its points (x, y), finite, in the order in which the line joins them.
+      names: name of a line -> one word beside each of its points.
+      table: rows of words, all of the same length. The first row is the header.
 
     Raises:
-      ValueError: a line has no points, or a value is not finite.
+      ValueError: if a line has no points or a value is not finite.
     """
     widths = np.array([0.3 + 0.075 * max(map(len, column)) for column in zip(*table, strict=True)])  # inches
     size = (7.2 + widths.sum(), max(5.4, 0.28 * len(table) + 1.0))
@@ -89,7 +89,7 @@ def sweep(
 
 
 def _line(axes, points: Points, colour: str, *, marked: bool, label: str | None = None) -> None:
-    """Draws one line through its points on faint rules, with axes to the left and below only."""
+    """Draws one line through its points, with faint grid lines and only the left and bottom axes."""
     x, y = np.array(points, np.float64).reshape(-1, 2).T
     if not len(x) or not np.isfinite([x, y]).all():
         raise ValueError(f"{len(x)} points, expected at least one, and all finite")

@@ -1,4 +1,4 @@
-"""Gradients over parts of a batch, and control flow in a step. Imports no task."""
+"""Gradient accumulation over parts of a batch, and control flow inside a step. Imports no task."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,14 @@ from titok_jax.models.layers import target_platform
 
 Params = Any  # nested dict of arrays
 
-# On a CPU the gradient of a convolution takes 25 times as long in a loop or a branch as in the main program.
+# On a CPU, the gradient of a convolution takes 25 times as long inside a loop or a branch as in the main program.
 _INLINE = {"cpu": True, "gpu": False, "tpu": False}
 
 
 def split_batch(tree: Any, parts: int) -> Any:
-    """Every [B, ...] of a tree -> [parts, B / parts, ...].
+    """Reshapes every array [B, ...] of a tree to [parts, B / parts, ...].
 
-    Part i takes rows i, i + parts, ..., so that each part of a sharded batch is sharded among the same devices.
+    Part i takes rows i, i + parts, ..., so each part of a sharded batch is sharded over the same devices.
     """
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
@@ -28,14 +28,14 @@ def join_batch(tree: Any) -> Any:
 
 
 def cond(condition: jax.Array, branch: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-    """`branch()` where a traced condition holds, else `otherwise()`; on a CPU both are computed."""
+    """Returns `branch()` if a traced condition holds, else `otherwise()`. On a CPU, both are computed."""
     if _INLINE[target_platform()]:
         return jax.tree.map(lambda a, b: jnp.where(condition, a, b), branch(), otherwise())
     return jax.lax.cond(condition, branch, otherwise)
 
 
 def map_parts(function: Callable, rows: Any, parts: int) -> Any:
-    """`function` of a tree of [B, ...], computed one part of the batch at a time, and once more in the backward pass."""
+    """Applies `function` to a tree of [B, ...], one part of the batch at a time. The backward pass computes it again."""
     if parts == 1:
         return function(rows)
     once = jax.checkpoint(function)
@@ -47,12 +47,12 @@ def map_parts(function: Callable, rows: Any, parts: int) -> Any:
 def accumulate(
     loss: Callable, params: Params, rows: Any, parts: int, *, convolutions: bool = False
 ) -> tuple[Params, dict[str, jax.Array], Any]:
-    """Gradient of the mean of a loss over `parts` parts of a batch, computed one part at a time.
+    """Computes the gradient of a loss averaged over `parts` parts of a batch, one part at a time.
 
     Args:
       loss: (params, rows of one part) -> (scalar, (metrics, outputs [b, ...])).
       rows: tree of [B, ...].
-      convolutions: the loss has some, so that on a CPU the parts must not be a loop.
+      convolutions: whether the loss contains convolutions. If so, the loop over the parts is unrolled on a CPU.
 
     Returns:
       (gradients, metrics averaged over the parts, outputs of all rows [B, ...]).

@@ -1,4 +1,4 @@
-"""From settings to their task: the frozen networks and the parameters that a training begins with are read here."""
+"""Builds the task of a training from its settings. Loads the frozen networks and the initial parameters."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from titok_jax.weights.perceptual_files import Perceptual, load_perceptual, make
 
 
 def build_task(settings: Settings, *, abstract: bool = False) -> Task:
-    """The task of a training, its frozen networks loaded.
+    """Builds the task of a training and loads its frozen networks.
 
     Args:
-      abstract: do not load them, nor the parameters that the training begins with: `Task.frozen` is a tree of shapes, and a
-        known name means its architecture, which asks no network. For compiling a step without running it.
+      abstract: load neither the frozen networks nor the initial parameters. `Task.frozen` is then a tree of shapes. A known
+        model name gives its published architecture without network access. For compiling a step without running it.
 
     Raises:
-      ValueError, FileNotFoundError: networks that do not fit, or cannot be loaded.
+      ValueError, FileNotFoundError: if a network does not fit or cannot be loaded.
     """
     options = {
         "optimizer": settings.optimizer,
@@ -54,7 +54,8 @@ def build_task(settings: Settings, *, abstract: bool = False) -> Task:
 
 
 def _load(source: str, kind: type, abstract: bool = False) -> tuple[models.Config, convert.Params]:
-    """A model with its parameters in the host's memory: they are placed with the rest of the state; or their shapes."""
+    """Loads a model with its parameters, or their shapes if `abstract`. The parameters stay in host memory; they are moved
+    to the devices with the rest of the state."""
     if not abstract:
         return pretrained.load(source, kind, place=lambda path, array: array)
     config = load_model_config(source, kind, abstract=True)
@@ -62,7 +63,7 @@ def _load(source: str, kind: type, abstract: bool = False) -> tuple[models.Confi
 
 
 def _vqgan(settings: Settings, abstract: bool = False) -> tuple[MaskgitVQGANConfig, convert.Params]:
-    """The MaskGIT-VQGAN with its parameters; a random one is always the same, to see that a recipe runs."""
+    """The MaskGIT-VQGAN with its parameters. A "random" one, for testing that a recipe runs, is always the same."""
     config = vqgan_config(settings, abstract=abstract)
     if settings.vqgan != "random":
         return _load(settings.vqgan, MaskgitVQGANConfig, abstract)
@@ -72,7 +73,7 @@ def _vqgan(settings: Settings, abstract: bool = False) -> tuple[MaskgitVQGANConf
 
 
 def _perceptual(settings: Settings, abstract: bool) -> Perceptual | None:
-    """The network that the loss names."""
+    """The perceptual network that the loss names."""
     name = settings.loss.perceptual
     if name == "none":
         return None
@@ -82,14 +83,14 @@ def _perceptual(settings: Settings, abstract: bool) -> Perceptual | None:
 
 
 def _new_params(config: models.Config, key: jax.Array) -> convert.Params:
-    """New parameters in the host's memory."""
+    """New parameters in host memory."""
     return jax.device_get(jax.jit(functools.partial(models.init, config))(key))
 
 
 def _start(settings: Settings) -> convert.Params | None:
-    """The parameters that the model begins with, from `config.init_from`; None if all are new.
+    """The model's initial parameters from `config.init_from`, or None if all are new.
 
-    A stage 2 model begins with a stage 1 model and the VQGAN, or with a stage 2 model.
+    A stage 2 model starts from a stage 1 model and the VQGAN, or from a stage 2 model.
     """
     if not settings.init_from or settings.init_from == "random":
         return None
@@ -100,10 +101,11 @@ def _start(settings: Settings) -> convert.Params | None:
 
 
 def _fill(settings: Settings, found: models.Config, given: convert.Params) -> convert.Params:
-    """The parameters of the model: those of the same name and shape are `given`, the others new; prints which.
+    """Fills the model's parameters: takes those with the same name and shape from `given` and makes the others new. Prints
+    which are new.
 
     Raises:
-      ValueError: less than half of the model would be filled; the message lists the fields that differ.
+      ValueError: if less than half of the model would be filled. The message lists the fields that differ.
     """
     model = settings.model
     given, wanted = convert.flatten(given), convert.flatten(models.abstract(model)[1])
@@ -134,7 +136,7 @@ def _fill(settings: Settings, found: models.Config, given: convert.Params) -> co
 
 
 def _different_fields(found: models.Config, model: models.Config) -> list[str]:
-    """A line for each field that two configurations of one kind do not share."""
+    """One line for each field that differs between two configurations of the same class."""
     fields = sorted({field.name for field in dataclasses.fields(model)} - {"sampling"})
     pairs: list[tuple[str, Any, Any]] = [(name, getattr(found, name), getattr(model, name)) for name in fields]
     return [f"  {name}: {theirs!r} there, {ours!r} here" for name, theirs, ours in pairs if theirs != ours]

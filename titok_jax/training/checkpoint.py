@@ -24,7 +24,7 @@ from titok_jax.runtime.paths import is_remote
 
 State = Any
 
-# Words in the ValueErrors of TensorStore which mean that the storage fails, and not that the stored files are damaged.
+# TensorStore's ValueErrors contain these words if the storage fails, rather than the stored files being damaged.
 _STORAGE_FAILS = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
@@ -33,7 +33,7 @@ _STORAGE_FAILS = (
     "RESOURCE_EXHAUSTED",
     "ABORTED",
 )
-# The modules through which Orbax and etils reach a bucket. Their own exceptions do not mean that a checkpoint is damaged.
+# Orbax and etils reach a bucket through these modules. Their exceptions do not mean that a checkpoint is damaged.
 _CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.", "urllib3.")
 
 
@@ -56,7 +56,7 @@ class Checkpoints:
         self._folder = epath.Path(folder)
         try:
             if str(self._folder).startswith("gs://"):
-                # Orbax makes the same request once there are checkpoints to read or remove. A missing permission shows now.
+                # Orbax makes the same request later, to read or remove checkpoints. A missing permission fails here instead.
                 from google.cloud import storage
 
                 storage.Client().get_bucket(str(self._folder).split("/")[2])
@@ -139,8 +139,8 @@ class Checkpoints:
     def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any) -> tuple[Any, str]:
         """Returns (the item, "") or (None, what is wrong with its files). All processes return the same case.
 
-        The item's handler reads it, not the manager. In the manager, processes that can read it would wait for one that
-        cannot.
+        This uses the item's handler instead of the manager. With the manager, processes that can read the item would wait
+        for one that cannot.
 
         Raises:
           OSError: if the storage fails on this or another process.
@@ -172,7 +172,7 @@ class Checkpoints:
                 while place.exists():
                     place = place.with_name(place.name + "_again")
                 place.parent.mkdir(parents=True, exist_ok=True)
-                # This file comes first because a bucket cannot rename into an empty folder.
+                # Write this file first, because a bucket cannot rename into an empty folder.
                 place.with_name(place.name + ".txt").write_text(problem + "\n")
                 (self._folder / str(step)).rename(place)
                 print(f"warning: the checkpoint of step {step} cannot be read ({problem}); moved to {place}", flush=True)
@@ -197,9 +197,11 @@ class Checkpoints:
 
 
 def quiet_checkpointing() -> None:
-    """Silences the libraries below, so that a full disk ends a command with only the one line of `Checkpoints`. Otherwise
-    Orbax logs every file as information and every array that it could not write as an error, asyncio logs these again, and
-    TensorStore complains that nobody waits for the rest. The errors are still raised."""
+    """Silences the storage libraries, so that a full disk ends a command with only the one line from `Checkpoints`.
+
+    Without this, Orbax logs every file as information and every array that it could not write as an error. asyncio logs
+    these errors again, and TensorStore complains that nobody waits for the rest. The errors are still raised.
+    """
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     report = sys.unraisablehook
@@ -224,7 +226,7 @@ def check_config(
     Args:
       found: configuration of the checkpoint; now: configuration of this run.
       free: dotted names of the fields and sections that may differ.
-      later: {dotted name: value} of fields that are newer than some checkpoints: the value that a run without them had.
+      later: {dotted name: value} of fields that older checkpoints lack, with the value that was in effect without the field.
 
     Raises:
       ValueError: if other fields differ. The message lists them.

@@ -1,4 +1,4 @@
-"""Where the numbers of a training go: the terminal, `metrics.jsonl`, `curves.png` and TensorBoard files in the workdir."""
+"""Writes the metrics of a training to the terminal and to `metrics.jsonl`, `curves.png` and TensorBoard in the workdir."""
 
 import contextlib
 import json
@@ -15,20 +15,20 @@ from tensorboardX import SummaryWriter
 from titok_jax.pictures import plots
 from titok_jax.runtime.paths import is_remote
 
-# What says nothing over the steps: the axis itself, the clock's, and what the configuration fixes.
+# These have no useful curve: the step axis itself, times, and values that the configuration fixes.
 _NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight")
 
 
 class MetricLog:
-    """Writes on the first process only; on the others every method does nothing."""
+    """Writes on the first process only. On the others, every method does nothing."""
 
     def __init__(self, workdir: epath.Path, *, first_step: int, num_steps: int, batch_size: int, active: bool = True):
         """
         Args:
-          workdir: local or remote folder. A remote one gets copies of the files, once a minute: neither its files nor
-            TensorBoard's can be appended to.
-          first_step: where this process starts; what an earlier one logged beyond it is dropped.
-          batch_size: global, for images/s.
+          workdir: local or remote folder. Remote files cannot be appended to, so the log is written to a local folder and
+            copied to a remote workdir once a minute.
+          first_step: the step at which this process starts. Later entries of an earlier process are dropped.
+          batch_size: global batch size, used to compute images/s.
         """
         self._active, self._num_steps, self._batch_size = active, num_steps, batch_size
         self._last_step, self._last_time, self._wait = first_step, time.perf_counter(), 0.0
@@ -46,11 +46,11 @@ class MetricLog:
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def waited(self, seconds: float) -> None:
-        """Counts time that a step waited for its data."""
+        """Adds the time that a step waited for its data."""
         self._wait += seconds
 
     def write(self, step: int, metrics: Mapping[str, float], *, shown: str) -> None:
-        """Logs scalars after `step` updates, with the speed since the last call; `shown` goes first in the terminal."""
+        """Logs scalars after `step` updates, with the speed since the last call. The terminal shows metric `shown` first."""
         now = time.perf_counter()
         seconds, steps = max(now - self._last_time, 1e-9), step - self._last_step
         wait, self._wait = self._wait / seconds, 0.0
@@ -69,7 +69,8 @@ class MetricLog:
         self._record(step, line)
 
     def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs what was measured on held-out examples after `step` updates, each under "eval/" and its name; once."""
+        """Logs metrics of held-out examples after `step` updates, each as "eval/" plus its name. Does nothing if they are
+        already logged for this step."""
         line = {f"eval/{name}": float(value) for name, value in values.items()}
         if not self._active or any(record["step"] == step and line.keys() <= record.keys() for record in self._records):
             return
@@ -81,7 +82,7 @@ class MetricLog:
         record = {"step": step, **{n: v if math.isfinite(v) else None for n, v in line.items()}}
         self._records.append(record)
         for name, value in line.items():
-            if not math.isnan(value):  # what a step did not compute
+            if not math.isnan(value):  # NaN: not computed in this step
                 self._tensorboard.add_scalar(name, value, step)
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -89,7 +90,7 @@ class MetricLog:
             self._copy()
 
     def _copy(self) -> None:
-        """Brings the files to a remote workdir."""
+        """Copies the files to a remote workdir."""
         self._last_copy = time.perf_counter()
         if self._remote is None:
             return
@@ -101,12 +102,12 @@ class MetricLog:
             epath.Path(path).copy(place, overwrite=True)
 
     def draw_curves(self) -> None:
-        """Draws all that was logged, by this process and by those before it, over the steps: curves.png."""
+        """Draws curves.png: everything logged by this process and earlier ones, over the steps."""
         if not self._active:
             return
         names = {name: None for record in self._records for name in record if name not in _NOT_DRAWN}
         curves = {n: [(r["step"], r[n]) for r in self._records if r.get(n) is not None] for n in names}
-        # What is 0 throughout, as a loss of weight 0, is no curve; another constant is, as a learning rate.
+        # Skip what is always 0, e.g. a loss with weight 0. Keep other constants, e.g. a learning rate.
         curves = {n: p for n, p in curves.items() if any(value for _, value in p)}
         if not curves:
             return
@@ -117,19 +118,19 @@ class MetricLog:
         self._copy()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Logs a picture, uint8 [H, W, 3]."""
+        """Logs an image, uint8 [H, W, 3]."""
         if self._active:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what happens inside out of the speed."""
+        """Excludes the time spent in the `with` block from the speed."""
         began = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - began
 
     def restart_clock(self) -> None:
-        """Leaves what happened since the last `write` (compilation) out of the next speed."""
+        """Excludes the time since the last `write` (compilation) from the next speed."""
         self._last_time, self._wait = time.perf_counter(), 0.0
 
     def close(self) -> None:

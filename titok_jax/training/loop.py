@@ -1,4 +1,4 @@
-"""The training loop, told in time order: prepare, begin or resume, steps, export."""
+"""The training loop, in order of execution: prepare, begin or resume, run the steps, export."""
 
 import contextlib
 import dataclasses
@@ -29,8 +29,8 @@ from titok_jax.training.progress import Evaluation, Previews
 from titok_jax.training.settings import Settings, check_batch
 from titok_jax.training.tasks.base import State, Task, jit_step
 
-# What may change when a run is continued: the machine that it runs on, what it shows and keeps. Everything else decides the
-# result, of which these change the rounding, and accumulation the draws of dropout.
+# These fields may change when a run is resumed: they concern the hardware, and what the run logs and keeps. They affect only
+# the rounding, and gradient_accumulation also affects the dropout draws. All other fields determine the result.
 FREE_FIELDS = (
     "mesh",
     "remat",
@@ -51,15 +51,15 @@ FREE_FIELDS = (
     "data.eval_transform",
 )
 
-# Fields that recipes got later, with the value that a run without them had: its checkpoints can still be resumed.
+# Fields added to the recipes later, each with the value that was in effect before. Older checkpoints can then be resumed.
 LATER_FIELDS: dict[str, Any] = {}
 
 
 def train(settings: Settings, workdir: epath.PathLike) -> State | None:
-    """Runs a training to its end, from its newest checkpoint if there is one.
+    """Runs a training to its end. Resumes from the newest checkpoint if there is one.
 
     Returns:
-      The final state in the host's memory, or None if SIGTERM stopped the run.
+      The final state in host memory, or None if SIGTERM stopped the run.
     """
     run = prepare(settings, workdir)
     with contextlib.ExitStack() as held:
@@ -73,17 +73,17 @@ def train(settings: Settings, workdir: epath.PathLike) -> State | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prepare: everything that can be wrong with the settings shows here, before anything is written
+# Prepare: errors in the settings are raised here, before anything is written
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a training is made of.
+    """The parts of a training.
 
     Attributes:
-      part: which part of a batch this process reads, as the arguments of a loader.
-      stored: what checkpoints keep of the configuration and the frozen networks, to be compared when a run is resumed.
-      evaluation, previews: None where they are switched off.
+      part: loader arguments that select this process's part of each batch.
+      stored: the configuration and a hash of the frozen networks. Checkpoints store it; it is compared on resume.
+      evaluation, previews: None if switched off.
     """
 
     settings: Settings
@@ -101,7 +101,7 @@ class Run:
         return jax.process_index() == 0
 
     def batches(self, start_step: int, *, num_workers: int, num_threads: int) -> Loader:
-        """This process's rows of the training batches from a step on."""
+        """A loader of this process's rows of the training batches, beginning at `start_step`."""
         data = self.settings.data
         return make_loader(
             self.source,
@@ -116,19 +116,19 @@ class Run:
 
 
 def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
-    """The parts of a training; reads the frozen networks and one batch, and writes nothing.
+    """Prepares a training. Reads the frozen networks and one batch, and writes nothing.
 
     Raises:
-      ValueError, OSError: the settings do not fit the devices, the data or the networks.
+      ValueError, OSError: if the settings do not fit the devices, the data or the networks.
     """
     workdir = epath.Path(as_path(workdir)).expanduser()
     if not is_remote(workdir):
-        workdir = workdir.resolve()  # which would make a local path of gs://
+        workdir = workdir.resolve()  # would turn gs:// into a local path
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file, expected a folder")
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     sharding.check_batch_size(mesh, settings.data.batch_size, settings.gradient_accumulation)
-    # Before the task, which may download the networks that it takes.
+    # Open the data before building the task, because the task may download networks.
     source = make_source(settings.data.source, "--config.data.source")
     task = build_task(settings)
     run = Run(
@@ -155,7 +155,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
 
 
 def describe(run: Run) -> None:
-    """Prints what is about to be run."""
+    """Prints the configuration, the networks, the batch and the mesh."""
     settings, mesh = run.settings, run.mesh
     print(f"Configuration:\n{settings.text}")
     for name, network in run.task.networks.items():
@@ -172,7 +172,7 @@ def describe(run: Run) -> None:
 
 
 def off_recipe(config: Mapping[str, Any], recipe: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """One line for each value that differs from the recipe's."""
+    """Yields one line for each value that differs from the recipe's."""
     for name, value in recipe.items():
         if isinstance(value, Mapping):
             yield from off_recipe(config[name], value, f"{prefix}{name}.")
@@ -181,7 +181,7 @@ def off_recipe(config: Mapping[str, Any], recipe: Mapping[str, Any], prefix: str
 
 
 def fingerprint(params: Any) -> str:
-    """SHA-256 of a tree of arrays: paths, types, shapes and values."""
+    """SHA-256 of a tree of arrays: its paths, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
@@ -196,12 +196,12 @@ def fingerprint(params: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """A training with its state on the devices.
+    """A training whose state is on the devices.
 
     Attributes:
-      step: the first step to make.
-      state, frozen: on their shards; shardings, frozen_shardings: trees of NamedSharding.
-      lock: of a workdir in a bucket.
+      step: the first step to run.
+      state, frozen: sharded arrays; shardings, frozen_shardings: their trees of NamedSharding.
+      lock: the lock of a workdir in a bucket; None on a local disk.
     """
 
     step: int
@@ -214,7 +214,7 @@ class Started:
 
 
 def begin(run: Run, held: contextlib.ExitStack) -> Started:
-    """Locks the workdir until `held` is closed, and makes the first state on its shards or reads the newest checkpoint."""
+    """Locks the workdir until `held` is closed. Restores the newest checkpoint or initialises the state, sharded."""
     key = jax.random.key(run.settings.seed)
     abstract = jax.eval_shape(run.task.begin, key)
     shardings = sharding.state_shardings(run.mesh, abstract)
@@ -235,7 +235,7 @@ def begin(run: Run, held: contextlib.ExitStack) -> Started:
 
 
 def check_same_run(found: Mapping[str, Any], run: Run) -> None:
-    """Raises ValueError unless a checkpoint's configuration and frozen networks are those of this run."""
+    """Raises ValueError if a checkpoint's configuration or frozen networks differ from those of this run."""
     now = run.stored
     then, today = ({**stored, "frozen_weights": ""} for stored in (found, now))
     check_config(then, today, FREE_FIELDS, str(run.workdir), later=LATER_FIELDS)
@@ -255,7 +255,7 @@ def check_same_run(found: Mapping[str, Any], run: Run) -> None:
 
 
 def run_steps(run: Run, started: Started) -> tuple[State, int]:
-    """Makes the steps that are left -> (the state, the number of steps made: fewer than asked for after SIGTERM)."""
+    """Runs the remaining steps. Returns (state, number of steps done), which is less than `num_steps` after SIGTERM."""
     settings, start, num_steps, state = run.settings, started.step, run.settings.num_steps, started.state
     step_fn = jit_step(run.task, run.mesh, started.shardings, started.frozen_shardings)
     step_key = jax.random.fold_in(jax.random.key(settings.seed), 1)
@@ -269,7 +269,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
     loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
     stop, done = StopSignal(), start
     try:
-        look(run, log, state, started.frozen, start)  # what a run that was stopped right after a checkpoint had no time for
+        look(run, log, state, started.frozen, start)  # in case the run was stopped right after writing this checkpoint
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = next(loader)
@@ -277,7 +277,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
             with jax.set_mesh(run.mesh):
                 state, metrics = step_fn(state, started.frozen, sharding.put_batch(run.mesh, batch), step_key)
             done = step + 1
-            if step == start:  # the first step waits for its compilation
+            if step == start:  # the first step includes compilation
                 jax.block_until_ready(metrics)
                 log.restart_clock()
             log_now = due(settings.log_every, done, num_steps)
@@ -303,12 +303,12 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
 
 
 def due(every: int, step: int, num_steps: int) -> bool:
-    """Whether something is due after `step` that is due after every so many steps and after the last."""
+    """Whether something that happens every `every` steps and after the last step is due after `step`."""
     return step > 0 and (step % every == 0 or step == num_steps)
 
 
 def look(run: Run, log: MetricLog, state: State, frozen: Any, step: int) -> None:
-    """Measures and draws what is to be seen after `step`, outside the time that counts."""
+    """Runs the evaluation and draws the previews and curves that are due after `step`. The speed excludes this time."""
     settings, last = run.settings, run.settings.num_steps
     evaluate = run.evaluation and due(settings.eval_every, step, last)
     preview = run.previews and due(settings.preview_every, step, last)
@@ -324,7 +324,7 @@ def look(run: Run, log: MetricLog, state: State, frozen: Any, step: int) -> None
 
 
 def check_finite(state: Any, step: int, limit: int) -> None:
-    """Raises FloatingPointError if `limit` steps in a row were skipped, which changed nothing; see `Task.step`."""
+    """Raises FloatingPointError if `limit` steps in a row were skipped (see `Task.step`)."""
     counts = jax.device_get(state["nonfinite"])
     if counts["longest"] >= limit:
         raise FloatingPointError(
@@ -335,7 +335,7 @@ def check_finite(state: Any, step: int, limit: int) -> None:
 
 
 class StopSignal:
-    """SIGTERM, which a preempted machine gets, asks for a checkpoint and an orderly end."""
+    """Watches for SIGTERM, which a preempted machine receives. The run then writes a checkpoint and ends."""
 
     def __init__(self):
         self._received = False
@@ -347,7 +347,7 @@ class StopSignal:
         self._received = True
 
     def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`. With several processes JAX's preemption service agrees on one step for all."""
+        """Whether to stop after `step`. With several processes, JAX's preemption service chooses one step for all."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received
@@ -362,10 +362,10 @@ class StopSignal:
 
 
 def export(run: Run, state: State) -> State:
-    """Writes workdir/pretrained; gives the state in the host's memory."""
+    """Writes workdir/pretrained and returns the state in host memory."""
     host_state = sharding.to_host(state)
     if run.first_process:
         run.task.export(host_state, run.workdir / "pretrained")
         print(f"Done: {run.workdir}/pretrained", flush=True)
-    multihost_utils.sync_global_devices("end")  # the others wait for the export, however long it takes
+    multihost_utils.sync_global_devices("end")  # the other processes wait for the export
     return host_state

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Share of masked tokens as a function of the time u in [0, 1). It is 1 at u = 0. The published models use arccos. The others
-# are from the comparison in the MaskGIT paper.
+# Share of masked tokens as a function of time u in [0, 1); it is 1 at u = 0. The published models use arccos. The other
+# schedules are from the comparison in the MaskGIT paper.
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "arccos": lambda u: jnp.arccos(u) / (math.pi * 0.5),
     "cosine": lambda u: jnp.cos(u * (math.pi * 0.5)),

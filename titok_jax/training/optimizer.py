@@ -23,16 +23,16 @@ NO_DECAY_WORDS = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "nor
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as the published recipes have it.
+    """The AdamW settings of the published recipes.
 
     Attributes:
-      learning_rate: after the warm-up.
-      schedule: "cosine" to `end_learning_rate` or "constant".
+      learning_rate: the value after warm-up.
+      schedule: "cosine" (decays to `end_learning_rate`) or "constant".
       warmup_steps: updates over which the learning rate rises from 0.
       max_grad_norm: gradients are clipped to this global norm.
 
     Raises:
-      ValueError: an unknown schedule.
+      ValueError: for an unknown schedule.
     """
 
     learning_rate: float
@@ -49,7 +49,7 @@ class OptimizerConfig:
             raise ValueError(f"schedule is {self.schedule!r}, expected 'cosine' or 'constant'")
 
     def make_schedule(self, num_steps: int) -> Schedule:
-        """The learning rate by update, for a training of `num_steps` updates."""
+        """The learning rate schedule of a training of `num_steps` updates."""
         if self.schedule == "constant":
             return constant_schedule(self.learning_rate, warmup_steps=self.warmup_steps)
         return cosine_schedule(

@@ -1,4 +1,4 @@
-"""How good the model is while it trains: measures on held-out examples, and pictures. Both of the averaged parameters."""
+"""Metrics on held-out examples and preview images during training. Both use the averaged parameters."""
 
 import itertools
 from typing import Any
@@ -20,14 +20,14 @@ from titok_jax.training.tasks.base import Task
 
 
 def held_out_source(settings: Settings) -> Any:
-    """The examples that training does not see, `config.data.eval_source`; None if nothing but its kind is set."""
+    """The held-out examples, `config.data.eval_source`. None if only the source's name is set."""
     spec = settings.data.eval_source
     given = spec and any(spec[option] for option in spec if option != "name")
     return make_source(spec, "--config.data.eval_source") if given else None
 
 
 class Evaluation:
-    """Means over examples that training does not see, by the averaged parameters. False where there is nothing to do."""
+    """Mean metrics of the averaged parameters over held-out examples. Falsy if there is nothing to evaluate."""
 
     def __init__(self, settings: Settings, task: Task, mesh: Mesh):
         self._source = held_out_source(settings) if settings.eval_every and task.measures else None
@@ -36,7 +36,7 @@ class Evaluation:
         self._mesh, self._num_threads = mesh, settings.data.num_threads
         self._crop = make_eval_transform(settings.data.eval_transform) if settings.data.eval_transform else None
         self._key = jax.random.fold_in(jax.random.key(settings.seed), 3)
-        # As many rows at a time as a part of a training batch has, so that what trains also fits here.
+        # A batch is as large as one accumulation part of a training batch, so it fits in memory if training does.
         self._batch_size = settings.data.batch_size // settings.gradient_accumulation
         self._num_batches = -(-settings.eval_images // self._batch_size)
         with self._loader() as loader:
@@ -61,8 +61,8 @@ class Evaluation:
         )
 
     def measure(self, state: Any, frozen: Any) -> dict[str, float]:
-        """{metric: mean} over `eval_images` examples, rounded up to whole batches; the same ones, with the same draws, each
-        time."""
+        """Returns {metric: mean} over `eval_images` examples, rounded up to full batches. Every call uses the same examples
+        and random draws."""
         total, count = {}, 0
         with self._loader() as loader:
             for i, batch in enumerate(itertools.islice(loader, self._num_batches)):
@@ -74,7 +74,7 @@ class Evaluation:
 
 
 class Previews:
-    """Pictures of how good the model is, from the averaged parameters: files in workdir/previews, and TensorBoard."""
+    """Preview images made with the averaged parameters. They go to workdir/previews and to TensorBoard."""
 
     def __init__(self, settings: Settings, task: Task, mesh: Mesh, workdir: epath.Path):
         self._folder = workdir / "previews"
@@ -96,14 +96,14 @@ class Previews:
         self._batch = sharding.put_batch(mesh, batch)
 
     def draw(self, state: Any, frozen: Any, step: int, log: MetricLog) -> None:
-        """Draws and writes the pictures of a state."""
+        """Draws and writes the preview images of a state."""
         if self._fn is None:
             return
         images = jax.device_get(self._fn(state, frozen, self._batch, self._key))
         if jax.process_index():
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        # One row of each kind, then the next: a reconstruction stands below its original.
+        # The rows alternate between the kinds, so each reconstruction is below its original.
         count = len(next(iter(images.values())))
         chunks = [
             (name, kind[i : i + self._columns]) for i in range(0, count, self._columns) for name, kind in images.items()

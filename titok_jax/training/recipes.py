@@ -1,5 +1,7 @@
-"""Recipes: configuration files, `FILE.py:VARIANT` or the name of one that comes with the package, and what the command
-line changes in them. Imports no JAX."""
+"""Reads recipes and applies changes from the command line. Imports no JAX.
+
+A recipe is a configuration file `FILE.py:VARIANT`, or the name of one that comes with the package.
+"""
 
 import contextlib
 import importlib.util
@@ -12,21 +14,21 @@ from pathlib import Path
 
 
 def recipe_folder() -> Path:
-    """The folder of the recipes that come with the package: beside it in a clone, in it where it is installed."""
+    """The folder of the package's recipes: beside the package in a clone, inside it in an installation."""
     package = Path(__file__).parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes that come with the package, each for `--config NAME:VARIANT`."""
+    """The names of the package's recipes, for `--config NAME:VARIANT`."""
     return sorted(path.stem for path in recipe_folder().glob("*.py") if path.stem not in ("__init__", "common"))
 
 
 def _find(file: str) -> tuple[Path, list[str]]:
-    """The file and the variant, if one is given, of `--config`.
+    """Splits the value of `--config` into (file, [variant], empty if none is given).
 
     Raises:
-      ValueError: there is no such file or recipe.
+      ValueError: if there is no such file or recipe.
     """
     path, *variant = file.split(":", 1)
     if os.path.isfile(path) and path.endswith(".py"):
@@ -42,7 +44,8 @@ def _find(file: str) -> tuple[Path, list[str]]:
 
 @contextlib.contextmanager
 def _shared_recipes(folder: Path) -> Iterator[None]:
-    """Makes `from configs import common` mean the package's own one, whatever else is called configs."""
+    """Makes `from configs import common` import `common.py` from `folder`, or the package's own if `folder` has none. Other
+    modules named configs do not interfere."""
     mine = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "configs"}
     package = types.ModuleType("configs")
     package.__path__ = [str(folder if (folder / "common.py").is_file() else recipe_folder())]
@@ -59,16 +62,16 @@ def read_config(file: str, changes: Sequence[str]):
     """Reads a recipe and changes it.
 
     Args:
-      file: `FILE.py:VARIANT`, or `NAME:VARIANT` of a recipe that comes with the package, as "stage1:l32".
+      file: `FILE.py:VARIANT`, or `NAME:VARIANT` for a recipe of the package, e.g. "stage1:l32".
       changes: arguments `--config.FIELD=VALUE`.
 
     Returns:
-      The recipe as a ConfigDict, locked.
+      The recipe as a locked ConfigDict.
 
     Raises:
-      ValueError: there is no such file or variant, or no such field; the value is of another type; another argument.
+      ValueError: for an unknown file, variant, field or argument, or a value of the wrong type.
     """
-    from absl import flags  # these two are slow to import, and only two commands need them
+    from absl import flags  # these two imports are slow, and only two commands need them
     from ml_collections.config_flags import config_flags, config_path
 
     path, variant = _find(file)

@@ -1,6 +1,6 @@
-"""A recipe's ConfigDict, parsed once into frozen dataclasses. Nothing behind this module sees a ConfigDict.
+"""Parses a recipe's ConfigDict once into frozen dataclasses. No other module of the package uses a ConfigDict after that.
 
-Whatever can be wrong with a configuration, and known without the data and the weights, is an error here.
+Every configuration error that can be found without the data and the weights is raised here.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ LOSSES: dict[str, type] = {
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """What the batches are made of.
+    """The data and how batches are made from them.
 
     Attributes:
-      source, eval_source: as `sources.make_source` takes them; without eval_source nothing is held out.
-      transform: as `transforms.make_train_transform` takes it; None: none.
-      eval_transform: as `transforms.make_eval_transform` takes it; None: none.
-      batch_size: global.
-      num_workers, num_threads: that prepare batches, in each process.
+      source, eval_source: arguments for `sources.make_source`. Without eval_source, no data are held out.
+      transform: argument for `transforms.make_train_transform`, or None for no transform.
+      eval_transform: argument for `transforms.make_eval_transform`, or None for no transform.
+      batch_size: global batch size.
+      num_workers, num_threads: how many workers and threads prepare batches in each process.
     """
 
     source: Mapping[str, Any]
@@ -56,7 +56,7 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Sizes of the mesh's axes; one may be -1: what the others leave."""
+    """Sizes of the mesh axes. One of them may be -1; it then takes all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -65,27 +65,30 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A training.
+    """The settings of a training.
 
     Attributes:
       task: the kind of training.
-      seed: decides every random number.
-      num_steps: updates.
-      model: complete: what it takes from a tokenizer, a VQGAN or the model that it begins with is filled in.
-      image_size: side of the images that the training takes; None if it takes tokens only.
-      loss: weights of its terms.
-      discriminator, discriminator_optimizer: None where the loss has no adversarial term.
-      tokenizer, vqgan, perceptual_weights, init_from: names, folders or files of what a training begins with; "": none.
-      vqgan_model: sizes of a VQGAN with random weights, which the smoke recipes have.
-      ema_decay, ema_ramp: of the averages: the published ramp up to a decay, or that decay at every step.
+      seed: determines all random numbers.
+      num_steps: number of steps.
+      model: the complete model configuration, including values from the tokenizer, the VQGAN or the initial model.
+      image_size: side of the training images in pixels; None if the training uses only tokens.
+      loss: weights of the loss terms.
+      discriminator, discriminator_optimizer: None if the loss has no adversarial term.
+      tokenizer, vqgan, perceptual_weights, init_from: names, folders or files of networks to load; "" for none.
+      vqgan_model: sizes of a VQGAN with random weights, used by the smoke recipes.
+      ema_decay, ema_ramp: decay of the parameter averages. With ema_ramp, it follows the published ramp up to ema_decay;
+        otherwise it is ema_decay at every step.
       compute_dtype, remat, gradient_accumulation, restart_codes: as in `TaskOptions`.
-      log_every, checkpoint_every, eval_every, preview_every: steps between two; eval_every and preview_every 0: never.
-      keep_checkpoints: how many of the newest are kept.
-      max_nonfinite_steps: in a row, after which a training ends.
-      eval_images, preview_images, preview_columns: how many are measured, are drawn, and stand in a row.
-      recipe: values of the recipe that belong together, of which a training that has others is warned.
-      given: the whole configuration as JSON has it, which checkpoints keep.
-      text: the same for reading.
+      log_every, checkpoint_every, eval_every, preview_every: intervals in steps. eval_every and preview_every may be 0 for
+        never.
+      keep_checkpoints: how many of the newest checkpoints are kept.
+      max_nonfinite_steps: the training stops after this many non-finite steps in a row.
+      eval_images: number of held-out examples to evaluate.
+      preview_images, preview_columns: number of preview images, and images per row.
+      recipe: values of the recipe that belong together. A training that changes one prints a warning.
+      given: the full configuration in JSON types; checkpoints store it.
+      text: the full configuration in readable form.
     """
 
     task: str
@@ -130,20 +133,20 @@ class Settings:
 
     @property
     def ema_schedule(self) -> float | Callable[[jax.Array], jax.Array]:
-        """The decay of the averages, as `TaskOptions` takes it."""
+        """The decay of the averages, in the format of `TaskOptions.ema_decay`."""
         return self.ema_decay if self.ema_ramp else constant_decay(self.ema_decay)
 
 
 def parse_settings(config: ConfigDict, *, abstract: bool = False) -> Settings:
-    """The settings of a recipe.
+    """Parses a recipe.
 
     Args:
-      abstract: ask no network: a known name of a model means its published configuration. For compiling a step without
-        running it.
+      abstract: do not access the network. A known model name gives its published configuration. For compiling a step
+        without running it.
 
     Raises:
-      ValueError: a bad field; the message names it.
-      FileNotFoundError, DownloadError, WeightsError: a model that the recipe names is not there or not readable.
+      ValueError: for a bad field; the message names it.
+      FileNotFoundError, DownloadError, WeightsError: if a model that the recipe names is missing or unreadable.
     """
     fields = config.to_dict()
     task = fields.get("task")
@@ -174,10 +177,13 @@ def parse_settings(config: ConfigDict, *, abstract: bool = False) -> Settings:
 
 
 def section(make: Callable, fields: Mapping[str, Any], name: str, cls: type | None = None) -> Any:
-    """`make(**fields)`; a field that it does not have, or a bad value, is an error that names the section.
+    """Returns `make(**fields)`.
 
     Args:
-      cls: the dataclass that `make` gives, if it is not one itself.
+      cls: the dataclass that `make` returns, if `make` is not a dataclass itself.
+
+    Raises:
+      ValueError: for an unknown field or a bad value; the message names the section.
     """
     where = f"config.{name}" if name else "config"
     unknown = set(fields) - {field.name for field in dataclasses.fields(cls or make)}
@@ -192,7 +198,7 @@ def section(make: Callable, fields: Mapping[str, Any], name: str, cls: type | No
 
 
 def load_model_config(source: str, kind: type, *, abstract: bool = False) -> models.Config:
-    """The configuration of a model that a recipe names; `abstract` as in `parse_settings`."""
+    """The configuration of a model that a recipe names. `abstract` is as in `parse_settings`."""
     if abstract:
         known = {name: config for (_, name), config in known_models.known_configs(kind).items()}
         if source in known:
@@ -201,10 +207,10 @@ def load_model_config(source: str, kind: type, *, abstract: bool = False) -> mod
 
 
 def vqgan_config(settings: Settings, *, abstract: bool = False) -> MaskgitVQGANConfig:
-    """The configuration of the MaskGIT-VQGAN `config.vqgan`: a name, folder or file; or "random", in smoke recipes.
+    """The configuration of the MaskGIT-VQGAN that `config.vqgan` names: a name, folder or file, or "random" (smoke recipes).
 
     Raises:
-      ValueError: none is set, or "random" without sizes.
+      ValueError: if none is set, or if it is "random" without sizes.
     """
     if not settings.vqgan:
         raise ValueError("no MaskGIT-VQGAN is set: set --config.vqgan to a name, a folder or a file of it")
@@ -216,7 +222,7 @@ def vqgan_config(settings: Settings, *, abstract: bool = False) -> MaskgitVQGANC
 
 
 def _model(settings: Settings, fields: dict[str, Any], abstract: bool) -> tuple[models.Config, int | None]:
-    """(the complete configuration of the model, the side of the images that the training takes)."""
+    """Returns (the complete model configuration, the side of the training images or None if there are only tokens)."""
     if settings.task == "maskgit_vqgan":
         vqgan = section(MaskgitVQGANConfig, fields, "model")
         return vqgan, vqgan.resolution
@@ -238,7 +244,8 @@ def _model(settings: Settings, fields: dict[str, Any], abstract: bool) -> tuple[
 
 
 def _pixel_decoder(settings: Settings, abstract: bool) -> MaskgitVQGANConfig:
-    """Stage 2's pixel decoder: that of a stage 2 model that it begins with, else the VQGAN's."""
+    """The configuration of stage 2's pixel decoder. It comes from `init_from` if that is a stage 2 model, else from the
+    VQGAN."""
     if not settings.init_from and not abstract:
         raise ValueError("stage 2 fine-tunes a stage 1 model: set --config.init_from to it, or to 'random' for a trial")
     if settings.init_from != "random" and not abstract:
@@ -249,7 +256,7 @@ def _pixel_decoder(settings: Settings, abstract: bool) -> MaskgitVQGANConfig:
 
 
 def _check_sizes(settings: Settings) -> None:
-    """Raises ValueError if images would be cropped to another size than the model takes."""
+    """Raises ValueError if the crop size differs from the model's image size."""
     expected, data = settings.image_size, settings.data
     if expected is None:
         return
@@ -261,7 +268,7 @@ def _check_sizes(settings: Settings) -> None:
 
 
 def check_batch(batch: Mapping[str, np.ndarray], settings: Settings) -> None:
-    """Raises ValueError if the data do not have what the task reads, in the model's size."""
+    """Raises ValueError if a batch lacks what the task reads, or if its shapes, tokens or labels do not fit the model."""
     model = settings.model
     if isinstance(model, GeneratorConfig) and "tokens" in batch:
         shape, name, expected = batch["tokens"].shape[1:], "tokens", (model.num_tokens,)

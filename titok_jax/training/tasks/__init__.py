@@ -1,4 +1,4 @@
-"""What one training step of each kind of training does, told like the method section of a paper.
+"""Defines the training step of each kind of training.
 
-`base` has what all kinds share: the state, the networks, the step. One file per kind has the rest.
+`base` has what all kinds share: the state, the networks and the step. Each kind has its own file for the rest.
 """

@@ -1,7 +1,7 @@
-"""The discriminator of a task that trains on pixels: what the images' model gets from it, and its own update.
+"""The discriminator of the tasks that train on pixels: its logits for the model's loss, and its own update.
 
-Both act from update `start` on. Its loss is on the images and on reconstructions made before the model's update, with LeCam
-(Tseng et al. 2021) and, if weighted, the R1 penalty (Mescheder et al. 2018).
+Both begin at update `start`. The discriminator's loss compares the images with reconstructions made before the model's
+update. It includes LeCam (Tseng et al. 2021) and, if its weight is not 0, the R1 penalty (Mescheder et al. 2018).
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ _METRICS = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss", "d
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """A discriminator in training, under the name "discriminator" in the state, which also holds "lecam".
+    """A discriminator in training. The state holds it under the name "discriminator", and its LeCam averages as "lecam".
 
     Attributes:
       start: first update of the adversarial terms.
-      kind: of the loss, "hinge" or "non_saturating".
-      factor: of the adversarial terms from the start on.
-      gradient_penalty: weight of R1. The penalty is on the gradient of the mean over an image's grid of logits.
-      parts: that a batch is cut into to save memory; the update is that of the whole batch.
+      kind: kind of loss, "hinge" or "non_saturating".
+      factor: factor of the adversarial terms from `start` on.
+      gradient_penalty: weight of R1, which penalises the gradient of the mean over an image's grid of logits.
+      parts: number of parts that a batch is split into to save memory. The update is that of the full batch.
     """
 
     network: Network
@@ -40,17 +40,17 @@ class Adversary:
     parts: int = 1
 
     def judge(self, state: State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(factor, logits) of images [b, H, W, 3], the parameters held constant; both are 0 before the start."""
+        """Returns (factor, logits) of images [b, H, W, 3], with the parameters held constant. Both are 0 before `start`."""
         factor = losses.discriminator_factor(state["step"], self.start, self.factor)
         critic = self.network.module(jax.lax.stop_gradient(state["params"]["discriminator"]))
         grid = jax.eval_shape(critic, images)
         return factor, cond(factor > 0, lambda: critic(images), lambda: jnp.zeros(grid.shape, grid.dtype))
 
     def update(self, state: State, advanced: State, images: jax.Array, reconstructions: jax.Array) -> tuple[State, Metrics]:
-        """(the state with the discriminator's update, metrics); metrics are NaN before the start.
+        """Returns (the state after the discriminator's update, metrics). Metrics are NaN before `start`.
 
         Args:
-          state: before the step; advanced: after the model's update.
+          state: the state before the step; advanced: the state after the model's update.
         """
         params, opt, lecam = state["params"]["discriminator"], state["opt"]["discriminator"], state["lecam"]
         names = (*_METRICS, "r1_penalty") if self.gradient_penalty else _METRICS
@@ -74,8 +74,8 @@ class Adversary:
         return new, metrics
 
     def _loss(self, params, state: State, images, reconstructions) -> tuple[jax.Array, tuple[Metrics, losses.LeCamEma]]:
-        # LeCam is not linear in the mean logits, so that gradients of parts would not add up to that of the whole: the
-        # logits of all parts enter one loss.
+        # LeCam is not linear in the mean logits, so the gradients of the parts would not add up to that of the full batch.
+        # The logits of all parts therefore go into one loss.
         critic = self.network.module(params)
         reconstructions = jax.lax.stop_gradient(reconstructions)
         square_norms = None
@@ -100,14 +100,16 @@ class Adversary:
 
 
 def make_adversary(loss: Any, options: TaskOptions, **others: Any) -> Adversary | None:
-    """The discriminator that a loss names, whose schedule spans what is left of the training after its start.
+    """Makes the discriminator for a loss, or returns None if `discriminator_weight` is 0.
+
+    Its learning rate schedule begins at its start and spans the rest of the training.
 
     Args:
-      loss: with `discriminator_weight`, `discriminator_start`, `lecam_weight` and `lecam_decay`; no weight: None.
+      loss: has `discriminator_weight`, `discriminator_start`, `lecam_weight` and `lecam_decay`.
       others: as in `Adversary`.
 
     Raises:
-      ValueError: no configuration of the discriminator or its optimizer.
+      ValueError: if the discriminator or its optimizer is not configured.
     """
     if loss.discriminator_weight <= 0:
         return None
@@ -135,21 +137,21 @@ class AdversarialTask(Task):
         return {**state, "lecam": losses.init_lecam()} if self.adversary else state
 
     def judge(self, state: State, reconstructions: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """(factor of the adversarial term, logits of the discriminator as it is); (0, None) without one."""
+        """Returns (factor of the adversarial term, logits of the current discriminator), or (0, None) without one."""
         return self.adversary.judge(state, reconstructions) if self.adversary else (jnp.float32(0.0), None)
 
     def perceptual_distance(self, frozen: Any, images: jax.Array, reconstructions: jax.Array) -> jax.Array:
-        """[B], or one distance for all; 0 without a perceptual network."""
+        """Returns the distances [B], or one distance for all images. Returns 0 without a perceptual network."""
         perceptual = self.options.perceptual
         return jnp.float32(0.0) if perceptual is None else perceptual.distance(frozen, images, reconstructions)
 
 
 def _logits_and_slope(critic, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """images [b, H, W, 3] -> logits, and [b] the squared length of the gradient of an image's mean logit."""
+    """Images [b, H, W, 3] -> (logits, the squared norm [b] of the gradient of each image's mean logit)."""
 
     def mean_logits(images):
         logits = critic(images)
-        return jnp.sum(logits.mean((1, 2, 3))), logits  # no image depends on another
+        return jnp.sum(logits.mean((1, 2, 3))), logits  # each image's logits depend on that image only
 
     slope, logits = jax.grad(mean_logits, has_aux=True)(images)
     return logits, jnp.sum(jnp.square(slope), axis=(1, 2, 3))

@@ -2,15 +2,15 @@
 
 The state of a task is a nested dict of arrays:
 
-    step         int32: steps made, which is also the position of the data
+    step         int32: number of steps done, which is also the position in the data
     params       {network: parameters}
     opt          {network: optimizer state}
-    ema          {network: average of its parameters}, of the network that is exported
-    lecam        LeCam's averages of the discriminator's logits, where there is a discriminator
-    code_usage   [K] how often each code was used lately, where unused codes are restarted
-    nonfinite    {"total", "in_row", "longest"}: steps that were skipped, see `Task.step`
+    ema          {network: average of its parameters}, only for the exported network
+    lecam        LeCam's averages of the discriminator's logits, if there is a discriminator
+    code_usage   [K]: how often each code was used recently, if unused codes are restarted
+    nonfinite    {"total", "in_row", "longest"}: counts of skipped steps, see `Task.step`
 
-In the state that `Task.update` sees, "step" counts updates: it leaves out the steps that were skipped.
+In the state passed to `Task.update`, "step" counts updates: it does not include skipped steps.
 """
 
 import dataclasses
@@ -49,12 +49,12 @@ class Network:
     """A network in training, with its optimizer.
 
     Attributes:
-      graphdef, abstract: of the module; `nnx.merge(graphdef, params)` makes it.
+      graphdef, abstract: the module's graph definition and parameter shapes. `nnx.merge(graphdef, params)` makes the module.
       optimizer: AdamW with the published weight decay groups and the schedule.
-      schedule: learning rate by update, for the log.
+      schedule: learning rate schedule, for the log.
       max_grad_norm: gradients are clipped to this global norm.
-      trained: the top-level parts of the parameters that are trained; None: all. The others stay as they are, and their
-        average, a copy, does too.
+      trained: names of the trained top-level parts of the parameters; None for all. The other parts and their averages do
+        not change.
     """
 
     config: models.Config
@@ -66,7 +66,7 @@ class Network:
     trained: tuple[str, ...] | None = None
 
     def init(self, key: jax.Array, start: convert.Params | None = None) -> tuple[convert.Params, optax.OptState]:
-        """(parameters, optimizer state): new parameters, or `start`."""
+        """Returns (parameters, optimizer state). The parameters are new, or `start` if given."""
         params = models.init(self.config, key) if start is None else start
         return params, self.optimizer.init(self.trainable(params))
 
@@ -74,13 +74,14 @@ class Network:
         return nnx.merge(self.graphdef, params)
 
     def trainable(self, params: convert.Params) -> convert.Params:
-        """The part of the parameters that is trained, what gradients are taken with respect to."""
+        """The trained part of the parameters. Gradients are taken with respect to it."""
         return params if self.trained is None else {name: params[name] for name in self.trained}
 
     def apply(
         self, params: convert.Params, opt: optax.OptState, grads: convert.Params
     ) -> tuple[convert.Params, optax.OptState, jax.Array]:
-        """Clip, update -> (params, optimizer state, gradient norm before clipping); gradients of the trainable part."""
+        """Clips the gradients of the trainable part and applies them. Returns (params, optimizer state, gradient norm before
+        clipping)."""
         grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
         trainable = self.trainable(params)
         updates, opt = self.optimizer.update(grads, opt, trainable)
@@ -96,14 +97,14 @@ def make_network(
     compute_dtype: str = "float32",
     remat: bool = False,
 ) -> Network:
-    """A network with AdamW as the published recipes have it.
+    """Makes a network with AdamW as in the published recipes.
 
     Args:
-      num_steps: updates that the schedule spans.
+      num_steps: number of updates that the schedule spans.
       trained: see `Network`.
 
     Raises:
-      ValueError: an unknown dtype.
+      ValueError: for an unknown dtype.
     """
     if compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype is {compute_dtype!r}, expected 'float32' or 'bfloat16'")
@@ -122,18 +123,19 @@ def make_network(
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """What every kind of training is given beside its model and its loss.
+    """Options of every kind of training, in addition to its model and its loss.
 
     Attributes:
-      optimizer: of the model.
-      num_steps: updates that the schedules span.
-      discriminator, discriminator_optimizer: of the trainings on pixels whose loss has an adversarial term.
-      perceptual: the network that the loss names, with its weights; None if the loss is without.
-      start: the model's parameters to begin with; None: new ones.
-      ema_decay: of the average, a number or (update) -> number; a number is the limit of the published ramp.
-      compute_dtype: "float32" or "bfloat16"; parameters are float32.
+      optimizer: optimizer of the model.
+      num_steps: number of updates that the schedules span.
+      discriminator, discriminator_optimizer: for trainings on pixels whose loss has an adversarial term.
+      perceptual: the perceptual network that the loss names, with its weights; None if the loss has none.
+      start: the model's initial parameters; None for new ones.
+      ema_decay: decay of the parameter average: a number, which is the limit of the published ramp, or a function of the
+        update.
+      compute_dtype: "float32" or "bfloat16". Parameters are float32.
       remat: recompute each transformer block in the backward pass.
-      gradient_accumulation: parts that a batch is split into; the gradient is that of the whole batch.
+      gradient_accumulation: number of parts that a batch is split into. The gradient is that of the full batch.
       restart_codes: move unused codes of the codebook, see `quantizer.restart_codes`.
     """
 
@@ -157,14 +159,14 @@ class TaskOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """One kind of training: pure functions over a state. The loop knows no more of a kind than is here.
+    """One kind of training, as pure functions over a state. The training loop uses only this interface.
 
     Attributes:
       networks: the trained networks by name.
-      options: what every kind is given.
-      frozen: parameters that steps read and nothing changes (a tokenizer, a perceptual network); not in checkpoints.
-      model: the name of the network that is averaged and exported.
-      loss: the metric to show first.
+      options: the options that all kinds share.
+      frozen: parameters that steps read but never change (a tokenizer, a perceptual network). Checkpoints omit them.
+      model: name of the network that is averaged and exported.
+      loss: name of the metric to show first.
     """
 
     networks: Mapping[str, Network]
@@ -176,57 +178,57 @@ class Task:
 
     @property
     def config(self) -> models.Config:
-        """Of the model."""
+        """The model's configuration."""
         return self.networks[self.model].config
 
     @property
     def start(self) -> dict[str, convert.Params] | None:
-        """{network: parameters} that a run begins with in the place of new ones, given to `init`; None if all are new."""
+        """The initial parameters {network: parameters}, passed to `init`. None if all parameters are new."""
         return None if self.options.start is None else {self.model: self.options.start}
 
     @property
     def shows_pictures(self) -> bool:
-        """Whether `preview` can draw something; where it cannot, tokenizers have no `evaluate` either."""
+        """Whether `preview` can make pictures. If it cannot, tokenizers cannot `evaluate` either."""
         return True
 
-    # What a kind may do in its own way
+    # Methods that a kind of training may override
 
     def draw(self, key: jax.Array, batch: Batch) -> Any:
-        """Everything random that a step uses, as arrays or keys. Pure."""
+        """All random values that a step uses, as arrays or keys. Pure."""
         del key, batch
         return {}
 
     def update(self, state: State, frozen: Any, batch: Batch, draws: Any) -> tuple[State, Metrics]:
-        """(the state after one update, what it logs). Pure."""
+        """Returns (the state after one update, metrics). Pure."""
         raise NotImplementedError
 
     def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """{title: images [n, H, W, 3] in [0, 1]}: pictures of how good the averaged model is. Pure.
+        """Returns pictures made with the averaged model, {title: images [n, H, W, 3] in [0, 1]}. Pure.
 
-        The first `preview_columns` of each kind go into the first rows of a grid, and so on.
+        A grid shows them: first one row of `preview_columns` images per title, then the next row of each, and so on.
         """
         raise NotImplementedError
 
     @property
     def measures(self) -> bool:
-        """Whether `evaluate` can measure something."""
+        """Whether `evaluate` can compute metrics."""
         return self.shows_pictures
 
     def evaluate(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """{metric: [B]} of each example of a batch that training has not seen, by the averaged model. Pure."""
+        """Returns {metric: [B]} of the averaged model, one value per example of a held-out batch. Pure."""
         return reconstruction_quality(self.preview(state, frozen, batch, key))
 
     def export(self, state: State, folder: Path) -> None:
         """Writes the averaged model as a pretrained folder."""
         pretrained.save(folder, self.config, state["ema"][self.model], overwrite=True)
 
-    # What all kinds do alike
+    # Methods that all kinds share
 
     def init(self, key: jax.Array, start: Mapping[str, convert.Params] | None = None) -> State:
-        """The first state of the networks. Pure.
+        """The initial state of the networks. Pure.
 
         Args:
-          start: {network: parameters} in the place of new ones.
+          start: {network: parameters} to use instead of new ones.
         """
         state: State = {"step": jnp.zeros((), jnp.int32), "params": {}, "opt": {}}
         for name, network_key in self._init_keys(key).items():
@@ -240,16 +242,16 @@ class Task:
         return dict(zip(self.networks, jax.random.split(key, len(self.networks)), strict=True))
 
     def begin(self, key: jax.Array, start: Mapping[str, convert.Params] | None = None) -> State:
-        """The state before the first step: `init` with no step skipped."""
+        """The state before the first step: that of `init`, plus the counts of skipped steps, which are 0."""
         none = jnp.zeros((), jnp.int32)
         return {**self.init(key, start), "nonfinite": {"total": none, "in_row": none, "longest": none}}
 
     def step(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
-        """One training step; `key` belongs to the whole run, the step's own is derived from it.
+        """Runs one training step. `key` is the key of the run; the step derives its own key from it.
 
-        A step with a loss or a gradient norm that is not finite changes no network, optimizer or average, as if its batch
-        were not there. Only "step", the position of the data, goes on, and "nonfinite" counts such steps: all of them, those
-        in a row up to now, and the longest row.
+        A step is skipped if a loss or gradient norm is not finite. It then changes no network, optimizer or average. "step",
+        the position in the data, still advances. "nonfinite" counts the skipped steps: all of them, those in a row up to
+        now, and the longest row.
         """
         skipped, draws = state["nonfinite"], self.draw(jax.random.fold_in(key, state["step"]), batch)
         former = {**state, "step": state["step"] - skipped["total"]}
@@ -267,16 +269,16 @@ class Task:
         return {**new, "step": state["step"] + 1, "nonfinite": counts}, metrics
 
     def _finite(self, former: State, new: State, metrics: Metrics) -> jax.Array:
-        """Whether the losses and the gradient norms of all updates of a step are finite."""
+        """Whether the losses and gradient norms of all updates in a step are finite."""
         finite = jnp.isfinite(metrics[self.loss]) & jnp.isfinite(metrics["grad_norm"])
         if "discriminator" in self.networks:
-            # One that has not started reports NaN, and has made no update.
+            # A discriminator that has not started reports NaN. It has made no update.
             made = new["opt"]["discriminator"][0].count != former["opt"]["discriminator"][0].count
             finite &= ~made | (jnp.isfinite(metrics["discriminator_loss"]) & jnp.isfinite(metrics["disc_grad_norm"]))
         return finite
 
     def advance(self, state: State, grads: convert.Params, metrics: Metrics) -> State:
-        """The state after an update of the model by its gradients; adds "lr" and "grad_norm" to the metrics."""
+        """Updates the model with its gradients and returns the new state. Adds "lr" and "grad_norm" to the metrics."""
         name, network, decay = self.model, self.networks[self.model], self.options.ema_decay
         params, opt, metrics["grad_norm"] = network.apply(state["params"][name], state["opt"][name], grads)
         metrics["lr"] = network.schedule(state["step"])
@@ -289,10 +291,10 @@ class Task:
         }
 
     def restarted(self, state: State, outputs: Mapping[str, jax.Array]) -> State:
-        """The state after `restart_codes` of the model's codebook.
+        """Applies `restart_codes` to the model's codebook and returns the new state.
 
         Args:
-          outputs: of a step: "latents" and "tokens" of all rows.
+          outputs: a step's "latents" and "tokens" of all rows.
         """
         config, params = self.config, state["params"][self.model]
         codebook, usage = restart_codes(
@@ -307,12 +309,12 @@ class Task:
 
 
 def jit_step(task: Task, mesh: Mesh, state: Any, frozen: Any) -> Callable:
-    """`task.step`, compiled for a mesh: the state is donated and stays where it is, the metrics are replicated.
+    """Compiles `task.step` for a mesh. The state is donated and keeps its sharding; the metrics are replicated.
 
-    Call and trace it under `jax.set_mesh(mesh)`.
+    Call and trace the result under `jax.set_mesh(mesh)`.
 
     Args:
-      state, frozen: their shardings, trees of NamedSharding.
+      state, frozen: shardings of the state and the frozen parameters, trees of NamedSharding.
     """
     return jax.jit(
         task.step,

@@ -1,6 +1,6 @@
-"""Generator training: fill in masked tokens given the class (MaskGIT, arXiv 2202.04200, section 3; TiTok section 3.3).
+"""Generator training: predict masked tokens given the class (MaskGIT, arXiv 2202.04200, section 3; TiTok section 3.3).
 
-Trained: the generator. The tokenizer, if tokens are made on the fly, is frozen.
+Trained: the generator. Frozen: the tokenizer, if tokens are made from images during training.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class LossConfig:
     """Cross entropy of the masked tokens.
 
     Attributes:
-      label_smoothing: of the targets.
-      unmasked_weight: weight of the tokens that were not masked.
+      label_smoothing: label smoothing of the targets.
+      unmasked_weight: weight of the tokens that are not masked.
     """
 
     label_smoothing: float = 0.1
@@ -38,11 +38,11 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GeneratorTask(Task):
-    """See the module.
+    """Generator training, as described in the module docstring.
 
     Attributes:
-      weights: of the loss.
-      tokenizer: its configuration and graphdef, where tokens are made from images; None for batches of tokens.
+      weights: weights of the loss terms.
+      tokenizer: configuration and graphdef of the tokenizer that makes tokens from images; None for batches of tokens.
     """
 
     weights: LossConfig
@@ -63,7 +63,7 @@ class GeneratorTask(Task):
         return {self.model: key}
 
     def draw(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Which share of an image's tokens is masked, which tokens, whether its label is dropped, and the dropout's key."""
+        """Draws how many and which tokens of each image are masked, whether its label is dropped, and the dropout key."""
         mask_key, time_key, label_key, dropout_key = jax.random.split(key, 4)
         b = batch["label"].shape[0]
         return {
@@ -74,7 +74,7 @@ class GeneratorTask(Task):
         }
 
     def update(self, state: State, frozen: Any, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        """Cross entropy of the masked tokens, given the others and the class."""
+        """Updates the generator on the cross entropy of the masked tokens, given the other tokens and the class."""
         config, parts = self.config, self.options.gradient_accumulation
         tokens, masked, mask = self.masked(frozen, batch, draws)
         rows = {
@@ -91,7 +91,7 @@ class GeneratorTask(Task):
         return self.advance(state, grads, metrics), metrics
 
     def masked(self, frozen: Any, batch: Batch, draws: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(tokens [B, N], the same with the mask id where they are masked, whether they are masked [B, N])."""
+        """Returns (tokens [B, N], tokens with the mask id in masked places [B, N], mask [B, N], true where masked)."""
         if "tokens" in batch:
             tokens = batch["tokens"]
         else:
@@ -99,7 +99,7 @@ class GeneratorTask(Task):
         return tokens, *masking.mask_tokens(tokens, draws["timesteps"], draws["order_uniforms"], self.config.mask_id)
 
     def token_loss(self, params: convert.Params, rows: Batch) -> tuple[jax.Array, tuple[Metrics, None]]:
-        """(the loss, (what is logged, None)) of some rows of a batch."""
+        """Returns (loss, (metrics, None)) of some rows of a batch."""
         dropout_key = None if self.config.dropout == self.config.attn_dropout == 0.0 else rows["keys"][0]
         logits = self.networks["generator"].module(params).logits(rows["ids"], rows["labels"], key=dropout_key)
         smoothing = self.weights.label_smoothing
@@ -108,14 +108,14 @@ class GeneratorTask(Task):
         return total, ({"loss": total, "correct_tokens": correct}, None)
 
     def evaluate(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """The loss of each example over its own tokens, without dropout, and the share of masked tokens that is right."""
+        """Returns each example's loss over its own tokens, without dropout, and its share of correct masked tokens."""
         tokens, masked, mask = self.masked(frozen, batch, self.draw(key, batch))
         logits = self.networks["generator"].module(state["ema"]["generator"]).logits(masked, batch["label"], key=None)
         loss = partial(losses.masked_token_loss, **dataclasses.asdict(self.weights))
         return jax.vmap(lambda *example: loss(*(part[None] for part in example))[1])(logits, tokens, mask)
 
     def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Samples of the classes in turn, with the model's sampling settings."""
+        """Returns samples of classes 0, 1, 2, ... in turn, with the model's sampling settings."""
         config, sampling = self.config, self.config.sampling
         labels = jnp.arange(batch["label"].shape[0]) % config.num_classes
         ids = decoding.parallel_decode(
@@ -130,7 +130,7 @@ class GeneratorTask(Task):
         return {"sample": jnp.clip(nnx.merge(self.tokenizer[1], frozen).decode_tokens(ids), 0.0, 1.0)}
 
     def export(self, state: State, folder: Path) -> None:
-        """Writes the averaged generator, with the tokenizer that made its tokens, as a pretrained folder."""
+        """Writes the averaged generator as a pretrained folder, together with the tokenizer if it made the tokens."""
         tokenizer = (self.tokenizer[0], self.frozen) if self.tokenizer else None
         pretrained.save(folder, self.config, state["ema"]["generator"], tokenizer=tokenizer, overwrite=True)
 
@@ -142,12 +142,12 @@ def make_task(
     tokenizer: tuple[TiTokConfig, convert.Params] | None = None,
     **options: Any,
 ) -> GeneratorTask:
-    """The task.
+    """Makes the task.
 
     Args:
-      tokenizer: makes tokens of the batch's images, and images of the previews' tokens; None for batches of tokens.
-      options: as in `TaskOptions`. With `gradient_accumulation` the gradient is that of the whole batch but for the
-        dropout's draws.
+      tokenizer: turns the batch's images into tokens, and the previews' tokens into images; None for batches of tokens.
+      options: as in `TaskOptions`. With `gradient_accumulation`, the gradient is that of the full batch except for the
+        dropout draws.
     """
     given = TaskOptions(**options)
     return GeneratorTask(

@@ -1,14 +1,14 @@
 """Training of the MaskGIT-VQGAN, the 2D tokenizer of TiTok's two stages (arXiv 2202.04200, after arXiv 2012.09841).
 
-Trained: encoder, codebook and decoder, from scratch, against a discriminator. Frozen: the perceptual network. Losses:
-reconstruction, perceptual, the quantizer's (codebook, commitment, and the entropies of the codes), and the non-saturating
-adversarial one; of the discriminator that and the R1 penalty.
+Trained: encoder, codebook and decoder, from scratch, against a discriminator. Frozen: the perceptual network. Losses of the
+tokenizer: reconstruction, perceptual, quantizer (codebook, commitment, and the entropies of the codes), and non-saturating
+adversarial. Losses of the discriminator: non-saturating adversarial and the R1 penalty.
 
 The trainer was never published. Losses, networks and weights are in google-research/maskgit (`libml/losses.py`,
-`nets/vqgan_tokenizer.py`, `configs/vqgan_config.py`). How a step combines them is in the trainer that the same group
-published with MAGVIT (google-research/magvit, `trainers/vqgan_trainer.py`): both losses are taken at the parameters before
-the step. Choices of ours: the discriminator (TiTok's patches in the place of StyleGAN's, so that R1 is on an image's mean
-logit), and the perceptual network (ConvNeXt-S in the place of a ResNet-50).
+`nets/vqgan_tokenizer.py`, `configs/vqgan_config.py`). The step follows the trainer that the same group published with MAGVIT
+(google-research/magvit, `trainers/vqgan_trainer.py`): it computes both losses with the parameters from before the step. We
+chose the discriminator (TiTok's patch discriminator instead of StyleGAN's, so R1 uses an image's mean logit) and the
+perceptual network (ConvNeXt-S instead of a ResNet-50).
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from titok_jax.weights.perceptual_files import check_perceptual
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms; the codebook's has weight 1.
+    """Weights of the loss terms. The codebook loss has weight 1.
 
     Attributes:
       reconstruction: "l2" or "l1".
-      entropy_temperature: squared distances are divided by it.
-      perceptual: which perceptual network, e.g. "convnext_s", or "none".
-      discriminator_weight: of the adversarial term; 0: no discriminator.
+      entropy_temperature: the entropy loss divides squared distances by it.
+      perceptual: name of the perceptual network, e.g. "convnext_s", or "none".
+      discriminator_weight: weight of the adversarial term; 0 for no discriminator.
       discriminator_start: first update of the adversarial terms.
       gradient_penalty: weight of R1.
-      lecam_weight: of LeCam, which the published training does not have.
+      lecam_weight: weight of LeCam. The published training does not use LeCam.
     """
 
     reconstruction: str = "l2"
@@ -56,10 +56,10 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class MaskgitVQGANTask(AdversarialTask):
-    """See the module.
+    """Training of the MaskGIT-VQGAN, as described in the module docstring.
 
     Attributes:
-      weights: of the loss.
+      weights: weights of the loss terms.
     """
 
     weights: LossConfig
@@ -67,7 +67,7 @@ class MaskgitVQGANTask(AdversarialTask):
     model = "vqgan"
 
     def update(self, state: State, frozen: Any, batch: Batch, draws: Any) -> tuple[State, Metrics]:
-        """Both losses at the parameters before the step."""
+        """Updates the tokenizer, then the discriminator. Both losses use the parameters from before the step."""
         images = float_images(batch["image"])
         loss = jax.grad(self.vqgan_loss, has_aux=True)
         grads, (metrics, reconstructions) = loss(state["params"]["vqgan"], images, state=state, frozen=frozen)
@@ -78,10 +78,10 @@ class MaskgitVQGANTask(AdversarialTask):
         return new, metrics
 
     def vqgan_loss(self, params: convert.Params, images: jax.Array, *, state: State, frozen: Any):
-        """(the loss, (what is logged, reconstructions)) of a whole batch.
+        """Returns (loss, (metrics, reconstructions)) of a full batch.
 
-        The entropy of the mean over all codes is not linear in the parts of a batch, so gradients of parts would not add up
-        to that of the whole: the networks run on one part at a time, the loss is of all.
+        The entropy loss is not linear in the parts of a batch, so the gradients of the parts would not add up to that of the
+        full batch. The networks run on one part at a time, and the loss is computed on all parts together.
         """
         parts, weights = self.options.gradient_accumulation, self.weights
         model = self.networks["vqgan"].module(params)
@@ -117,17 +117,17 @@ class MaskgitVQGANTask(AdversarialTask):
         return total, (metrics, reconstructions)
 
     def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Images and their reconstructions."""
+        """Returns images and their reconstructions."""
         del frozen, key
         model, images = self.networks["vqgan"].module(state["ema"]["vqgan"]), float_images(batch["image"])
         return {"image": images, "reconstruction": model.decode_codes(model.get_codes(images))}
 
 
 def make_task(config: MaskgitVQGANConfig, loss: LossConfig, **options: Any) -> MaskgitVQGANTask:
-    """The task; options as in `TaskOptions`, but `remat`, which these networks do not have.
+    """Makes the task. Options are as in `TaskOptions`, except that these networks do not support `remat`.
 
     Raises:
-      ValueError: a loss without what it needs.
+      ValueError: if something that the loss needs is missing, or if `remat` is set.
     """
     given = TaskOptions(**options)
     check_perceptual(loss.perceptual, given.perceptual)

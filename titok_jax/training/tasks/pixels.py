@@ -1,7 +1,8 @@
-"""What single-stage training and stage 2 have in common: a tokenizer trained on its pixels, against a discriminator.
+"""What single-stage training and stage 2 share: they train a tokenizer on pixels, against a discriminator.
 
-Order of a step, as published: the tokenizer's loss and update against the discriminator as it is; from `discriminator_start`
-on the discriminator's, on the same reconstructions, made before the update; then the average of the tokenizer's parameters.
+A step follows the published order. The tokenizer is updated first, with a loss that uses the current discriminator. From
+`discriminator_start` on, the discriminator is then updated on the same reconstructions, from before the tokenizer's update.
+Last comes the average of the tokenizer's parameters.
 """
 
 import dataclasses
@@ -22,13 +23,13 @@ from titok_jax.weights.perceptual_files import check_perceptual
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms; a term with weight 0 is not computed.
+    """Weights of the loss terms. A term with weight 0 is not computed.
 
     Attributes:
       reconstruction: "l2" or "l1".
-      perceptual: which perceptual network, e.g. "lpips-convnext_s-1.0-0.1", or "none".
+      kl_weight: weight of the KL divergence in "vae" mode.
+      perceptual: name of the perceptual network, e.g. "lpips-convnext_s-1.0-0.1", or "none".
       discriminator_start: first update of the adversarial terms.
-      kl_weight: of a VAE.
     """
 
     reconstruction: str = "l2"
@@ -46,29 +47,29 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PixelTask(AdversarialTask):
-    """See the module.
+    """Training on pixels, as described in the module docstring.
 
     Attributes:
-      weights: of the loss.
+      weights: weights of the loss terms.
     """
 
     weights: LossConfig
 
     @property
     def trains_codebook(self) -> bool:
-        """Whether there is a codebook, and it is trained."""
+        """Whether the tokenizer has a codebook that is trained."""
         trained = self.networks["tokenizer"].trained
         return self.config.quantize_mode == "vq" and (trained is None or "quantize" in trained)
 
     def draw(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """The noise of a VAE's posterior."""
+        """Draws the noise for a VAE's posterior. A VQ tokenizer needs none."""
         if self.config.quantize_mode == "vq":
             return {}
         shape = (batch["image"].shape[0], self.config.num_latent_tokens, self.config.token_size)
         return {"noise": jax.random.normal(key, shape)}
 
     def update(self, state: State, frozen: Any, batch: Batch, draws: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        """The tokenizer against the discriminator as it is, then the discriminator on the same reconstructions."""
+        """Updates the tokenizer using the current discriminator, then the discriminator on the same reconstructions."""
         images = float_images(batch["image"])
 
         def loss(trainable, rows):
@@ -86,7 +87,7 @@ class PixelTask(AdversarialTask):
         return new, metrics
 
     def pixel_loss(self, trainable: convert.Params, rows: Batch, *, state: State, frozen: Any):
-        """(the loss, (what is logged, reconstructions, tokens and latents)) of some rows of a batch."""
+        """Returns (loss, (metrics, {"reconstructions", "tokens", "latents"})) of some rows of a batch."""
         model = self.networks["tokenizer"].module({**state["params"]["tokenizer"], **trainable})
         images, weights = rows["images"], self.weights
         bottleneck = posterior = None
@@ -110,7 +111,7 @@ class PixelTask(AdversarialTask):
             kl, kl_weight = posterior.kl(), weights.kl_weight
             total, metrics = losses.vae_generator_loss(images, reconstructions, kl=kl, kl_weight=kl_weight, **shared)
             return total, (metrics, {"reconstructions": reconstructions, "tokens": None, "latents": None})
-        counts = self.trains_codebook  # of a quantizer that is not trained, the losses are logged as 0
+        counts = self.trains_codebook  # if the quantizer is not trained, its losses are logged as 0
         total, metrics = losses.vq_generator_loss(
             images,
             reconstructions,
@@ -124,7 +125,7 @@ class PixelTask(AdversarialTask):
         return total, (metrics, outputs)
 
     def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Images and their reconstructions; a VAE's from the mean of the posterior."""
+        """Returns images and their reconstructions. A VAE reconstructs from the mean of the posterior."""
         del frozen, key
         model, images = self.networks["tokenizer"].module(state["ema"]["tokenizer"]), float_images(batch["image"])
         vq = self.config.quantize_mode == "vq"
@@ -133,14 +134,14 @@ class PixelTask(AdversarialTask):
 
 
 def make_task(config: TiTokConfig, loss: LossConfig, *, trained: tuple[str, ...] | None = None, **options: Any) -> PixelTask:
-    """The task.
+    """Makes the task.
 
     Args:
-      trained: the parts of the tokenizer that are trained; None: all.
+      trained: the trained parts of the tokenizer; None for all.
       options: as in `TaskOptions`.
 
     Raises:
-      ValueError: a loss without what it needs, or restarts without a codebook in training.
+      ValueError: if something that the loss needs is missing, or if codes are to be restarted but no codebook is trained.
     """
     given = TaskOptions(**options)
     check_perceptual(loss.perceptual, given.perceptual)

@@ -1,7 +1,7 @@
 """Stage 1 of the two-stage tokenizer: predict the codes of a 2D tokenizer ("proxy codes": arXiv 2406.07550, section 3.2).
 
-Trained: the whole TiTok, whose decoder gives 1024 logits per cell. Frozen: a MaskGIT-VQGAN, whose codes of the image are the
-targets. Losses: cross entropy of the codes, and the quantizer's.
+Trained: all of TiTok; its decoder outputs 1024 logits per cell. Frozen: a MaskGIT-VQGAN; its codes of the image are the
+targets. Losses: cross entropy of the codes, and the quantizer's losses.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from titok_jax.weights import convert
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The cross entropy has weight 1.
+    """Weights of the loss terms. The cross entropy has weight 1.
 
     Attributes:
-      quantizer_weight: of the commitment and codebook losses.
+      quantizer_weight: weight of the commitment and codebook losses.
     """
 
     quantizer_weight: float = 1.0
@@ -34,11 +34,12 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Stage1(Task):
-    """See the module.
+    """Stage 1 training, as described in the module docstring.
 
     Attributes:
-      weights: of the loss.
-      vqgan: the frozen network that gives the target codes; None if the batches hold them.
+      weights: weights of the loss terms.
+      vqgan: the frozen network that computes the target codes; None if the batches contain them.
+      vqgan_codes: number of codes of the VQGAN.
     """
 
     weights: LossConfig
@@ -53,7 +54,7 @@ class Stage1(Task):
         return {self.model: key}
 
     def update(self, state: State, frozen: Any, batch: Batch, draws: Any) -> tuple[State, Metrics]:
-        """Cross entropy of the VQGAN's codes, and the quantizer's losses."""
+        """Updates the tokenizer on the cross entropy of the VQGAN's codes and the quantizer's losses."""
         images = float_images(batch["image"])
         rows = {"images": images, "codes": self.target_codes(frozen, batch, images)}
         parts = self.options.gradient_accumulation
@@ -64,11 +65,11 @@ class Stage1(Task):
         return self.advance(state, grads, metrics), metrics
 
     def target_codes(self, frozen: Any, batch: Batch, images: jax.Array) -> jax.Array:
-        """The codes to predict, int [B, h, w] or [B, h w]."""
+        """Returns the codes to predict, int [B, h, w] or [B, h w]."""
         return batch["codes"] if "codes" in batch else nnx.merge(self.vqgan, frozen).get_codes(images)
 
     def code_loss(self, params: convert.Params, rows: Batch) -> tuple[jax.Array, tuple[Metrics, dict[str, jax.Array]]]:
-        """(the loss, (what is logged, tokens and latents)) of some rows of a batch."""
+        """Returns (loss, (metrics, {"tokens", "latents"})) of some rows of a batch."""
         model = self.networks["tokenizer"].module(params)
         bottleneck = model.quantized(rows["images"])
         total, metrics = losses.stage1_loss(
@@ -82,7 +83,8 @@ class Stage1(Task):
         return total, (metrics, {"tokens": bottleneck.tokens, "latents": bottleneck.latents})
 
     def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """The most likely codes through the VQGAN's decoder, below what the VQGAN itself makes of the image."""
+        """Returns images, the VQGAN's own reconstructions ("target"), and the most likely predicted codes decoded by the
+        VQGAN ("reconstruction")."""
         del key
         model, images = self.networks["tokenizer"].module(state["ema"]["tokenizer"]), float_images(batch["image"])
         vqgan = nnx.merge(self.vqgan, frozen)
@@ -97,14 +99,14 @@ class Stage1(Task):
 def make_task(
     config: TiTokConfig, loss: LossConfig, *, vqgan: tuple[MaskgitVQGANConfig, convert.Params] | None, **options: Any
 ) -> Stage1:
-    """The task.
+    """Makes the task.
 
     Args:
-      vqgan: gives the target codes, in float32; None for batches that hold them as "codes" [B, h w].
+      vqgan: computes the target codes in float32; None for batches that contain them as "codes" [B, h w].
       options: as in `TaskOptions`.
 
     Raises:
-      ValueError: a model that does not predict codes, or a VQGAN with another grid or more codes.
+      ValueError: if the model does not predict codes, or if the VQGAN has a different grid or more codes.
     """
     if not config.predicts_codes:
         raise ValueError("stage 1 is for models that predict codes: set is_legacy to True and finetune_decoder to False")
