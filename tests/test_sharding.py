@@ -294,8 +294,8 @@ IN_FLOAT64 = "import sys, in_float64, on_meshes; on_meshes.STEPS, on_meshes.BATC
     "task", [pytest.param(name, marks=() if name in ("single_stage", "generator") else pytest.mark.long) for name in NAMES]
 )
 def test_updates_are_the_same_on_every_mesh_in_float64(task):
-    """Compares all that three steps log, and the state after them: parameters, moments, averages. In float32, Adam makes full
-    steps of gradients that are rounding noise. In float64 this noise is far below its epsilon."""
+    """Compares all that three steps log, and the state after them: parameters, moments, averages. In float32, Adam makes
+    full steps of gradients that are rounding noise. In float64 this noise is far below its epsilon."""
     found = json.loads(python_on_eight_devices("-c", IN_FLOAT64, task, "1,1,1", "2,2,2").stdout)
     assert_same_in_float64(found["1,1,1"], found["2,2,2"])
 
