@@ -1,6 +1,6 @@
-"""The commands of docs/training.md that lead from images to a generator's samples run one after the other.
+"""Runs the commands of docs/training.md that lead from images to a generator's samples, one after the other.
 
-Trainings run with fewer steps, a shorter warm-up and smaller batches; nothing else is changed. The loss of each falls.
+Trainings run with fewer steps, a shorter warm-up and smaller batches; nothing else is changed. Every training's loss falls.
 """
 
 import json
@@ -21,7 +21,7 @@ SHORTER = (
     " --config.num_steps=10 --config.data.batch_size=16 --config.preview_every=0 --config.eval_every=0"
     " --config.log_every=1 --config.optimizer.warmup_steps=1"
 )
-# What each training is to lower, beside what it learns from other networks in training.
+# The loss that each training must lower, apart from the terms that depend on other networks in training.
 LOSSES = {"vqgan": "reconstruction_loss", "stage1": "total_loss", "stage2": "reconstruction_loss", "generator": "loss"}
 
 
@@ -45,7 +45,7 @@ def test_each_output_is_the_next_ones_input(tmp_path):
     vqgan = pretrained.load(chain / "vqgan/pretrained", MaskgitVQGANConfig)[1]
     stage1 = pretrained.load(chain / "stage1/pretrained", TiTokConfig)[1]
     config, stage2 = pretrained.load(chain / "stage2/pretrained", TiTokConfig)
-    # Stage 2 began with stage 1's encoder, which it does not train, and with the VQGAN's codes, which it does.
+    # Stage 2 began with stage 1's encoder, which it keeps fixed, and with the VQGAN's codes, which it trains.
     for part in ("encoder", "latent_tokens", "quantize"):
         for a, b in zip(*map(_leaves, (stage1[part], stage2[part])), strict=True):
             np.testing.assert_array_equal(a, b)

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be written or read: what is complete stays, and only what is damaged is put aside."""
+"""Checkpoints that cannot be written or read: complete ones stay, and only damaged ones are put aside."""
 
 import errno
 import json
@@ -46,12 +46,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
         step, found = restore(checkpoints)
         assert step == 1
         np.testing.assert_array_equal(found["w"], state(1)["w"])
-    save_again()  # with room again
+    save_again()  # now there is room again
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
 class HttpError(Exception):
-    """As gcsfs gives for most answers of Google's."""
+    """The error that gcsfs raises for most answers of Google's server."""
 
     __module__ = "gcsfs.retry"
 

@@ -1,4 +1,4 @@
-"""The commands: what they write, what they refuse and that they refuse it before any work."""
+"""The commands: what they write, what they refuse, and that they refuse it before they do any work."""
 
 import fcntl
 import json
@@ -40,7 +40,7 @@ def pair(model):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Makes it an error to read weights: what is refused must be refused before."""
+    """Makes it an error to read weights: a command must refuse before it reads any."""
 
     def load(*args, **kwargs):
         raise AssertionError("weights were read")
@@ -61,7 +61,7 @@ def png(path, size=(40, 30), mode="RGB", seed=0):
 
 
 def run(*arguments, **options):
-    """A command as a process of its own."""
+    """Runs a command in its own process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
 
@@ -137,7 +137,7 @@ def test_sample_refuses(arguments, message, model, tmp_path, capsys, no_weights)
         places[name] = tiny.save(tmp_path / name, config, tokenizer=None)
     before = files(tmp_path)
     arguments = [argument.format(**places) for argument in arguments]
-    defaults = ["--model", model, "--out", str(tmp_path / "out.png")]  # the later one of two counts
+    defaults = ["--model", model, "--out", str(tmp_path / "out.png")]  # of two such options the later one counts
     assert sample.main([*defaults, *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -176,7 +176,7 @@ def test_reconstruct_with_a_vqgan(tmp_path, capsys):
     config = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, resolution=32)
     model = pretrained.save(tmp_path / "vqgan", config, tiny.params(config))
     png(tmp_path / "photos" / "cat.png")
-    (tmp_path / "photos" / "notes.pdf").write_bytes(b"%PDF-1.4")  # Pillow has a name for it, but it is no image
+    (tmp_path / "photos" / "notes.pdf").write_bytes(b"%PDF-1.4")  # Pillow knows the extension, but it is no image
     assert reconstruct.main(["--model", str(model), str(tmp_path / "photos"), "--out", str(tmp_path / "out")]) == 0
     assert "32x32 pixels to 64 tokens of 1024 codes" in capsys.readouterr().out
     ((name, codes),) = json.loads((tmp_path / "out" / "tokens.json").read_text()).items()
@@ -185,7 +185,7 @@ def test_reconstruct_with_a_vqgan(tmp_path, capsys):
     image = center_crop_torchvision(np.asarray(Image.open(tmp_path / "photos" / "cat.png")), 32)
     np.testing.assert_array_equal(codes, vqgan.encode(image[None])[0])
     decoded = np.uint8(255 * np.asarray(vqgan.decode(np.asarray(codes)[None]))[0])
-    # The same image twice is compared with two reconstructions of it.
+    # The image is given twice, and compared with two reconstructions of it.
     cat = str(tmp_path / "photos" / "cat.png")
     for name, array in (("one", decoded), ("two", 255 - decoded)):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
@@ -246,7 +246,7 @@ def test_a_folder_is_replaced_where_a_file_system_has_no_locks(tmp_path, monkeyp
 
 
 def test_links_stay_links(tmp_path):
-    """What they lead to is replaced, on the disk that it is on."""
+    """The target of a link is replaced, on the disk where it lies."""
     (tmp_path / "disk" / "folder").mkdir(parents=True)
     (tmp_path / "disk" / "folder" / "old").write_text("old")
     for link, target in (("folder", "disk/folder"), ("file", "disk/file")):
@@ -348,14 +348,14 @@ def test_the_same_samples_as_npz_and_as_folder(model, pair, tmp_path, capsys):
     assert labels.tolist() == [3, 1, 3, 1, 3, 1, 3]
     names = [f"{index:06d}_{label}.png" for index, label in enumerate(labels)]
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [*names, "grid.png"]
-    # As the library gives them in one call; in batches of another size sums may round differently.
+    # The library gives the same images in one call. In batches of another size, sums may round differently.
     tokenizer, generator = pair
     ids = inference.generate(generator, labels, jax.random.key(5), num_steps=3)
     expected = to_uint8_truncate(tokenizer.decode(ids)).astype(int)
     np.testing.assert_array_equal(expected, [np.asarray(Image.open(tmp_path / "folder" / name)) for name in names])
     assert np.abs(expected - images).max() <= 1
     assert len({image.tobytes() for image in images}) == 7
-    # Again with --overwrite and fewer images: none of the old ones stay.
+    # With --overwrite and fewer images, none of the old images stay.
     assert sample.main([*arguments, "--num", "2", "--out", f"{tmp_path}/folder", "--overwrite"]) == 0
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["000000_3.png", "000001_1.png", "grid.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "folder"]
@@ -378,7 +378,7 @@ def test_a_picture_with_one_row_per_class(model, tmp_path):
     out = tmp_path / "samples.png"
     assert sample.main(["--model", model, "--num", "20", "--steps", "3", "--batch-size", "7", "--out", str(out)]) == 0
     picture = np.asarray(Image.open(out))
-    # Ten rows of two images of 64 pixels and labels on the left.
+    # Ten rows of two 64-pixel images, with labels on the left.
     assert picture.shape[0] > 10 * 64
     assert 2 * 64 < picture.shape[1] < 4 * 64
     assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
@@ -396,7 +396,7 @@ sys.exit(sample.main(sys.argv[1:]))
 
 
 def test_the_devices_of_a_process_share_a_batch(model, tmp_path):
-    """The images of one device, but for the rounding of sums."""
+    """Two devices give the images of one device, up to the rounding of sums."""
     arguments = ["--model", model, "--num", "10", "--steps", "3", "--batch-size", "5", "--out"]
     result = run("-c", TWO_DEVICES, *arguments, str(tmp_path / "two.npz"))
     assert result.returncode == 0, result.stderr
@@ -420,11 +420,11 @@ def test_labels_are_balanced_and_take_turns(classes, num):
 
 
 def test_labels_of_the_published_evaluation():
-    # The published script's list, `list(range(1000)) * (50000 // 1000)`, which one process takes from the front.
+    # The published script's list is `list(range(1000)) * (50000 // 1000)`, and a single process takes it from the front.
     assert many.balanced_labels(range(1000), 50000).tolist() == list(range(1000)) * 50
 
 
-# A process that is killed (SIGKILL) while it writes its fourth piece, half of which is on the disk then.
+# A process that is killed (SIGKILL) while it writes its fourth piece. Half of that piece is on the disk by then.
 KILLED = """
 import os, sys, titok_jax.sample, titok_jax.runtime.shards
 savez, pieces = titok_jax.runtime.shards.np.savez, []
@@ -450,8 +450,8 @@ def test_a_killed_process_is_continued_with_the_same_images(model, tmp_path, cap
     assert sorted(name for name in there if not name.startswith(".")) == [
         *("00000.npz", "00001.npz", "00002.npz", "settings.json")
     ]
-    assert len(there) == 5  # and half a piece
-    # Another seed is another job: refused, and nothing is touched.
+    assert len(there) == 5  # including half a piece
+    # Another seed makes another job, which is refused; nothing is touched.
     assert sample.main([*arguments, "--out", str(killed), "--seed", "1"]) == 2
     assert "other settings (seed: 0 there, 1 now)" in capsys.readouterr().err
     assert files(shards) == there
@@ -465,7 +465,7 @@ def test_a_killed_process_is_continued_with_the_same_images(model, tmp_path, cap
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "Shards", Keeps)
         assert sample.main([*arguments, "--out", str(killed)]) == 0
-    assert "11 images in" in capsys.readouterr().out  # 20 without three batches of 3
+    assert "11 images in" in capsys.readouterr().out  # 20 images less three batches of 3
     assert sample.main([*arguments, "--out", str(whole)]) == 0
     with np.load(killed) as a, np.load(whole) as b:
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
@@ -474,7 +474,7 @@ def test_a_killed_process_is_continued_with_the_same_images(model, tmp_path, cap
 
 
 def test_processes_share_the_batches(model, tmp_path, monkeypatch, capsys):
-    """Three processes, here one after the other, the first last: the file that one process writes."""
+    """Three processes write the file that one process writes. Here they run one after the other, the first one last."""
     arguments = ["--model", model, "--num", "20", "--steps", "3", "--batch-size", "3", "--out"]
     assert sample.main([*arguments, str(tmp_path / "one.npz")]) == 0
     monkeypatch.setattr(sample.Shards, "wait", lambda self, event: None)
@@ -526,7 +526,7 @@ def test_reconstruct(model, pair, tmp_path, capsys):
     for path, value in zip(paths, values, strict=True):
         assert re.search(rf"{re.escape(str(path))} +PSNR +{value:.2f} dB", printed)
     assert f"mean PSNR {np.mean(values):.2f} dB over 4 images" in printed
-    # The picture shows the original, four times as large.
+    # The picture shows the original, enlarged four times.
     picture = np.asarray(Image.open(out / "b_reconstruction.png"))
     windows = np.lib.stride_tricks.sliding_window_view(picture, (128, 128, 3))[:, :, 0]
     cell = images[1].repeat(4, 0).repeat(4, 1)
@@ -595,7 +595,7 @@ def test_held_out_digits_are_reconstructed(tmp_path, capsys):
 
 
 def test_quality_of_the_digits(tmp_path):
-    """What the README states, at its full size."""
+    """The figures that the README states, at full size."""
     out = tmp_path / "digits.json"
     assert evaluate.main(["--json", str(out)]) == 0
     result = json.loads(out.read_text())
@@ -603,7 +603,7 @@ def test_quality_of_the_digits(tmp_path):
     assert result["generated_accuracy"] >= 0.95
     assert result["reconstructed_accuracy"] >= 0.95
     against = result["against_training_digits"]
-    assert against["held_out"]["digits-FID-360"] < 8  # as near as real digits are
+    assert against["held_out"]["digits-FID-360"] < 8  # as near as real digits
     assert result["reconstruction"]["held_out"]["digits-rFID-360"] < 6
     assert 30 < against["generated"]["digits-FID-360"] < 80
     assert 30 < against["generated"]["digits-FID-1K"] < 80

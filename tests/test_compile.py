@@ -1,4 +1,4 @@
-"""Compiling for slices: what is read from a program, the mesh's collectives, one small step by the TPU's own compiler."""
+"""Compiling for slices: reading costs from a program, the mesh's collectives, and one small step by the TPU compiler."""
 
 import importlib
 import importlib.util
@@ -21,8 +21,8 @@ from titok_jax.weights import known_models
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# A program as the TPU's compiler writes it, cut down: a loop of 24 rounds with a fusion and two collectives, in it a loop
-# that counts in twos, then a branch.
+# A shortened program in the TPU compiler's format: a loop of 24 rounds holds a fusion, two collectives and an inner loop
+# that counts in twos. A branch follows.
 HLO = """
 HloModule jit_step, is_scheduled=true
 
@@ -101,7 +101,7 @@ def test_a_programs_cost_counts_loops_as_often_as_they_go_round():
     assert cost.sent == sum(cost.bytes.values()) + 44
     assert cost.unknown_loops == 0
     assert hlo.program_cost(HLO.replace("%next = u32[] add", "%next = u32[] multiply")).unknown_loops == 1
-    # What the compiler writes where it has no estimate; inside of a fusion it does not matter.
+    # The compiler writes this number where it has no estimate. Inside a fusion it does not matter.
     none = str(2**63 - 1)
     assert math.isinf(hlo.program_cost(HLO.replace('"100"', f'"{none}"')).cycles)
     assert hlo.program_cost(HLO.replace('"999"', f'"{none}"')).cycles == cost.cycles
@@ -122,7 +122,7 @@ def test_flops_are_those_of_matmuls_and_convolutions():
     jaxpr = jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr
     convolution = 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
     assert hlo.matmul_flops(jaxpr) == 7 * 2 * 3 * 5 * 5 + convolution + 2 * 3 * 3 * 5
-    # A layer forward twice (checkpoint) and two products backward.
+    # Each layer runs forward twice (checkpoint), and backward it has two products.
     only = jax.make_jaxpr(jax.grad(lambda k: jax.lax.scan(layer, jnp.ones((3, 5)), k)[0].sum()))(jnp.zeros((7, 5, 5))).jaxpr
     assert hlo.matmul_flops(only) == 7 * 4 * 2 * 3 * 5 * 5
 
@@ -185,7 +185,7 @@ def test_collectives_are_those_of_the_mesh():
     assert problems == []
     assert exchanged["all-gather"] > 0.9 * 4 * parameters  # every kernel, at least once
     assert cut < 0.25 * copied
-    # Left alone, the partitioner would gather the batch; the check tells.
+    # Left alone, the partitioner would gather the batch; the check reports it.
     assert any("the whole batch is exchanged" in problem for problem in found["free"][1])
     assert found["decoder"] == []
     assert found["free_decoder"] != []
@@ -207,7 +207,7 @@ def test_a_small_step_compiles_for_a_tpu_slice(tmp_path):
     )
     state = jax.eval_shape(task.init, jax.random.key(0))
     parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
-    # Float32 computation, but the TPU's compiler multiplies in bfloat16 and sums most gradients over the devices as such.
+    # Computation is in float32, but the TPU compiler multiplies in bfloat16 and sums most gradients over devices in it.
     assert 2 * parameters <= row["collective_bytes"]["all-reduce"] <= 4 * parameters
     memory = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, task.frozen)))
     assert row["argument_bytes"] == pytest.approx(memory, rel=0.05)
@@ -319,7 +319,7 @@ def test_wrong_arguments_end_with_one_line(capsys, monkeypatch):
 
 
 def test_a_step_is_compiled_for_the_platform_of_the_mesh():
-    """What the models choose by platform must be what the slice would run, not what this machine would."""
+    """Where a model chooses by platform, it must choose what the slice would run, not what this machine would run."""
     from jax.sharding import AbstractMesh
 
     from titok_jax.models.layers import target_platform

@@ -1,7 +1,7 @@
-"""The recipes: their models are the published ones, the published values are in them, and the small ones can be built.
+"""The recipes: they have the published models and the published values, and the small ones can be built.
 
-That the small ones' losses fall is tested here for the single stage and the generator of images, for the others in
-test_chain.py.
+This file also tests that losses fall for the small single stage and the small generator of images; test_chain.py does so
+for the others.
 """
 
 import ast
@@ -50,7 +50,7 @@ def test_tokenizers_are_the_published_ones(file, variant):
     fields = config(file, variant).model.to_dict()
     fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder")}
     expected = PUBLISHED["tokenizer", f"titok_{variant}"]
-    # Of stage 2 the published training has no commitment; a VAE has no codebook.
+    # The published training of stage 2 has no commitment loss; a VAE has no codebook.
     free = {"finetune_decoder": file == "stage2"} if file != "single_stage" else {}
     if file == "stage2":
         free["commitment_cost"] = 0.0
@@ -101,11 +101,11 @@ def test_models_for_512_pixels(variant, size, tokens):
         fields = found.model.to_dict()
         assert (fields["encoder"], fields["num_latent_tokens"], fields["codebook_size"]) == (size, tokens, 4096)
         fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder")}
-        assert TiTokConfig(**fields).grid_size == 32  # the MaskGIT-VQGAN's codes of 512 pixels
+        assert TiTokConfig(**fields).grid_size == 32  # the grid of the MaskGIT-VQGAN's codes at 512 pixels
         assert found.data.transform.crop_size == found.data.eval_transform.size == fields["image_size"] == 512
         if file == "stage2":
             found.loss.perceptual, found.init_from = "none", "random"
-        with pytest.raises(ValueError, match=r"set --config\.vqgan"):  # the one of 256 pixels is not taken unasked
+        with pytest.raises(ValueError, match=r"set --config\.vqgan"):  # the one for 256 pixels is not the default
             build_task(parse_settings(found))
     assert config("generator", variant).model.num_tokens == tokens
 
@@ -155,7 +155,7 @@ def test_a_random_vqgan_is_for_small_recipes(file):
         build_task(parse_settings(found))
 
 
-# What a run may set as it likes; everything else of a recipe is in the tables of docs/recipes.md.
+# A run may set these fields freely. The tables of docs/recipes.md hold all other fields of a recipe.
 NOT_RECIPE = {
     "task", "init_from", "vqgan", "tokenizer", "perceptual_weights", "data.source", "data.eval_source",
     "data.num_workers", "data.num_threads", "remat", "gradient_accumulation", "mesh", "log_every", "checkpoint_every",
@@ -172,8 +172,8 @@ RECIPES = {
 
 
 def documented(file: str) -> dict[str, dict]:
-    """{variant: {field: value}} of the table of a recipe in docs/recipes.md; a row that names variants goes before one that
-    does not, and a row without a source is none."""
+    """{variant: {field: value}} from a recipe's table in docs/recipes.md. A row that names variants overrides one that names
+    none. Every row must state a source."""
     text = (ROOT / "docs/recipes.md").read_text()
     table = text.split(f"### configs/{file}.py\n")[1].split("\n#")[0]
     rows = re.findall(r"^\| `([\w.]+)`(?: \(([^)]*)\))? \| `([^`]*)` \| \S.* \|$", table, re.MULTILINE)
@@ -240,7 +240,7 @@ def test_a_start_is_filled_as_far_as_it_fits_and_the_rest_is_listed(tmp_path, ca
     assert "100.0% of" in capsys.readouterr().out
     for path, array in convert.flatten(given).items():
         assert (same[path] == array).all(), path
-    # Twice the tokens: what belongs to a token is new, all else is filled.
+    # With twice the tokens, the parameters that belong to single tokens are new; all others are filled.
     other = convert.flatten(start_of(tmp_path / "model", dataclasses.replace(model, num_latent_tokens=16)))
     out = capsys.readouterr().out
     new = {line.split()[1] for line in out.splitlines() if line.startswith("  new: ")}
@@ -255,7 +255,7 @@ def test_a_start_is_filled_as_far_as_it_fits_and_the_rest_is_listed(tmp_path, ca
 
 
 def small_network(file: str):
-    """(recipe, name, network) of the small recipe without a discriminator."""
+    """(recipe, name, network) of the small recipe, without its discriminator."""
     found = config(file, "smoke")
     if "discriminator_weight" in found.loss:
         found.loss.discriminator_weight = 0.0
@@ -266,7 +266,7 @@ def small_network(file: str):
 @pytest.mark.parametrize("file", ["stage1", "stage2", "generator", "maskgit_vqgan"])
 def test_every_training_begins_with_the_weights_that_are_given(file, tmp_path, capsys):
     found, name, network = small_network(file)
-    # Of the two-stage models stage 2 was published, from which stage 1 may begin too.
+    # Two-stage models were published as they are after stage 2. Stage 1 may begin from those too.
     model = small_network("stage2")[2].config if file == "stage1" else network.config
     given = tiny.params(model)
     pretrained.save(tmp_path / "model", model, given)
@@ -288,7 +288,7 @@ def test_every_training_begins_with_the_weights_that_are_given(file, tmp_path, c
 
 
 def documented_commands(page: str) -> list[list[str]]:
-    """The arguments, after `python`, of each command in the blocks of a page of docs/."""
+    """The arguments after `python` of each command in the code blocks of a page of docs/."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     lines = (shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines())
     return [line[line.index("python") + 1 :] for line in lines if "python" in line]
@@ -310,13 +310,13 @@ def test_the_documented_commands_are_understood(page, monkeypatch):
         elif argv[0] == "titok_jax.train":
             args, changes = train._parser().parse_known_args(argv[1:])
             found = read_config(args.config, changes)
-            # Where training runs there need not be PyTorch, which published files of these ask for: none is read.
+            # The published files of these networks need PyTorch, which a training machine may lack. So no such file is read.
             if found.get("vqgan", "random") != "random":
                 assert found.vqgan.endswith(("/pretrained", ".safetensors")), found.vqgan
             if "loss" in found and found.loss.get("perceptual", "none") != "none":
                 assert f"{found.perceptual_weights}/{CONVNEXT_FILE.stem}.safetensors" in converted
             source = found.data.source
-            if source.name != "digits":  # all is said that it needs, and no file of it is here
+            if source.name != "digits":  # its options are complete, and only its files are missing
                 with pytest.raises(FileNotFoundError):
                     make_source(source)
             trained += 1

@@ -1,4 +1,4 @@
-"""tools/convert_weights.py: every form into every other and back; what is written is what the published code takes."""
+"""tools/convert_weights.py: every format into every other and back, and the published code takes what is written."""
 
 import importlib.util
 import json
@@ -59,7 +59,7 @@ def test_round_trip_of_the_jax_checkpoint(tool, tmp_path):
 
 
 def test_the_original_tree_gets_the_published_names(tool, tmp_path):
-    """The JAX VQGAN at its full size, as zeros: names and shapes of the PyTorch one, without any configuration."""
+    """The full-size JAX VQGAN, as zeros, gets the PyTorch model's names and shapes without any configuration."""
     flat = golden_data.load_json("jax_vqgan.json")["tree"]
     tree = {"params": convert.unflatten({name: np.zeros(shape, np.float32) for name, shape in flat.items()})}
     flax_file.write_flax(tmp_path / "tokenizer_imagenet256_checkpoint", tree)
@@ -142,7 +142,7 @@ def test_a_pytorch_file_is_not_written_without_pytorch(tool, tmp_path, capsys):
 
 
 def test_a_write_that_fails_leaves_nothing(tool, tmp_path, capsys, monkeypatch):
-    """A disk that returns other bytes than were written is found out."""
+    """A disk that returns other bytes than were written is detected."""
     folder = tiny.save(tmp_path / "folder", tiny.TOKENIZER)
     write = safetensors_file.write_safetensors
 
@@ -160,7 +160,7 @@ def test_a_write_that_fails_leaves_nothing(tool, tmp_path, capsys, monkeypatch):
 
 
 def test_a_discriminator_keeps_its_constants(tool, tmp_path):
-    """As the published training code saves it; they are in its state dict."""
+    """The published training code saves the constants too, as they are in the state dict."""
     shapes = golden_data.published_shapes("shapes/discriminator.json")
     constants = known_models.buffers(models.DiscriminatorConfig())
     tensors = {name: constants.get(name, np.ones(shape, np.float32)) for name, shape in shapes.items()}
@@ -207,7 +207,7 @@ def module_tree(torch, shapes):
     ],
 )
 def test_pytorch_files_of_the_published_shapes(name, kind, tool, tmp_path):
-    """Published names and shapes -> state dict file -> here -> back: strict=True takes it, every value is the same."""
+    """Published names and shapes -> state dict file -> here -> back: strict=True accepts it, and every value is the same."""
     import torch
 
     shapes = golden_data.published_shapes(f"tiny/{name}.shapes.json")
@@ -232,7 +232,7 @@ def test_pytorch_files_of_the_published_shapes(name, kind, tool, tmp_path):
 
 
 def config_of_tiny(name, kind):
-    """The tiny golden models have sizes of their own, which the published configurations cannot say."""
+    """The tiny golden models have their own sizes, which published configurations cannot express."""
     import test_titok
 
     if kind is models.TiTokConfig:
@@ -310,7 +310,7 @@ def test_mutated_pytorch_files(tmp_path):
             _, params = pretrained.load(path.parent, models.TiTokConfig, place=lambda path, array: array)
         except convert.WeightsError as raised:
             error = str(raised)
-        if error is None:  # zip files have slack
+        if error is None:  # some bytes of a zip file do not count
             assert same(convert.flatten(params), wanted), number
         else:
             assert str(path) in error, (number, error)
@@ -319,7 +319,7 @@ def test_mutated_pytorch_files(tmp_path):
 @needs_torch
 @measures_memory
 def test_peak_memory_of_loading_a_pytorch_file(tmp_path):
-    """Of TiTok-S-128. The pages of the file, which is mapped into memory, count too."""
+    """Peak memory of loading TiTok-S-128. The file is mapped into memory, and its pages count too."""
     import torch
 
     path = tmp_path / "tokenizer_titok_s128.bin"

@@ -1,4 +1,4 @@
-"""titok_jax.data: what sources give, crops against the published code, and the order of batches."""
+"""titok_jax.data: the examples of every source, crops against the published code, and the order of batches."""
 
 import hashlib
 import io
@@ -92,10 +92,10 @@ def test_digits_split():
     def bag(images, labels):
         return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
 
-    # Together they are all images, each once: so they are disjoint too, as no two images are equal.
+    # Together the splits hold all images once. No two images are equal, so the splits are disjoint.
     assert sorted(bag(*train) + bag(*test)) == bag(*everything)
     assert len(set(bag(*everything))) == 1797
-    # Written down: a split that moved would let a trained model be tested on what it has seen.
+    # Literal values: if the split moved, a trained model could be tested on images that it has seen.
     assert test[1][:12].tolist() == [8, 9, 9, 2, 2, 8, 3, 5, 8, 0, 0, 4]
 
 
@@ -172,7 +172,7 @@ def test_one_epoch_in_order():
 
 
 def test_two_processes_with_two_workers_each_give_the_batches_of_one_without():
-    """Which example, and how it is drawn, at every step: from one epoch into the next, and resumed."""
+    """Every step has the same examples with the same random draws, across the end of an epoch and after a resume."""
     options = {"global_batch_size": 16, "start_step": 1}
     whole = take(Positions(37), 5, **options)
     parts = [take(Positions(37), 5, num_workers=2, process_index=p, process_count=2, **options) for p in range(2)]
@@ -182,13 +182,13 @@ def test_two_processes_with_two_workers_each_give_the_batches_of_one_without():
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_any_number_of_workers_gives_the_same_batches(num_workers):
-    """Three divide neither the examples of an epoch, nor a batch, nor the batches that are taken."""
+    """Three workers divide neither the examples of an epoch, nor a batch, nor the number of batches taken."""
     options = {"global_batch_size": 16, "start_step": 1}
     assert_same(take(Positions(37), 5, num_workers=num_workers, **options), take(Positions(37), 5, **options))
 
 
 def test_evaluation_with_workers_gives_everything_once_and_in_order():
-    """Three batches on two workers; the last is filled up."""
+    """Three batches on two workers; the last batch is filled up."""
     options = {"global_batch_size": 4, "process_index": 0, "process_count": 1}
     with loader.make_eval_loader(Positions(9), num_workers=2, **options) as batches:
         found = list(batches)
@@ -209,9 +209,9 @@ if __name__ == "__main__":
 
 
 def kill_with_workers(process: subprocess.Popen) -> None:
-    """SIGKILL, after which its worker processes must end by themselves."""
+    """Sends SIGKILL; the worker processes must then end by themselves."""
     children = [pid for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
-    assert len(children) >= 2  # one at least, and what multiprocessing cleans up with
+    assert len(children) >= 2  # at least one worker, and multiprocessing's cleanup process
     process.kill()
     process.wait()
 
@@ -302,7 +302,7 @@ def test_crops_match_the_published_code(name):
 
 
 class Middle:
-    """In place of a random generator: always the middle of the range, half to even as torchvision's CenterCrop."""
+    """Replaces a random generator: always draws the middle of the range, half to even as in torchvision's CenterCrop."""
 
     def __init__(self, flip):
         self.flip = flip
@@ -324,13 +324,13 @@ def test_random_crop_drawn_in_the_middle_is_the_published_center_crop(name, flip
 
 
 def test_random_crop_is_a_window_of_the_resized_image():
-    image = pixels(0)  # shorter side already 30: nothing is resampled
+    image = pixels(0)  # the shorter side is 30 already, so nothing is resampled
     windows = {sha256(view[y : y + 24, x : x + 24]) for view in (image, image[:, ::-1]) for y in range(7) for x in range(17)}
     rng = np.random.default_rng(0)
     seen = {
         sha256(transforms.random_resize_crop_flip(image, rng, resize_shorter_edge=30, crop_size=24)) for _ in range(3000)
     }
-    assert seen == windows  # every place, mirrored and not, and nothing else
+    assert seen == windows  # every window, mirrored and not, and nothing else
 
 
 def test_random_crop_resizes_as_the_published_evaluation_does():
@@ -345,7 +345,7 @@ def test_random_crop_resizes_as_the_published_evaluation_does():
 
 
 class Extreme:
-    """In place of a random generator: always the end of the range."""
+    """Replaces a random generator: always draws the end of the range."""
 
     def __init__(self, end):
         self.end = end
@@ -480,7 +480,7 @@ def test_make_source_errors():
         sources.make_source({"name": "mnist"})
     with pytest.raises(ValueError, match=r"data source digits: .*'path'; it takes split, image_size"):
         sources.make_source({"name": "digits", "path": "x"})
-    # As a recipe whose options were not given, or not for this kind.
+    # As in a recipe whose options were not given, or were given for another kind.
     with pytest.raises(ValueError, match=r"array_record: missing .*'paths'; it takes paths\. The others: .*folder \("):
         sources.make_source({"name": "array_record", "paths": "", "path": ""})
     with pytest.raises(
@@ -587,7 +587,7 @@ def test_webdataset(tmp_path):
     ],
 )
 def test_braces_mean_the_files_that_they_mean_to_a_shell(pattern, names, tmp_path):
-    for name in [*names, "t-0003.tar", "t-001.tar"]:  # those must not get in
+    for name in [*names, "t-0003.tar", "t-001.tar"]:  # the two extra names must not match
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = sources.find_files(str(tmp_path / pattern), "tars")
@@ -607,7 +607,7 @@ def test_webdataset_errors(tmp_path):
     (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:6000])
     write_tar(tmp_path / "end.tar", [("a.png", encoded(0)), ("b.png", encoded(1))])
     with tarfile.open(tmp_path / "end.tar") as tar:
-        end = tar.getmembers()[1].offset  # cut between two images, or damaged there, is an end to tarfile
+        end = tar.getmembers()[1].offset  # tarfile takes a cut or damage between two images for the end
     (tmp_path / "end.tar").write_bytes((tmp_path / "end.tar").read_bytes()[:end])
     (tmp_path / "text.tar").write_text("no tar")
     for name, message in [
@@ -648,10 +648,10 @@ def test_token_files(tmp_path, suffix):
 
 def test_published_json_line(tmp_path):
     line = GOLDEN["jsonl_line_example"]
-    tokens = np.random.default_rng(700).integers(0, 1024, 256)  # as the golden file says it was made
+    tokens = np.random.default_rng(700).integers(0, 1024, 256)  # as the golden file states
     (tmp_path / "published.jsonl").write_text(line + "\n" + line)
     source = sources.make_source({"name": "tokens", "paths": [tmp_path / "published.jsonl"]})
-    assert len(source) == 2  # the empty line between them is none
+    assert len(source) == 2  # the empty line between them is no record
     np.testing.assert_array_equal(source[1]["tokens"], tokens)
     assert source[1]["label"] == 207
     with records.token_writer(tmp_path / "ours.jsonl") as write:
@@ -737,7 +737,7 @@ def test_grey_of_16_bits_keeps_its_levels():
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "whole numbers")])
 def test_grey_of_32_bits_is_refused(dtype, kind):
-    """Pillow would cut it off at 0 and 255: floats from 0 to 1 would be black."""
+    """Pillow would clip it to 0 ... 255, and floats from 0 to 1 would become black."""
     file = io.BytesIO()
     Image.fromarray(np.linspace(0, 1000, 48 * 64).reshape(48, 64).astype(dtype)).save(file, "TIFF")
     with pytest.raises(ValueError, match=rf"^x\.tif: cannot read .*its pixels are {kind} of 32 bits"):

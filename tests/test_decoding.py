@@ -1,5 +1,5 @@
-"""titok_jax/decoding.py against the ids that the published loop gave after every step, against a second statement of that
-loop in numpy, and its noise against the Gumbel form."""
+"""titok_jax/decoding.py against the published loop's ids after every step and against a second version of that loop in
+numpy; its noise against the Gumbel method."""
 
 import math
 
@@ -32,7 +32,7 @@ def toy_logits(w, ids, labels, xp=jnp):
 
 
 def published_loop(logits_fn, labels, num_tokens, num_steps, scale, schedule, temperature, annealing, token_u, confidence_u):
-    """The published loop in numpy: ids [S, B, N] and mask_len [S], which the first image sets for all."""
+    """The published loop in numpy: ids [S, B, N] and mask_len [S]. The first image sets mask_len for all."""
 
     def gumbel(u):
         return -np.log(np.maximum(-np.log(np.maximum(u, 1e-20)), 1e-20))
@@ -93,7 +93,7 @@ def uniforms(steps, batch, num_tokens, seed=0):
 
 @pytest.fixture(scope="module", params=["vit", "uvit"])
 def generator(request):
-    """A tiny generator: its configuration, jitted forward and what the published code gave."""
+    """A tiny generator: its configuration, its jitted forward pass and the published code's results."""
     name = f"tiny/tiny_{request.param}_generator"
     config = GeneratorConfig.from_published(load_json(f"{name}.config.json"))
     table = convert.vit_generator_table() if request.param == "vit" else convert.uvit_generator_table()
@@ -135,8 +135,8 @@ def assert_trace(golden, case, out):
 @pytest.mark.parametrize("annealing", ["annealing", "plain"])
 @pytest.mark.parametrize("schedule", GUIDANCE_SCHEDULES)
 def test_golden_traces(generator, schedule, annealing):
-    """The ids after every step of 1, 4 and 8, exactly; the closest choice in these runs had a margin of 6e-3. Only
-    the forward is compiled here: 36 compiled loops would take minutes."""
+    """The ids after every step, for 1, 4 and 8 steps, exactly. The closest choice in these runs had a margin of 6e-3. Only
+    the forward pass is compiled here: 36 compiled loops would take minutes."""
     _, forward, golden = generator
 
     def logits_fn(ids, labels):
@@ -150,7 +150,7 @@ def test_golden_traces(generator, schedule, annealing):
 
 
 def test_golden_trace_compiled(generator):
-    """The same as one program."""
+    """The same, compiled as one program."""
     _, forward, golden = generator
     out = jax.jit(lambda: decode_golden(generator, forward, "linear", "annealing", 8))()
     assert_trace(golden, "trace.linear.annealing.8", out)
@@ -178,7 +178,7 @@ def test_against_numpy(schedule, num_tokens, num_steps, annealing):
 
 
 def test_ties_and_extreme_noise():
-    """Equal confidences are masked together, and u = 0 and 1 stay finite: as the published loop, for one image."""
+    """Equal confidences are masked together, and u = 0 and 1 give finite values, as in the published loop for one image."""
     w, labels, u = toy_weights(), np.array([1]), uniforms(6, 1, 6)
     u[1][:, :, 2:5] = u[1][:, :, 2:3]
     u[0][:, :, 1, 3], u[0][:, :, 0, :] = 1.0, 0.0
@@ -214,7 +214,7 @@ def test_ties_and_extreme_noise():
     ],
 )
 def test_forwards(schedule, scale, sizes):
-    """One forward of 2 B images per step, of B where guidance has no effect; counted as they run."""
+    """Each step runs one forward pass of 2 B images, or of B where guidance has no effect. They are counted as they run."""
     w, ran = jax.tree.map(jnp.asarray, toy_weights()), []
 
     def logits_fn(ids, labels):
@@ -289,12 +289,12 @@ def test_image_does_not_depend_on_its_batch():
 
 
 def test_keyed_noise_is_fresh():
-    """Every step and every image has noise of its own, and so do tokens and confidences."""
+    """Every step and every image has its own noise, and so do tokens and confidences."""
     noise = decoding.noise_from_keys(jax.random.split(jax.random.key(0), 2))
     draws = [noise(step, jnp.zeros((2, 50, 2)), 1.0) for step in (0, 1)]
     rows = [np.asarray(x[image]) for tokens, gumbel in draws for x in (tokens, gumbel < 0.3665) for image in (0, 1)]
-    # The median of a Gumbel variable is 0.3665, so all rows are fair bits: two that were one draw would agree or disagree
-    # everywhere; independent ones agree in 25 +- 3.5 of 50.
+    # The median of a Gumbel variable is 0.3665, so all rows are fair bits. Two rows from the same draw would agree or
+    # disagree everywhere; independent rows agree in 25 +- 3.5 of 50.
     for i, a in enumerate(rows):
         for b in rows[:i]:
             assert 10 < (a == b).sum() < 40
@@ -332,7 +332,7 @@ def test_errors():
 
 @pytest.mark.parametrize("k", [2, 37, 64, 1000])
 def test_inverse_cdf_has_the_distribution(k):
-    """Chi-square of many draws of either form against softmax(logits / T): neither is rejected, for square K and others."""
+    """Many draws of either method pass a chi-square test against softmax(logits / T), for square K and others."""
     n, chunks, temperature = 80_000, 20, 1.7
     logits = 2 * jnp.asarray(np.random.default_rng(k).standard_normal(k).astype(np.float32))
     p = np.exp(np.asarray(logits, np.float64) / temperature)
@@ -348,7 +348,7 @@ def test_inverse_cdf_has_the_distribution(k):
     for draw in (inverse, plain):
         keys = jax.random.split(jax.random.key(k), chunks)
         counts = np.bincount(jax.jit(lambda keys, draw=draw: jax.lax.map(draw, keys))(keys).reshape(-1), minlength=k)
-        # Tokens that together are expected fewer than 10 times are merged, or chi-square would not hold.
+        # Chi-square needs large expected counts, so the rarest tokens are merged until 10 draws of them are expected.
         order = np.argsort(p)
         rare = max(1, int(np.searchsorted(np.cumsum(p[order]) * n, 10.0)))
         observed, expected = (np.append(x[order[rare:]], x[order[:rare]].sum()) for x in (counts, p * n))
@@ -357,14 +357,14 @@ def test_inverse_cdf_has_the_distribution(k):
 
 
 def test_inverse_cdf_against_float64_quantiles():
-    """One uniform after the other: the token whose cumulative probability passes it, blocks or not."""
+    """Each uniform gives the token whose cumulative probability passes it, with blocks or without."""
     k = 1000
     logits = 3 * np.random.default_rng(1).standard_normal(k).astype(np.float32)
     u = np.concatenate([np.linspace(0, 1, 4000, endpoint=False), [1 - 2.0**-23, 1 - 2.0**-24]]).astype(np.float32)
     p = np.exp(logits.astype(np.float64) / 0.7)
     cdf = np.cumsum(p / p.sum())
     got = jax.jit(decoding.sample_inverse_cdf)(jnp.broadcast_to(jnp.asarray(logits), (len(u), k)), 0.7, jnp.asarray(u))
-    # Within the rounding of float32 sums either neighbour may be drawn, none elsewhere.
+    # Within the rounding of float32 sums either neighbour may be drawn; elsewhere only the exact token.
     lower, upper = cdf[got] - p[got] / p.sum(), cdf[got]
     assert (lower <= u + 1e-6).all()
     assert (upper >= u - 1e-6).all()
@@ -375,8 +375,8 @@ def test_inverse_cdf_against_float64_quantiles():
 
 @pytest.mark.parametrize("k", [37, 64])
 def test_inverse_cdf_never_draws_the_impossible(k):
-    """Tokens of probability 0 (single, at the end of a block, whole blocks, padding) are never drawn, even where the uniform
-    is the largest or on the border of two blocks, where the sum over a block and the running sum within it disagree."""
+    """Tokens of probability 0 (single, at the end of a block, whole blocks, padding) are never drawn. That holds for the
+    largest uniform too, and on the border of two blocks, where a block's sum and the running sum within it disagree."""
     rows = 20_000
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((rows, k)).astype(np.float32)
@@ -391,7 +391,7 @@ def test_inverse_cdf_never_draws_the_impossible(k):
 
 
 def test_temperature_zero_is_argmax():
-    """Whatever the uniforms; of equal maxima the first, as argmax."""
+    """The uniforms do not matter. Of equal maxima the first is taken, as by argmax."""
     logits = np.random.default_rng(0).standard_normal((500, 37)).astype(np.float32)
     logits[::2, 20], logits[::2, 30] = 9.0, 9.0
     u = np.random.default_rng(1).random(500, np.float32)
@@ -400,7 +400,7 @@ def test_temperature_zero_is_argmax():
 
 
 def test_keyed_decoding_has_the_distribution_of_the_published():
-    """Whole decodings: how often each token ends at each position, from keys and from the published noise."""
+    """Whole decodings: each token ends at each position equally often with noise from keys and with the published noise."""
     n, tokens = 6000, 3
     labels = jnp.full(n, 2)
     u = uniforms(3, n, tokens, seed=5)

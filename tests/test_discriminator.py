@@ -14,12 +14,13 @@ from titok_jax.models.discriminator import DiscriminatorConfig, NLayerDiscrimina
 from titok_jax.weights import convert
 
 TABLE = convert.discriminator_table()
-TOLERANCE = 2e-5  # 3.8e-6 is seen, of the logits
-# Gradients of convolutions' biases before a normalisation are sums over the image that nearly cancel: 1.3e-5 measured.
+TOLERANCE = 2e-5  # up to 3.8e-6 measured, for the logits
+# Where a normalisation follows a convolution, the gradient of its bias is a sum over the image that nearly cancels: 1.3e-5
+# measured.
 GRADIENT_TOLERANCE = 5e-5
 # At 256 pixels one of the 262,144 pooling windows has two maxima 4e-9 apart, and rounding decides which gets the gradient.
 TIE = {"size": 256, "image": 1, "rows": slice(104, 168), "columns": slice(144, 216)}  # the pixels that window sees
-TIE_TOLERANCE = 1e-3  # of parameters before the pooling: 1.8e-4 measured
+TIE_TOLERANCE = 1e-3  # for parameters before the pooling: 1.8e-4 measured
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def layers(discriminator, x):
 
 @pytest.mark.parametrize(("size", "batch"), [(64, 2), (80, 1), (256, 2)])
 def test_every_layer_and_gradient(golden, model, size, batch):
-    """Pooling has windows of one element used four times (64), overlapping ones (80), and 2 x 2 ones (256)."""
+    """Pooling windows are one element used four times (size 64), overlapping (80), and 2 x 2 (256)."""
     graphdef, params = model
 
     def objective(params, x):
@@ -86,9 +87,10 @@ def test_every_layer_and_gradient(golden, model, size, batch):
 
     gradients = convert.to_published(TABLE, gradients)
     stored = {name.removeprefix(f"{size}/grad/") for name in golden if name.startswith(f"{size}/grad/")}
-    # Of the large kernels the files hold no gradients.
+    # The files hold no gradients of the large kernels.
     assert stored == {name for name, gradient in gradients.items() if gradient.ndim == 1 or name == "block_in.0.weight"}
-    # The sum of the cotangent's 256 or 512 elements up to 1, which is zero but for rounding (3e-4 in the published run).
+    # This gradient sums the cotangent's 256 or 512 elements of up to 1. It is zero up to rounding (3e-4 in the published
+    # run).
     np.testing.assert_allclose(gradients["to_logits.2.bias"], golden[f"{size}/grad/to_logits.2.bias"], atol=2e-3)
     for name in stored - {"to_logits.2.bias"}:
         tied = size == TIE["size"] and not name.startswith("to_logits")
@@ -128,7 +130,7 @@ def test_blur_is_the_depthwise_convolution(golden, size):
 
 
 def pool_by_loops(x, size):
-    """The definition, one window at a time: the values, and the gradient of x that torch gives for 1, 2, 3, ... of them."""
+    """The definition, window by window: the values, and torch's gradient of x for a cotangent of 1, 2, 3, ..."""
     b, h, w, c = x.shape
     out, where = np.zeros((b, size, size, c), x.dtype), np.zeros_like(x)
     for n, i, j, k in np.ndindex(b, size, size, c):
@@ -143,7 +145,7 @@ def pool_by_loops(x, size):
 
 @pytest.mark.parametrize("shape", [(8, 8), (2, 2), (5, 7), (12, 4), (9, 3)])
 def test_pooling_and_its_gradient_with_ties(shape):
-    """Few distinct values, so that most windows have several maxima."""
+    """The input has few distinct values, so that most windows have several maxima."""
     x = np.random.default_rng(1).integers(0, 3, (2, *shape, 2)).astype(np.float32)
     weights = np.broadcast_to(1 + np.arange(16.0, dtype=np.float32).reshape(4, 4, 1), (2, 4, 4, 2))
     want, want_gradient = pool_by_loops(x, 4)

@@ -1,4 +1,4 @@
-"""Two real processes on one run: what they make together is what one process makes, and neither outlives the other."""
+"""Two real processes on one run: together they give the results of one process, and neither outlives the other."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def start(program: str, *arguments: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
-    """Starts `program` in processes that find each other, with so many simulated devices each."""
+    """Starts `program` in processes that find each other, each with `devices` simulated devices."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": str(devices)}
     if processes > 1:
         with socket.socket() as free:
@@ -41,7 +41,7 @@ def start(program: str, *arguments: str, processes: int = 1, devices: int = 1) -
 
 
 def finish(*runs: list[subprocess.Popen]) -> list[str]:
-    """Waits for processes that must all end well -> what each printed."""
+    """Waits for processes, which must all succeed -> what each printed."""
     processes = [process for run in runs for process in run]
     try:
         outputs = [process.communicate(timeout=1200) for process in processes]
@@ -64,7 +64,7 @@ sharding.SMALLEST_SHARDED = 64
 workdir = sys.argv[1]
 config = test_train.small("tokenizer", num_steps=16, log_every=1, keep_checkpoints=9)
 """
-# Every command, one after the other in the same processes, which saves their starts.
+# All commands run one after the other in the same processes, which saves start-up time.
 ALL_COMMANDS = (
     CONFIG
     + """
@@ -113,7 +113,7 @@ if jax.process_index() == 0:  # by itself
 assert shared and all(shared), "a batch is not cut evenly over all devices of this process"
 """
 )
-# The second of two processes gets SIGTERM after its second step here, as on a host that is preempted.
+# Here the second of two processes gets SIGTERM after its second step, as on a preempted host.
 STOPPED = (
     CONFIG
     + """
@@ -138,13 +138,13 @@ assert loop.train(parse_settings(config), workdir) is None
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Workdirs of every command on one process with four devices, and on two processes with two devices each."""
+    """Workdirs in which every command ran: one process with four devices, and two processes with two devices each."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     printed = finish(start(ALL_COMMANDS, str(one), devices=4), start(ALL_COMMANDS, str(two), processes=2, devices=2))
     for text in ("Global batch", "step 16/16", "Done: ", "wrote " + str(two / "samples.npz")):
         assert text.replace(str(two), str(one)) in printed[0]
         assert text in printed[1]
-        assert text not in printed[2]  # the second of two processes says nothing that the first has said
+        assert text not in printed[2]  # the second of two processes does not repeat the first's messages
     return one, two
 
 
@@ -153,7 +153,7 @@ def log_of(workdir) -> list[dict[str, float]]:
 
 
 def assert_same_training(found, expected):
-    """Losses and final parameters, but for rounding: sums over devices may be in another order."""
+    """Losses and final parameters are the same up to rounding: sums over devices may be in another order."""
     logs = [log_of(found), log_of(expected)]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
     for a, b in zip(*logs, strict=True):
@@ -169,7 +169,7 @@ def test_two_processes_train_as_one_with_as_many_devices(runs):
 
 
 def test_two_processes_read_each_its_own_part_of_the_data(runs):
-    """No example is read by both: of the training's one epoch, of the images that tokens are made of or are measured."""
+    """Both never read the same example: in the training's one epoch, in pretokenizing and in the evaluation."""
     _, two = runs
     for command, all_of_it in (("train", None), ("titok_jax.pretokenize", 360), ("titok_jax.evaluate", 360)):
         first, second = (set(json.loads((two / f"{command}.{process}.json").read_text())) for process in range(2))
@@ -186,7 +186,7 @@ def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
         assert (two / "tokens" / name).read_bytes() == (one / "tokens" / name).read_bytes()
     with np.load(one / "samples.npz") as a, np.load(two / "samples.npz") as b:
         np.testing.assert_array_equal(a["labels"], b["labels"])
-        # Rounded otherwise in the last bit, a value may be cut off to the next level: seen once in 92,160.
+        # If the last bit rounds differently, a value may be truncated to the next level: seen once in 92,160.
         difference = np.abs(a["arr_0"].astype(int) - b["arr_0"])
         assert len(difference) == 30
         assert difference.max() <= 1
@@ -202,8 +202,8 @@ def test_two_processes_pretokenize_sample_and_evaluate_as_one(runs):
 
 
 def test_a_run_changes_its_mesh_and_its_number_of_processes(runs, tmp_path):
-    """Begun by one process with four devices, cut along fsdp, continued by two that compute the same rows of a batch, cut
-    along tensor, until one gets SIGTERM, ended by one with one device."""
+    """One process with four devices begins, sharded along fsdp. Two processes continue, sharded along tensor, so that both
+    compute the same rows of a batch, until one gets SIGTERM. One process with one device ends the run."""
     one, _ = runs
     shutil.copytree(one / "run", tmp_path, dirs_exist_ok=True)
     for later in (6, 9, 12, 15, 16):
@@ -217,7 +217,7 @@ def test_a_run_changes_its_mesh_and_its_number_of_processes(runs, tmp_path):
     assert_same_training(tmp_path, one / "run")
 
 
-# A part of the newest checkpoint that one of two processes alone reads is damaged, as by a disk of one host.
+# One part of the newest checkpoint is damaged, as by one host's disk. Only one of two processes reads that part.
 ONE_CANNOT_READ = """
 import pathlib, sys
 from titok_jax.runtime import processes
@@ -255,7 +255,7 @@ print("restored", step, part.data.shape, flush=True)
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(which, tmp_path):
-    """And a process reads its own shards alone: what is damaged does not trouble the other."""
+    """Each process reads its own shards only, so damage to one's shards does not disturb the other."""
     printed = finish(start(ONE_CANNOT_READ, str(tmp_path), str(which), processes=2))
     assert all("restored 1 (256, 64)" in text for text in printed)
     assert "warning: the checkpoint of step 2 cannot be read" in printed[0]
@@ -263,7 +263,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(which, tmp
     assert (tmp_path / "damaged" / "2").is_dir()
 
 
-# The bucket is a folder here. The first process alone looks into it.
+# Here the bucket is a folder. Only the first process looks into it.
 LOST = """
 import sys
 from titok_jax.training import lock
@@ -329,7 +329,7 @@ def test_a_process_does_not_wait_for_ever_to_start():
 
 
 def test_what_the_environment_says_is_checked(monkeypatch):
-    processes.initialize_distributed()  # nothing is said, so nothing is done
+    processes.initialize_distributed()  # no variable is set, so this does nothing
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
     with pytest.raises(ValueError, match="found JAX_COORDINATOR_ADDRESS=host:1234, JAX_NUM_PROCESSES=, JAX_PROCESS_ID="):
         processes.initialize_distributed()
@@ -356,7 +356,7 @@ def test_the_hosts_of_a_pod_are_joined_and_a_single_one_is_not(monkeypatch, caps
     monkeypatch.setattr(processes, "_has_tpu", lambda: True)
     monkeypatch.setattr(processes, "_metadata", lambda name: metadata)
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
-    # The tests have no TPU, so that JAX falls back to the CPU, which nobody has asked for.
+    # The tests have no TPU, so JAX falls back to the CPU, which nobody asked for.
     with pytest.raises(ValueError, match=r"this machine has TPU chips, but JAX found the CPU only.*JAX_PLATFORMS=cpu"):
         processes.initialize_distributed()
     assert len(joined) == (hosts > 1)

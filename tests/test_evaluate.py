@@ -1,6 +1,6 @@
-"""The evaluation: figures against a second computation, what it refuses, what it keeps over a kill.
+"""The evaluation: its figures against a second computation, what it refuses, and what it keeps when it is killed.
 
-Most of it runs with a stand-in for the feature network, a random projection; test_features.py has the networks themselves.
+Most tests replace the feature network with a random projection; test_features.py tests the networks themselves.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from titok_jax.runtime import outputs
 from titok_jax.runtime.shards import Shards
 from titok_jax.weights import pretrained
 
-# Fewer images than features; the metrics know how to deal with it.
+# There are fewer images than features; the metrics handle that.
 pytestmark = pytest.mark.filterwarnings("ignore:Matrix is singular")
 
 
@@ -74,14 +74,14 @@ def pair(model):
 
 @pytest.fixture
 def loaded_once(monkeypatch, model, pair):
-    """Models are read, and compiled, once for all tests."""
+    """Models are read and compiled once for all tests."""
     monkeypatch.setattr(inference, "load_pair", lambda *a, **k: PAIRS(a[0]))
     monkeypatch.setattr(inference, "load_tokenizer", lambda source, **k: PAIRS(source)[0])
 
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Makes it an error to read weights: what is refused must be refused before."""
+    """Makes it an error to read weights: a command must refuse before it reads any."""
 
     def load(*args, **kwargs):
         raise AssertionError("weights were read")
@@ -97,7 +97,8 @@ def rgb(split, size=32):
 
 
 def frechet(a, b):
-    """As published, in a few lines. Where features are constant the root can be NaN (scipy 1.18), hence the offset."""
+    """The published Frechet distance in a few lines. The root can be NaN where features are constant (scipy 1.18), hence the
+    offset."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     (mu_a, mu_b), (c_a, c_b) = [x.mean(0) for x in (a, b)], [np.cov(x, rowvar=False) for x in (a, b)]
     root = scipy.linalg.sqrtm(c_a @ c_b)
@@ -112,7 +113,7 @@ def read(path):
 
 
 def main(*arguments):
-    """The command, which must succeed."""
+    """Runs the command, which must succeed."""
     assert evaluate.main([str(argument) for argument in arguments]) == 0
 
 
@@ -128,7 +129,7 @@ def test_names_say_of_how_many_images(num, name):
 
 
 def pictures_folder(folder, count=7):
-    """A folder of smooth pictures of many shapes, and the pictures."""
+    """Fills a folder with smooth pictures of many shapes -> the pictures."""
     rng = np.random.default_rng(0)
     arrays = []
     for index in range(count):
@@ -153,7 +154,7 @@ def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
     options = ["--model", folder, "--reconstruct", tmp_path / "photos", "--features", "inception", "--json", out]
     main(*options, "--batch-size", 3)
     result = read(out)
-    # The same by the library, all at once.
+    # The library computes the same, all at once.
     tokenizer = inference.load_vqgan(folder) if kind == "vqgan" else inference.load_tokenizer(folder)
     images = np.stack([center_crop_torchvision(array, 32) for array in arrays])
     tokens = tokenizer.encode(images)
@@ -196,7 +197,7 @@ def test_lpips(model, networks, loaded_once, tmp_path, monkeypatch):
     images = rgb("test")[np.arange(5) * 360 // 5]
     rebuilt = to_uint8_round(tokenizer.decode(tokenizer.encode(images)))
     assert result["metrics"]["lpips"] == pytest.approx(3 * np.mean(((images / 255.0) - rebuilt / 255.0) ** 2), rel=1e-4)
-    assert "digits-rFID-5" in result["metrics"]  # of digits, in their features
+    assert "digits-rFID-5" in result["metrics"]  # digits have their own feature network
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def test_lpips(model, networks, loaded_once, tmp_path, monkeypatch):
 
 
 def test_generation_figures_and_references(model, pair, networks, loaded_once, tmp_path):
-    """Samples that are made, and the same from a file; a reference from a data set, and the same saved and loaded."""
+    """Samples from a model and the same from a file; a reference from a data set and the same, saved and loaded."""
     options = ["--model", model, "--features", "digits"]
     settings = ["--num", 20, "--steps", 3, "--seed", 4, "--batch-size", 8]
     main(*options, *settings, "--reference", "digits:test", "--json", tmp_path / "a.json")
@@ -253,7 +254,7 @@ def test_generation_figures_and_references(model, pair, networks, loaded_once, t
 
 
 def test_adm_references(model, networks, tmp_path):
-    """Statistics of more images than are in the file take part in FID, the images in precision and recall."""
+    """FID uses the file's statistics, which cover more images than the file holds; precision and recall use its images."""
     train, few = rgb("train"), rgb("test")[:40]
     network = Projection("inception", (7, 4, 10))
     real = network(train)
@@ -273,7 +274,7 @@ def test_adm_references(model, networks, tmp_path):
     assert figures["sFID-50"] == pytest.approx(frechet(real.spatial, fake.spatial), rel=1e-5)
     assert (figures["precision-50"], figures["recall-50"]) == (precision, recall)
     assert (result["reference"]["num_images"], result["reference"]["neighbourhoods"]) == (None, 40)
-    main(*options, "--reference", tmp_path / "images.npz", "--overwrite")  # without statistics: those of its images
+    main(*options, "--reference", tmp_path / "images.npz", "--overwrite")  # a file without statistics: its images give them
     assert read(tmp_path / "a.json")["metrics"]["FID-50"] == pytest.approx(frechet(network(few).pool, fake.pool), rel=1e-5)
 
 
@@ -290,7 +291,7 @@ def test_references_of_images_have_the_crop_of_adm(networks, tmp_path):
 
 
 def test_the_whole_path_with_inception(tmp_path, monkeypatch, capsys):
-    """With seeded weights in the form of the published file; the distance of 2,048 features has tests of its own."""
+    """Seeded weights in the format of the published file. The distance of 2,048 features has its own tests."""
     monkeypatch.delenv("TITOK_JAX_INCEPTION", raising=False)
     images = rgb("test")[:12]
     np.savez(tmp_path / "samples.npz", images[:6])
@@ -392,7 +393,7 @@ def test_a_killed_evaluation_goes_on(model, networks, loaded_once, tmp_path, mon
 
 
 def test_processes_share_an_evaluation(model, networks, loaded_once, tmp_path, monkeypatch):
-    """Three processes, here threads: the figures that one process has, to the last bit."""
+    """Three processes, here threads, give the figures of one process, to the last bit."""
     arguments = ["--model", model, "--reference", "digits:test", "--num", 30, "--steps", 3, "--batch-size", 8, "--json"]
     main(*arguments, tmp_path / "one.json")
     process, barrier, made = threading.local(), threading.Barrier(3), {}
@@ -437,10 +438,10 @@ def test_a_sweep_is_continued_and_drawn(model, networks, loaded_once, tmp_path, 
     places = [(p["sampling"]["temperature"], p["sampling"]["guidance_scale"]) for p in result["points"]]
     assert places == [(1, 0), (1, 3), (2, 0), (2, 3)]
     assert [p["sampling"]["guidance_schedule"] for p in result["points"]] == ["linear"] * 4
-    # A point is what an evaluation of its own gives.
+    # A separate evaluation gives the same figures as a point of the sweep.
     main(*options[:-1], tmp_path / "one.json", "--reference", "digits:train", "--guidance-scale", "3", "--temperature", "2")
     assert read(tmp_path / "one.json")["metrics"] == pytest.approx(result["points"][3]["metrics"], rel=1e-9)
-    # More points: the others are kept.
+    # When points are added, the existing ones are kept.
     generated.clear()
     main(*options, "--guidance-scale", "0,3,1.5", "--temperature", "2,1")
     assert generated == [(1.5, 2), (1.5, 1)]
@@ -467,7 +468,7 @@ def settings_of(*arguments):
 
 
 def test_without_guidance_only_the_conditional_half_runs():
-    """Counted where it runs: the labels of each forward pass."""
+    """Counts the labels of each forward pass."""
     passes = []
 
     def logits(ids, labels):
@@ -492,7 +493,7 @@ def test_without_guidance_only_the_conditional_half_runs():
 
 
 class FakeTokenizer:
-    """Its token is the place of an image among all digits; gives it back 10 % darker."""
+    """Encodes an image as its index among all digits, and decodes it 10 % darker."""
 
     config = SimpleNamespace(image_size=32, quantize_mode="vq", codebook_size=4000)
 
@@ -508,7 +509,7 @@ class FakeTokenizer:
 
 
 def test_figures_of_a_model_that_copies(tmp_path, monkeypatch):
-    """A generator that repeats a few training digits, some under a wrong label, is seen through."""
+    """The figures expose a generator that repeats a few training digits, some under a wrong label."""
     train, labels = load_digits("train")
     test, _ = load_digits("test")
     tokenizer = FakeTokenizer()
@@ -543,7 +544,7 @@ def test_figures_of_a_model_that_copies(tmp_path, monkeypatch):
     assert distances["held_out"]["median"] == pytest.approx(np.median(nearest))
     assert distances["held_out"]["percentile_5"] == pytest.approx(np.percentile(nearest, 5))
     assert distances["generated"]["median"] < 0.75 * distances["held_out"]["median"]  # copies, 10 % darker
-    # In features: real held-out digits are near the training digits, ten copies over and over are not.
+    # In feature space, real held-out digits are near the training digits; ten digits copied over and over are not.
     network, figures = Projection(), result["against_training_digits"]
     real, real_held_out = network(rgb("train")).pool, network(rgb("test")).pool
     copies = network(

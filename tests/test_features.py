@@ -69,14 +69,14 @@ def test_features_do_not_depend_on_batches(network):
         params = convert.from_published(convert.table_for(DigitsNetConfig()), abstract, tensors, source="embedded")
     pool, logits = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))(params, images)
     for found in (network(images), features.load_digits_features(batch_size=7)(images)):
-        # Float32, the products summed in another order.
+        # Float32: the products are summed in another order.
         np.testing.assert_allclose(found.pool, pool, atol=1e-4)
         np.testing.assert_allclose(found.logits, logits, atol=1e-4)
     np.testing.assert_array_equal(network(images[:1]).pool, network(images).pool[:1])
 
 
 def test_statistics_do_not_depend_on_devices_and_processes(network, tmp_path):
-    """Two processes of four devices each, which see the even and the odd images."""
+    """Two processes with four devices each; one sees the even images, the other the odd ones."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -103,7 +103,7 @@ def test_statistics_do_not_depend_on_devices_and_processes(network, tmp_path):
         merged.merge(metrics.FeatureStatistics.load(path))
     assert (merged.count, merged.network) == (360, "digits")
     alone = statistics(network, rgb(load_digits("test", 32)[0]))
-    # Of features up to 20 that are equal to 1e-6 of that.
+    # Features go up to 20 and are equal to 1e-6 of that.
     np.testing.assert_allclose(merged.mean, alone.mean, atol=1e-5)
     np.testing.assert_allclose(merged.covariance, alone.covariance, atol=1e-4)
     reference = statistics(network, rgb(load_digits("train", 32)[0]))
@@ -138,7 +138,7 @@ def test_training_repeats_itself_and_learns(tool, tmp_path, capsys):
 
 
 def test_lpips_of_each_image(tmp_path):
-    """With the golden runs' weights and images; the heads not negative, as the real ones."""
+    """With the golden runs' weights and images. The heads are not negative, like the real ones."""
     table, (_, abstract) = convert.perceptual_table(), models.abstract(PerceptualConfig("lpips"))
     seeded = {
         name: abs(w) if ".lin" in name else w

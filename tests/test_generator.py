@@ -1,4 +1,4 @@
-"""The two generators against the published PyTorch code: seeded weights, every stage, names and shapes."""
+"""Both generators against the published PyTorch code: seeded weights, every stage, names and shapes."""
 
 import json
 
@@ -13,7 +13,7 @@ from titok_jax import models
 from titok_jax.models.generator import GeneratorConfig, with_class
 from titok_jax.weights import config_files, convert
 
-TOLERANCE = 1e-5  # relative to the largest magnitude; float32 against float64 of the published code is 1e-6
+TOLERANCE = 1e-5  # relative to the largest magnitude; the published code in float32 is within 1e-6 of itself in float64
 NAMES = ["tiny_vit_generator", "tiny_uvit_generator"]
 
 

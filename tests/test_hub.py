@@ -20,7 +20,7 @@ COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
 PUBLIC, PRIVATE = "yucornetto/tokenizer_titok_l32_imagenet", "someone/private"
 GENERATOR = "yucornetto/generator_titok_l32_imagenet"
 
-# Loads what its arguments (JSON, one per step) say and prints what came of each.
+# Each argument (JSON) is a step: what to load. The program prints the result of each.
 CLIENT = """
 import hashlib, json, sys
 import huggingface_hub.constants
@@ -45,15 +45,15 @@ for step in sys.argv[1:]:
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Repositories of a name, a revision and files; the large ones come, as on the hub, from another place by redirect."""
+    """Serves repositories by name, revision and file. As on the hub, a redirect leads large files to another address."""
 
     def __init__(self, repositories):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = repositories  # {name: {revision: (commit, {file: bytes})}}
         self.blobs = {}
-        self.requests = []  # (method, path, the Range asked for)
+        self.requests = []  # (method, path, requested Range)
         self.break_after = None  # bytes after which the next download ends
-        self.truncated = None  # a large file that is said to end before it does
+        self.truncated = None  # a large file that is announced and sent too short
 
     @property
     def url(self):
@@ -61,7 +61,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
     @property
     def other_url(self):
-        """The same place by another name: a redirect to another host is where the client downloads from."""
+        """The same server under another host name: the client downloads from the host to which it is redirected."""
         return f"http://localhost:{self.server_address[1]}"
 
 
@@ -103,7 +103,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         digest = hashlib.sha256(data).hexdigest()
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if file.endswith(".json"):
-            digest = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # a small file is known by git's checksum
+            digest = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's checksum identifies a small file
             return self.answer(200, {**headers, "ETag": f'"{digest}"'}, data)
         hub.blobs[digest] = data
         linked = {
@@ -128,7 +128,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def files_of(folder):
-    """As the published code writes them: without the checksums that ours have."""
+    """The files as the published code writes them, without the checksums that our files have."""
     weights = safetensors.numpy.load_file(folder / "model.safetensors")
     return {"config.json": (folder / "config.json").read_bytes(), "model.safetensors": safetensors.numpy.save(weights)}
 
@@ -160,7 +160,7 @@ def hub(folders):
 
 
 def run(url, home, *steps, **settings):
-    """What came of each step, in a process of its own: the hub's address and cache are settings of a process."""
+    """The result of each step, from a separate process, because the hub's address and cache are settings of a process."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     arguments = [sys.executable, "-c", CLIENT, *map(json.dumps, steps)]
@@ -190,7 +190,7 @@ def test_download_and_what_the_hub_denies(hub, folders, tmp_path):
         {"source": "hf://someone/nothing"},
         {"source": "hf://someone/empty"},
         {"source": f"{public}@v0", "revision": "main"},
-        {"source": private, "kind": "generator", "token": "good"},  # last, as what is in the cache needs no token
+        {"source": private, "kind": "generator", "token": "good"},  # last, because a cached file needs no token
     )
     assert [kind for kind, _ in results] == ["loaded"] * 3 + ["DownloadError"] * 5 + ["ValueError", "loaded"]
     tokenizer = digest_of(folders["tokenizer"])
@@ -210,7 +210,7 @@ def test_download_and_what_the_hub_denies(hub, folders, tmp_path):
         strict=True,
     ):
         assert re.match(pattern, message), message
-    # The same commit by two names is downloaded once.
+    # A commit with two names is downloaded once.
     downloads = [path for method, path, _ in hub.requests if method == "GET" and path.startswith("/large/")]
     assert len(downloads) == len(set(downloads)) == 3
 
@@ -222,10 +222,10 @@ def test_a_broken_download_goes_on_and_the_cache_needs_no_network(hub, folders, 
     ranges = [asked for method, path, asked in hub.requests if method == "GET" and path.startswith("/large/")]
     assert ranges == [None, "bytes=20480-"]
 
-    # The name of a pair gives both.
+    # The name of a pair loads both models.
     assert run(hub.url, tmp_path, {**step, "kind": "pair"}) == [("loaded", ["TiTokConfig", "GeneratorConfig"])]
 
-    # Each has its revision: v0 of the tokenizer is another one.
+    # Each has its own revision: v0 of the tokenizer is another model.
     ((kind, message),) = run(hub.url, tmp_path, {**step, "kind": "pair", "tokenizer_revision": "v0"})
     assert kind == "ValueError"
     assert "is a VAE" in message
@@ -233,7 +233,7 @@ def test_a_broken_download_goes_on_and_the_cache_needs_no_network(hub, folders, 
     assert kind == "DownloadError"
     assert message.startswith(f"cannot download hf://{GENERATOR}/config.json: there is no revision 'v9' of it")
 
-    # Offline, and with a hub that is not there.
+    # Offline, and with a hub that cannot be reached.
     asked = len(hub.requests)
     results = run(hub.url, tmp_path, step, {"source": "titok_b64"}, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == asked
@@ -245,7 +245,7 @@ def test_a_broken_download_goes_on_and_the_cache_needs_no_network(hub, folders, 
     closed = "http://127.0.0.1:9"
     assert run(closed, tmp_path, step) == results[:1]
 
-    # The hub's name for a file is a checksum of it: a change that makes another valid file does not go unnoticed.
+    # The hub names a file by its checksum, so a change is noticed even if the changed file is valid.
     (weights,) = tmp_path.glob("hub/*tokenizer_titok_l32*/snapshots/*/model.safetensors")
     (config,) = tmp_path.glob("hub/*generator_titok_l32*/snapshots/*/config.json")
     data = weights.read_bytes()
@@ -259,7 +259,7 @@ def test_a_broken_download_goes_on_and_the_cache_needs_no_network(hub, folders, 
 
 
 def test_a_hub_that_breaks_off_for_good_or_holds_a_damaged_file(hub, tmp_path):
-    """Half a file is never taken for a whole one; a whole download of a damaged file is an error as any other file's."""
+    """A partial file is never taken for a complete one. A damaged file that downloads completely gives the usual error."""
     files = hub.repositories[PUBLIC]["main"][1]
     whole = files["model.safetensors"]
     digest = hashlib.sha256(whole).hexdigest()

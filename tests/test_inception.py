@@ -19,7 +19,7 @@ from titok_jax.models.inception import InceptionConfig
 from titok_jax.weights import convert
 from titok_jax.weights.convert import WeightsError
 
-# Float32 against float64, through 48 layers: 1e-6 measured for features and logits, 3e-6 for single activations.
+# Float32 against float64 through 48 layers: 1e-6 measured for features and logits, 3e-6 for single activations.
 TOLERANCE = 1e-5
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE = convert.table_for(InceptionConfig())
@@ -31,14 +31,14 @@ def golden():
 
 
 def golden_images(size: int) -> np.ndarray:
-    """The golden runs' uint8 images. The second is darker, so that the features of the two differ."""
+    """The golden runs' uint8 images. The second is darker, so that their features differ."""
     images = (gd.images(2, size, {256: 50, 64: 51}[size]) * 255).astype(np.uint8)
     images[1] //= 3
     return images
 
 
 def golden_weights() -> dict[str, np.ndarray]:
-    """The golden runs' weights by their published names: with seeded kernels alone the signal would die on its way."""
+    """The golden runs' weights by published name. With seeded kernels alone, the signal would vanish on its way."""
     shapes = convert.published_shapes(TABLE, models.abstract(InceptionConfig())[1])
     weights = gd.seeded_weights(shapes)
     return {name: array * np.float32(1.5) if name.endswith(".conv.weight") else array for name, array in weights.items()}
@@ -82,18 +82,18 @@ def test_every_layer_and_output(golden):
 @pytest.mark.parametrize("size", [256, 64])
 def test_resize_is_tensorflows(golden, size):
     resized = gd.nchw(inception.resize(jnp.asarray(golden_images(size), jnp.float32), 299))
-    # Pixels of 0 .. 255; their places are float32 here, as in the TensorFlow graph: 8e-4.
+    # Pixels are 0 ... 255. As in the TensorFlow graph, positions are float32: an error of 8e-4.
     np.testing.assert_allclose(resized[0, :, 7], golden[f"{size}/resized299_row"], atol=3e-3)
     np.testing.assert_allclose(resized[0, :, -6:, -6:], golden[f"{size}/resized299_last_corner"], atol=3e-3)
 
 
 def test_resize_by_hand():
-    """Pixel i at i / 2: the first half way of the old pixels, the last one repeated."""
+    """Pixel i samples position i / 2: every other new pixel is halfway between old ones, and the last one is repeated."""
     x = jnp.asarray(np.array([0.0, 10.0, 30.0], np.float32).reshape(1, 1, 3, 1))
     found = inception.resize(x, 6)
     np.testing.assert_allclose(found[0, 0, :, 0], [0, 5, 10, 20, 30, 30])
     np.testing.assert_array_equal(found[0, :, 0, 0], 0)
-    # Three of nine: every third, with no filter.
+    # From nine pixels to three: every third one, with no filter.
     np.testing.assert_array_equal(inception.resize(jnp.arange(9.0).reshape(1, 1, 9, 1), 3)[0, 0, :, 0], [0, 3, 6])
 
 
@@ -101,12 +101,12 @@ def test_averages_leave_the_padding_out():
     x = jnp.ones((1, 4, 4, 1)).at[0, 0, 0].set(5.0)
     average = inception._pool("average", x)[0, :, :, 0]
     np.testing.assert_allclose(average[0], [8 / 4, 10 / 6, 1, 1], rtol=1e-6)
-    assert inception._pool("max", -x)[0, 3, 3, 0] == -1  # no padding with 0
+    assert inception._pool("max", -x)[0, 3, 3, 0] == -1  # the padding is not 0
 
 
 @pytest.fixture
 def published_file(tmp_path):
-    """The golden weights in the place of the published file: safetensors, whatever the name says."""
+    """The golden weights in place of the published file. The file is safetensors, whatever its name."""
     path = tmp_path / "published.pth"
     safetensors.numpy.save_file(golden_weights(), path)
     yield path
@@ -120,7 +120,7 @@ def test_published_file_is_verified_converted_and_used(golden, published_file, t
     spec.loader.exec_module(tool)
     converted = tmp_path / "inception.safetensors"
 
-    # Another network of the same shapes.
+    # Another network with the same shapes.
     with pytest.raises(WeightsError, match=r"not the InceptionV3 of FID: its SHA-256 is .* expected 6726825d0af5f7"):
         features.load_inception(published_file)
     assert tool.main([str(published_file), str(converted)]) == 2
@@ -146,13 +146,13 @@ def test_published_file_is_verified_converted_and_used(golden, published_file, t
     )
     assert network.name == "inception-2015-12-05"
 
-    # One bit of one tensor.
+    # One bit of one tensor is flipped.
     data = bytearray(converted.read_bytes())
     data[-100] ^= 1
     converted.write_bytes(data)
     with pytest.raises(WeightsError, match="is not what was written"):
         features.load_inception()
-    # As another program would convert the same tensors: nothing says where they are from.
+    # Another program would convert the same tensors without a note of their origin.
     safetensors.numpy.save_file(golden_weights(), converted, metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"its SHA-256 is .* and it does not say that it was converted"):
         features.load_inception()

@@ -98,13 +98,13 @@ def test_generate(generator):
     assert ids.shape == (3, 8)
     assert ids.dtype == np.int32
     assert 0 <= ids.min() <= ids.max() < 64
-    assert not np.array_equal(ids[0], ids[2])  # same label, another image
+    assert not np.array_equal(ids[0], ids[2])  # the label is the same, the image is not
     np.testing.assert_array_equal(ids, titok_jax.generate(generator, np.array([3, 1, 3]), jax.random.key(0)))
     assert not np.array_equal(ids, titok_jax.generate(generator, [3, 1, 3], jax.random.key(1)))
 
 
 def test_a_guidance_scale_of_0_is_none_under_every_schedule():
-    """That of "power-cosine" would end in unconditional images, which do not depend on the labels."""
+    """With a scale of 0, "power-cosine" would end in unconditional images, which do not depend on the labels."""
     generator = titok_jax.load_generator("digits")
 
     def ids(labels, schedule, scale):
@@ -126,7 +126,7 @@ def test_nothing_is_compiled_again_for_other_labels_seed_scale_or_temperature(ge
         titok_jax.generate(generator, labels, jax.random.key(seed), guidance_scale=scale, temperature=temperature)
     assert generator._sample._cache_size() == before
     titok_jax.generate(generator, [3, 1, 3], jax.random.key(0), num_steps=3)
-    assert generator._sample._cache_size() == before + 1  # the count does count
+    assert generator._sample._cache_size() == before + 1  # this shows that the count works
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def same(a, b):
 
 
 def test_the_vqgan_in_each_of_its_forms(tmp_path):
-    """With the golden data's weights: its codes and images, from a folder, a file and a Flax checkpoint."""
+    """The golden weights give the golden codes and images from a folder, a file and a Flax checkpoint."""
     golden = golden_data.load("tiny/tiny_maskgit_vqgan.npz")
     _, params = golden_data.seeded_model(
         lambda: MaskgitVQGAN(VQGAN_CONFIG, rngs=nnx.Rngs(0)), convert.table_for(VQGAN_CONFIG)
@@ -176,7 +176,7 @@ def test_the_vqgan_in_each_of_its_forms(tmp_path):
         vqgan = titok_jax.load_vqgan(source)
         assert pretrained.tokenizer_kind(source) is MaskgitVQGANConfig
         assert same(vqgan.params, params)
-        if source != folder:  # the same parameters compute the same
+        if source != folder:  # the same parameters give the same results
             continue
         codes = vqgan.encode(images)
         assert codes.shape == (2, 4, 4)

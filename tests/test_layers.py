@@ -1,4 +1,4 @@
-"""The shared blocks: fast forms against plain ones, scanned stacks against a Python loop."""
+"""The shared blocks: fast implementations against plain ones, scanned stacks against a Python loop."""
 
 import math
 
@@ -39,8 +39,8 @@ def test_attention_gradients_agree():
 
 @pytest.mark.parametrize("length", [129, 130])
 def test_attention_in_bfloat16_and_its_gradients_are_those_of_float32(length):
-    """By whatever form this machine takes for it. Rounding to 8 bits, of probabilities too, gives errors of 0.3 %. A
-    position too many would take 0.5 % of the sum of the outputs, whose values are positive, so that rounding cancels."""
+    """Tests the implementation that this machine uses. Rounding to 8 bits, also of probabilities, gives errors of 0.3 %. One
+    position too many would take 0.5 % of the sum of the outputs. Their values are positive, so that rounding cancels."""
     rng = np.random.default_rng(length)
     q, k, v, weights = (jnp.asarray(rng.standard_normal((2, length, 2, 64)), jnp.bfloat16) for _ in range(4))
     v = jnp.abs(v)
@@ -76,7 +76,7 @@ def test_attention_dropout_acts_on_the_probabilities():
 def test_gelu_is_exact():
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     expected = [0.5 * a * (1 + math.erf(a / math.sqrt(2))) for a in x.astype(np.float64)]
-    np.testing.assert_allclose(layers.gelu(jnp.asarray(x)), expected, atol=3e-6)  # some ulp of 6
+    np.testing.assert_allclose(layers.gelu(jnp.asarray(x)), expected, atol=3e-6)  # a few ulp of 6
 
 
 def test_group_norm_forms_agree():

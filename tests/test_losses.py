@@ -10,7 +10,7 @@ from golden_data import compare, load
 
 from titok_jax.training import losses
 
-# Values and gradients are sums of at most a few thousand float32 terms whose order differs: up to 1.6e-6 was seen.
+# Values and gradients sum at most a few thousand float32 terms in another order: up to 1.6e-6 was seen.
 TOLERANCE = 5e-6
 
 
@@ -39,7 +39,7 @@ def test_masked_token_loss(golden, name, masks):
 
 
 def test_masked_token_loss_of_parts_adds_up(golden):
-    """With weights normalised over the batch, losses and gradients of its two halves sum to those of the whole."""
+    """With weights normalised over the batch, the losses and gradients of its two parts add up to those of the whole."""
     weights = losses.token_weights(golden["mlm/masks"], 0.1)
 
     def part(logits, rows):
@@ -92,7 +92,7 @@ def stand_in_discriminator(w, x):
 
 @pytest.mark.parametrize("weight", [0.001, 1.0])
 def test_discriminator_steps(golden, weight):
-    """Three calls in a row, the first before the hinge starts: LeCam sees the averages as they were before each call."""
+    """Three calls in a row, the first before the hinge loss starts. LeCam uses the averages from before each call."""
     real, fake = nhwc(golden["gan/real"]), nhwc(golden["gan/fake"])
     ema, rows = losses.init_lecam(), []
 
@@ -107,7 +107,7 @@ def test_discriminator_steps(golden, weight):
         (_, (m, ema)), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(golden["gan/w"]), ema, factor)
         names = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss")
         rows.append([*(m[name] for name in names), ema.real, ema.fake, *grad])
-    # Element by element: the columns have different sizes. The averages, 1e-3 of the means, see 1 - 0.999 in float32.
+    # Element by element, as the columns differ in size. The averages, 1e-3 of the means, have the rounding of 1 - 0.999.
     np.testing.assert_allclose(np.array(rows), golden[f"disc_step/lecam_weight_{weight}"], rtol=2e-6)
 
 
@@ -124,7 +124,7 @@ def stand_in_perceptual(x, y):
 @pytest.mark.parametrize("kind", ["l2", "l1"])
 @pytest.mark.parametrize("name", ["stage2", "vq", "vae"])
 def test_generator_totals(golden, name, kind, step):
-    """Every logged value and the gradient, before and at the discriminator's start."""
+    """Every logged value and the gradient, before the discriminator's start and at it."""
     images, w = nhwc(golden["gan/real"]), jnp.asarray(golden["gan/w"])
     mean, logvar = (a.transpose(0, 3, 2, 1)[:, :, 0] for a in np.split(golden["generator/vae_parameters"], 2, axis=1))
     logvar = np.clip(logvar, -30.0, 20.0)
@@ -154,7 +154,7 @@ def test_generator_totals(golden, name, kind, step):
 
 
 def test_generator_without_discriminator(golden):
-    """Not running the discriminator (logits None) equals a factor of 0."""
+    """Without the discriminator (logits None) the loss equals that with a factor of 0."""
     images, fake = nhwc(golden["gan/real"]), nhwc(golden["gan/fake"])
     parts = {"quantizer_loss": 0.4, "commitment_loss": 0.08, "codebook_loss": 0.32}
     total, metrics = losses.vq_generator_loss(
@@ -192,13 +192,13 @@ def test_non_saturating_losses():
     np.testing.assert_allclose(value, expected, rtol=TOLERANCE)
     expected = -np.log(scipy.special.expit(fake.astype(float))).mean()
     np.testing.assert_allclose(losses.non_saturating_g_loss(jnp.asarray(fake)), expected, rtol=TOLERANCE)
-    # Of the generator the gradient grows where the discriminator is sure; large logits overflow nothing.
+    # The generator's gradient is largest where the discriminator is sure of a fake. Large logits do not overflow.
     slope = jax.grad(losses.non_saturating_g_loss)(jnp.array([-200.0, 0.0, 200.0]))
     np.testing.assert_allclose(slope, [-1 / 3, -1 / 6, 0.0], atol=1e-7)
 
 
 def test_entropy_loss_and_its_gradient():
-    """Against scipy in float64, the gradient by central differences."""
+    """Against scipy in float64; the gradient against central differences."""
     distances = np.random.default_rng(1).uniform(0.0, 0.05, (2, 3, 5))
 
     def expected(distances):  # with the published 1e-5 in one logarithm

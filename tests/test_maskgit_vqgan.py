@@ -24,7 +24,7 @@ from titok_jax.weights import convert
 
 TABLE = convert.maskgit_vqgan_table()
 TOLERANCE = 1e-5
-# The decoder amplifies rounding: two float32 runs of the published code differ by 1.2e-5 in the images already.
+# The decoder amplifies rounding: even two float32 runs of the published code differ by 1.2e-5 in their images.
 DECODER_TOLERANCE = 5e-5
 
 
@@ -83,7 +83,7 @@ def decoder_blocks(decoder, x):
 
 @pytest.fixture(scope="module")
 def outputs(model):
-    """Everything the tests look at, from one compilation."""
+    """All outputs that the tests check, from one compilation."""
     graphdef, params = model
 
     @jax.jit
@@ -117,14 +117,14 @@ def test_every_block(golden, outputs):
     assert set(blocks) == stored
     for name, value in blocks.items():
         compare(golden, name, value, DECODER_TOLERANCE if name.startswith("decoder.") else TOLERANCE)
-    # What the modules compute when called is what their blocks give in this order.
+    # Called as a whole, the modules give what their blocks give in this order.
     np.testing.assert_allclose(nchw(whole["z"][:1]), blocks["encoder.conv_out"], atol=3e-6 * np.abs(whole["z"]).max())
     np.testing.assert_allclose(nchw(whole["raw"][:1]), blocks["decoder.conv_out"], atol=4e-5 * np.abs(whole["raw"]).max())
 
 
 def test_quantizer(golden, outputs):
     whole, _ = outputs
-    assert golden["margin"].min() > 1e-4  # no code of this file is a close call
+    assert golden["margin"].min() > 1e-4  # this file has no close calls
     assert whole["codes"].dtype == np.int32
     assert whole["codes"].shape == (2, 4, 4)
     np.testing.assert_array_equal(whole["codes"].reshape(2, 16), golden["codes"])
@@ -132,9 +132,9 @@ def test_quantizer(golden, outputs):
     compare(golden, "distances", whole["distances"].reshape(32, 1024), TOLERANCE)
     np.testing.assert_array_equal(nchw(whole["z_q"]), golden["z_quantized"])
     compare(golden, "z_quantized", nchw(whole["quantizer"].quantized), TOLERANCE)
-    out = whole["quantizer"]  # the PyTorch code weights the codebook's term
+    out = whole["quantizer"]  # the PyTorch code applies its weight to the codebook term
     compare(golden, "quantizer_loss", (out.commitment_loss + 0.25 * out.codebook_loss)[None], TOLERANCE)
-    # An error of 5e-7 in distances up to 600 is one of 3e-4 in their exponentials.
+    # A relative error of 5e-7 in distances up to 600 becomes one of 3e-4 in their exponentials.
     compare(golden, "soft_code", whole["soft_code"].reshape(2, 16, 1024), 3e-4)
 
 
@@ -146,7 +146,7 @@ def test_reconstruction(golden, outputs):
 
 
 def test_published_size():
-    """The full-size model, on images smaller than those it was made for, square and not."""
+    """The full-size model on images smaller than its own size, square and not square."""
     golden = load("maskgit_vqgan.npz")
     graphdef, params = seeded_model(lambda: MaskgitVQGAN(MaskgitVQGANConfig(), rngs=nnx.Rngs(0)), TABLE)
 
@@ -160,15 +160,15 @@ def test_published_size():
     x = images(2, 128, 0)
     for prefix, z, codes, raw in (("size128", *run(params, x)), ("size64x128", *run(params, x[:, :64]))):
         np.testing.assert_array_equal(codes.reshape(golden[f"{prefix}.codes"].shape), golden[f"{prefix}.codes"])
-        if prefix == "size128":  # of the other size the file has the results only
+        if prefix == "size128":  # for the other size the file has only the results
             assert golden["size128.margin"].min() > 1e-4  # no close calls
             compare(golden, "size128.encoder_output", nchw(z), TOLERANCE)
-        # Float32 and float64 runs of the published decoder differ by 9e-6 already.
+        # Even the published decoder differs by 9e-6 between float32 and float64.
         compare(golden, f"{prefix}.reconstruction_raw", nchw(raw), 1e-4)
 
 
 def test_quantizer_gradients():
-    """The straight-through gradient and the two loss terms' directions, by hand on two codes."""
+    """The straight-through gradient and the direction of both loss terms, by hand on two codes."""
     graphdef, _ = nnx.split(VQGANQuantizer(2, 2, rngs=nnx.Rngs(0)))
 
     def loss(codebook, z):
@@ -202,7 +202,7 @@ def test_names_and_shapes_are_the_published_ones(config, file):
 
 
 def test_published_weights_come_back(model):
-    """Published -> ours -> published is the identity, and the nested dict keeps string keys through a module."""
+    """Published -> ours -> published is the identity, and a module keeps the string keys of the nested dict."""
     graphdef, params = model
     shapes = published_shapes("tiny/tiny_maskgit_vqgan.shapes.json")
     weights = seeded_weights(shapes)
@@ -220,7 +220,7 @@ def test_published_weights_come_back(model):
 
 
 def test_pixel_decoder_of_stage_two():
-    """As `pixel_decoder` of a TiTok, by the same rules under another name."""
+    """The VQGAN as `pixel_decoder` of a TiTok: the same rules apply under another name."""
     published = published_shapes("tiny/tiny_maskgit_vqgan.shapes.json")
     _, params = abstract_model(lambda: Decoder(tiny_config(), rngs=nnx.Rngs(0)))
     found = convert.published_shapes(convert.vqgan_rules(r"(pixel_decoder)"), {"pixel_decoder": params})
@@ -228,7 +228,7 @@ def test_pixel_decoder_of_stage_two():
 
 
 def test_more_than_ten_blocks_keep_their_order():
-    """Numbered by strings, "10" sorts before "2": weights must still reach their own block."""
+    """As a string, "10" sorts before "2". Weights must still reach their own block."""
     config = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1,), num_res_blocks=12, z_channels=4, codebook_size=4)
     graphdef, params = seeded_model(lambda: MaskgitVQGAN(config, rngs=nnx.Rngs(0)), TABLE)
     mid = nnx.merge(graphdef, params).encoder.mid
@@ -259,4 +259,4 @@ def test_bfloat16_is_close(golden, model):
     assert hidden.dtype == jnp.bfloat16
     assert distances.dtype == jnp.float32
     error = compare(golden, "encoder.conv_out", nchw(hidden[:1].astype(jnp.float32)), 0.05)
-    assert error > 1e-4  # float32 would be closer: then the dtype was ignored
+    assert error > 1e-4  # a smaller error would mean float32: the dtype was ignored

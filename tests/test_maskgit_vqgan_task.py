@@ -1,4 +1,4 @@
-"""Training of the MaskGIT-VQGAN: a step against the same written out plainly, in parts, on a mesh, interrupted."""
+"""Training of the MaskGIT-VQGAN: a step against plain formulas, in parts, on a mesh, and interrupted."""
 
 import json
 import os
@@ -37,7 +37,7 @@ ADAM = OptimizerConfig(
     weight_decay=0.0,
     max_grad_norm=float("inf"),
 )
-# Sizes of the terms such that none hides behind another. The distances of these small latents are near 1.
+# With these weights no term hides behind another. The distances of these small latents are near 1.
 LOSS = maskgit_vqgan.LossConfig(
     entropy_temperature=0.5,
     perceptual="blocks",
@@ -72,12 +72,12 @@ def batch(seed: int = 0):
 
 def first_state(task, step: int = 0):
     state = jax.jit(task.init)(jax.random.key(0))
-    lecam = losses.LeCamEma(jnp.float32(1.0), jnp.float32(-1.0))  # so that both of its terms act
+    lecam = losses.LeCamEma(jnp.float32(1.0), jnp.float32(-1.0))  # so that both LeCam terms act
     return {**state, "step": jnp.int32(step), "lecam": lecam}
 
 
 def plain_gradients(task, state, images):
-    """Gradients of both networks by the formulas as they stand in the papers, on the whole batch."""
+    """Gradients of both networks on the whole batch, from the formulas as the papers state them."""
     params = state["params"]
 
     def critic(p, x):
@@ -110,8 +110,8 @@ def plain_gradients(task, state, images):
 
 
 def test_gradients_are_those_of_the_formulas():
-    """Also with gradients accumulated over two parts of the batch, where entropy, R1 and LeCam are not linear in the parts:
-    these differ, because every second image is dark."""
+    """Also with gradients accumulated over two parts of the batch. Entropy, R1 and LeCam are not linear in the parts, which
+    differ, because every second image is dark."""
     images = batch()["image"] * np.array([1.0, 0.1, 1.0, 0.1], np.float32)[:, None, None, None]
     logged = []
     for parts in (1, 2):
@@ -124,11 +124,11 @@ def test_gradients_are_those_of_the_formulas():
         assert metrics["lecam_loss"] > 0.1
         assert metrics["r1_penalty"] > 1e-4
         for name, grads in expected.items():
-            # Without a first moment (beta1 is 0), that of the optimizer is the gradient.
+            # As beta1 is 0, the optimizer's first moment is the gradient.
             for (path, want), got in zip(
                 jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(new["opt"][name][0].mu), strict=True
             ):
-                # 1e-5 in the published entropy's logarithm, and rounding.
+                # The published entropy has 1e-5 inside a logarithm; the rest is rounding.
                 largest = max(1e-3, float(jnp.abs(want).max()))
                 np.testing.assert_allclose(got, want, atol=2e-4 * largest, err_msg=f"{name} {jax.tree_util.keystr(path)}")
     for key, value in logged[0].items():
@@ -159,7 +159,7 @@ def test_all_is_trained_and_the_discriminator_from_its_start_on():
 
 
 def test_r1_penalises_the_slope_of_the_mean_logit():
-    """Of logits w x^2, one per pixel: the mean's slope is 2 w x / n, its square's derivative in w known."""
+    """The logits are w x^2, one per pixel. The mean's slope is 2 w x / n, so the derivative of its square in w is known."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 3)), jnp.float32)
     network = types.SimpleNamespace(module=lambda w: lambda x: w * jnp.square(x).sum(-1, keepdims=True))
     adversary = adversarial.Adversary(network, 0, lecam_weight=0.0, gradient_penalty=10.0, parts=3)
@@ -219,7 +219,7 @@ def test_an_interrupted_run_ends_as_a_straight_one(tmp_path, monkeypatch):
     resumed = loop.train(parse_settings(small()), tmp_path / "resumed")  # from the checkpoint of step 2
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-    # The result is a model folder with the averaged parameters.
+    # The run writes a model folder with the averaged parameters.
     loaded, params = pretrained.load(tmp_path / "straight" / "pretrained", MaskgitVQGANConfig)
     assert loaded.resolution == 32
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(straight["ema"]["vqgan"]), strict=True):
@@ -243,5 +243,5 @@ def test_a_run_on_a_mesh_ends_as_one_on_one_device(tmp_path):
             if one[name] is None:
                 assert eight[name] is None
             else:
-                # Sums over devices are in another order, and Adam amplifies rounding in its first steps.
+                # Sums over devices are in another order, and Adam's first steps amplify rounding.
                 np.testing.assert_allclose(eight[name], one[name], rtol=1e-3, err_msg=name)

@@ -32,21 +32,21 @@ def test_mask_tokens(golden, num_tokens):
 
 
 def test_random_mask_tokens():
-    """The shares of masked tokens follow the schedule: for arccos, E[ratio] = 2/pi; every position is equally likely."""
+    """The share of masked tokens follows the schedule: for arccos, E[ratio] = 2/pi. Every position is equally likely."""
     rows, n = 4096, 16
     tokens = jnp.zeros((rows, n), jnp.int32)
     masked, mask = jax.jit(lambda key: masking.random_mask_tokens(key, tokens, 7))(jax.random.key(0))
     np.testing.assert_array_equal(masked, np.where(mask, 7, 0))
     # Over u the ratio has mean 2/pi = 0.637 and variance (pi - 3) 4/pi^2 = 0.0574: standard error 0.0037 over 4096 rows.
     assert abs(mask.mean() - 2 / np.pi) < 4 * 0.0037
-    # A position's share is binomial, standard error 0.0075.
+    # The share of a position is binomial with standard error 0.0075.
     assert np.abs(mask.mean(0) - 2 / np.pi).max() < 4.5 * 0.0075
     _, other = masking.random_mask_tokens(jax.random.key(1), tokens, 7)
     assert not np.array_equal(mask, other)
 
 
 def test_schedules():
-    """All are 1 at time 0, fall, and end at (nearly) 0; the values at 1/2 are those of their formulas."""
+    """All schedules are 1 at time 0, fall, and end at (nearly) 0. Their values at 1/2 follow from their formulas."""
     u = jnp.linspace(0.0, 1.0, 101)
     half = {"arccos": 2 / 3, "cosine": 0.5**0.5, "linear": 0.5, "root": 1 - 0.5**0.5}
     assert set(half) == set(masking.SCHEDULES)

@@ -1,4 +1,4 @@
-"""curves.png: every number that was logged is drawn over its steps, a constant too, and stands in its place in the file."""
+"""curves.png: every logged number, even a constant, is drawn over its steps and has its place in the file."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def figures(monkeypatch):
 
 
 def metrics(step: int) -> dict[str, float]:
-    """Of one step: what falls, what never changes, what is always 0, and what some steps do not compute."""
+    """Metrics of one step: one falls, some never change, one is always 0, and some steps do not compute one."""
     return {
         "loss": 8.0 / step,
         "lr": 1e-4,
@@ -53,7 +53,7 @@ def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, figures):
         log.write(step, metrics(step), shown="loss")
     log.write_evaluation(2, {"psnr": 20.0})
     log.close()
-    log = open_log(tmp_path, 2)  # the last checkpoint: what came after it is done again
+    log = open_log(tmp_path, 2)  # from the last checkpoint, so later steps are repeated
     log.write(3, metrics(3) | {"loss": 5.0}, shown="loss")
     log.draw_curves()
     log.close()
@@ -79,7 +79,7 @@ def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, figures):
 
 
 def test_a_line_is_drawn_where_its_values_are(tmp_path):
-    """The pixels of a chart: a loss that falls, a rate that stays."""
+    """Checks the pixels of a chart with a falling loss and a constant rate."""
     log = open_log(tmp_path, 0)
     for step in (1, 2, 3):
         log.write(step, {"loss": 4.0 - step, "lr": 1e-4}, shown="loss")

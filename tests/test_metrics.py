@@ -1,4 +1,4 @@
-"""Metrics against the published evaluators' values, or a second computation: scipy, scikit-learn, or by hand."""
+"""Metrics against values of the published evaluators or a second computation: scipy, scikit-learn, or by hand."""
 
 import golden_data as gd
 import numpy as np
@@ -30,7 +30,7 @@ def test_psnr_by_hand():
 def test_ssim_against_scipy():
     a, b = image_pairs()
 
-    def filtered(x):  # scipy's own Gaussian, cut at 5 taps either side; the border, where it pads, is thrown away
+    def filtered(x):  # scipy's Gaussian, truncated at 5 taps either side; its padded border is thrown away
         return scipy.ndimage.gaussian_filter(x, 1.5, truncate=3.5)[5:-5, 5:-5]
 
     expected = []
@@ -66,9 +66,9 @@ def test_codebook_usage_by_hand():
     usage = metrics.CodebookUsage(8)
     assert (usage.usage, usage.entropy, usage.perplexity) == (0, 0, 1)
     usage.update(np.array([[0, 0], [1, 1]])).update(np.array([2, 2, 3, 3], np.int32))
-    # 1e-8 is inside the logarithm: 6e-8 bits less.
+    # The 1e-8 inside the logarithm takes 6e-8 bits away.
     assert (usage.usage, usage.entropy, usage.perplexity) == pytest.approx((0.5, 2.0, 4.0), rel=1e-6)
-    usage.update(np.full((2, 4), 7))  # probabilities 1/8 four times, 1/2
+    usage.update(np.full((2, 4), 7))  # probabilities: four times 1/8, and 1/2
     assert usage.counts.tolist() == [2, 2, 2, 2, 0, 0, 0, 8]
     assert usage.usage == 5 / 8
     assert usage.entropy == pytest.approx(4 * 3 / 8 + 1 / 2)
@@ -175,7 +175,7 @@ def test_precision_recall_does_not_depend_on_order_and_refuses_nonsense(golden):
 
 
 def features_with_offsets():
-    """[101, 12] whose means are up to 1,000 times their deviations: sums of squares would lose six digits."""
+    """Features [101, 12] with means up to 1,000 times their deviations, so that sums of squares would lose six digits."""
     rng = np.random.default_rng(3)
     return (rng.standard_normal((101, 12)) @ rng.standard_normal((12, 12)) + 1000 * rng.random(12)).astype(np.float32)
 
@@ -221,7 +221,7 @@ def test_statistics_that_do_not_fit():
 def test_frechet_distance_of_a_root_that_is_not_finite(golden, monkeypatch):
     real, fake = (statistics(golden[f"b/{name}"]) for name in ("real", "fake"))
     offset = [stats.covariance + 1e-6 * np.eye(16) for stats in (real, fake)]
-    # The root's trace a second way: eigenvalues of the symmetric form.
+    # The trace of the root by another way: eigenvalues of the symmetric form.
     values, vectors = np.linalg.eigh(offset[0])
     half = vectors * np.sqrt(values) @ vectors.T
     trace = np.sqrt(np.linalg.eigvalsh(half @ offset[1] @ half)).sum()
@@ -248,7 +248,7 @@ def test_statistics_saved_and_loaded(tmp_path):
     loaded = FeatureStatistics.load(tmp_path / "reference.npz")
     assert (loaded.count, loaded.dim, loaded.network) == (60, 12, "inception")
     assert metrics.frechet_distance(loaded, pool) == pytest.approx(0, abs=1e-8)
-    loaded.update(features[60:])  # goes on where the other ended
+    loaded.update(features[60:])  # continues where the saved one ended
     np.testing.assert_allclose(loaded.covariance, statistics(features).covariance, rtol=1e-12, atol=1e-12)
     np.testing.assert_array_equal(FeatureStatistics.load(tmp_path / "reference.npz", spatial=True).mean, spatial.mean)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
@@ -259,7 +259,7 @@ def test_statistics_saved_and_loaded(tmp_path):
 
 
 def test_reference_of_adm(tmp_path):
-    """Their file: float32 means, float64 covariances, no counts, images beside them."""
+    """Reference files of ADM hold float32 means, float64 covariances, no counts, and also images."""
     features, path = features_with_offsets(), tmp_path / "VIRTUAL_imagenet256_labeled.npz"
     np.savez(
         path,
@@ -273,7 +273,7 @@ def test_reference_of_adm(tmp_path):
     assert (stats.count, stats.network, stats.mean.dtype) == (0, "", np.float64)
     sample = statistics(features[::2], network="inception")
     expected = metrics.frechet_distance(statistics(features), sample)
-    assert metrics.frechet_distance(stats, sample) == pytest.approx(expected, rel=1e-4)  # a mean in float32
+    assert metrics.frechet_distance(stats, sample) == pytest.approx(expected, rel=1e-4)  # the file's mean is float32
     assert FeatureStatistics.load(path, spatial=True).dim == 5
     for change in (lambda: stats.update(features), lambda: stats.merge(sample), lambda: sample.merge(stats)):
         with pytest.raises(ValueError, match="unknown number of images"):
@@ -310,7 +310,7 @@ def test_inception_score_does_not_depend_on_batches_and_shards(golden, chunk_siz
         for start in range(0, 130, batch_size):
             score.update(logits[start : start + batch_size])
         assert (score.count, score.value) == (130, pytest.approx(expected, rel=1e-12))
-    # Two shards, cut where a chunk ends.
+    # Two shards, split where a chunk ends.
     shards = [InceptionScore(chunk_size).update(part) for part in (logits[:50], logits[50:])]
     assert shards[0].merge(shards[1]).value == pytest.approx(expected, rel=1e-12)
 

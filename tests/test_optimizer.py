@@ -23,14 +23,14 @@ def assert_schedule(schedule, want):
 
 
 def test_cosine_schedule(golden):
-    """Through the warm-up and beyond the end, where the rate rises again."""
+    """Covers the warm-up and steps beyond the end, where the rate rises again."""
     schedule = optimizer.cosine_schedule(1e-4, end_lr=1e-5, warmup_steps=10, total_steps=100)
     assert_schedule(schedule, golden["lr/cosine_used_by_update_f64"])
     assert_schedule(schedule, golden["lr/cosine_4proc_gen_f64"])  # several processes change nothing
 
 
 def test_cosine_schedule_of_discriminator(golden):
-    """It counts its own updates; several processes shift its end (a published peculiarity)."""
+    """The discriminator's schedule counts its own updates. Several processes shift its end (a published peculiarity)."""
     schedule = optimizer.cosine_schedule(1e-4, end_lr=1e-5, warmup_steps=10, total_steps=100 - 20)
     assert_schedule(schedule, golden["lr/cosine_disc_start20_f64"])
     schedule = optimizer.cosine_schedule(1e-4, end_lr=1e-5, warmup_steps=10, total_steps=100 - 20 / 4)
@@ -38,7 +38,7 @@ def test_cosine_schedule_of_discriminator(golden):
 
 
 def test_long_cosine_schedule_to_zero():
-    """Precise for the published number of steps down to an end at 0, where float32 cosines cancel: against float64."""
+    """Against float64, for the published number of steps. The schedule ends at 0, where float32 cosines would cancel."""
     schedule = optimizer.cosine_schedule(1e-4, end_lr=0.0, warmup_steps=10_000, total_steps=1_000_000)
     steps = np.array([9_999, 10_000, 500_000, 990_000, 999_000, 999_999], np.int32)
     progress = (steps.astype(np.float64) - 10_000) / 990_000
@@ -65,17 +65,17 @@ def adamw_trajectory(tx, start, grads):
 
 
 def test_adamw(golden):
-    """Four updates of torch's AdamW at rates 0, 1e-3, 2e-3, 3e-3, the first of which moves the moments alone."""
+    """Four updates of torch's AdamW at rates 0, 1e-3, 2e-3, 3e-3. The first one changes only the moments."""
     tx = optimizer.adamw(lambda k: 1e-3 * k, b1=0.9, b2=0.99, weight_decay=0.05, decay_mask={"w": True})
     got = adamw_trajectory(tx, golden["adamw/start"], golden["adamw/grads"])
     np.testing.assert_array_equal(got[0], golden["adamw/start"])
-    # Both round the parameters to float32 at every update: a few ulp of the largest, 1.8.
+    # Both round the parameters to float32 at every update: a few ulp of the largest value, 1.8.
     compare(golden, "adamw/params", got, 1e-6)
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.96), (0.0, 0.99)])
 def test_adamw_against_float64(b1, b2):
-    """The update itself, not hidden behind the parameter's rounding: from parameters 0, with tiny and large gradients."""
+    """Parameters start at 0, so that their rounding does not hide errors of the update. Gradients are tiny and large."""
     grads = np.random.default_rng(0).standard_normal((20, 3, 4)) * 10.0 ** np.arange(-9, 3).reshape(3, 4)
     grads = grads.astype(np.float32).astype(np.float64)
     m = v = p = np.zeros((3, 4))
@@ -86,13 +86,13 @@ def test_adamw_against_float64(b1, b2):
         want.append(p)
     tx = optimizer.adamw(lambda k: 1e-3, b1=b1, b2=b2, weight_decay=0.1, decay_mask={"w": True})
     got = adamw_trajectory(tx, np.zeros((3, 4), np.float32), grads.astype(np.float32))
-    # Some ulp of the largest; optax's own float32 bias correction is off by 8e-6 here for b2 = 0.999.
+    # A few ulp of the largest. Optax's own float32 bias correction is off by 8e-6 here for b2 = 0.999.
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
     np.testing.assert_allclose(got[0], want[0], rtol=2e-6)
 
 
 def test_adamw_mask_and_abstract_state():
-    """The mask exempts; the state is a plain pytree with the parameters' shapes."""
+    """The mask exempts parameters from decay. The state is a plain pytree with the parameters' shapes."""
     params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
     mask = {"a": {"kernel": True, "bias": False}}
     tx = optimizer.adamw(lambda k: 0.5, b1=0.9, b2=0.99, weight_decay=0.1, decay_mask=mask)
@@ -110,24 +110,24 @@ def test_clip(golden, case):
     grads = {"a": golden["clip/in_0"], "b": {"c": golden["clip/in_1"]}}
     grads = jax.tree.map(lambda g: jnp.asarray(g) * (1.0 if case == "big" else 0.01), grads)
     clipped, norm = jax.jit(optimizer.clip_by_global_norm, static_argnums=1)(grads, 1.0)
-    # One float32 sum of 22 squares and two products.
+    # A float32 sum of 22 squares, and two products.
     compare(golden, f"clip/{case}_norm", norm, 3e-7)
     compare(golden, f"clip/{case}_0", clipped["a"], 3e-7)
     compare(golden, f"clip/{case}_1", clipped["b"]["c"], 3e-7)
 
 
 def test_clip_divisor():
-    """torch adds 1e-6 to the norm: seen where the gradient is as small as that."""
+    """torch adds 1e-6 to the norm, which shows where the gradient is that small."""
     clipped, norm = optimizer.clip_by_global_norm({"a": jnp.array([2e-6, 0.0])}, 1e-6)
     np.testing.assert_allclose(norm, 2e-6, rtol=1e-6)
     np.testing.assert_allclose(clipped["a"][0], 2e-6 / 3, rtol=1e-6)
 
 
 def test_ema_decay(golden):
-    """The published counter is one ahead of ours."""
+    """The published counter is ahead of ours by one."""
     steps = jnp.asarray(golden["ema/optimization_step"]) - 1
     got = jax.jit(jax.vmap(optimizer.ema_decay))(steps)
-    np.testing.assert_allclose(got, golden["ema/decay_at_f64"], rtol=5e-7)  # some ulp
+    np.testing.assert_allclose(got, golden["ema/decay_at_f64"], rtol=5e-7)  # a few ulp
     np.testing.assert_allclose([optimizer.ema_decay(k) for k in range(5)], golden["ema/decay_f64"], rtol=5e-7)
     assert jax.jit(optimizer.ema_decay, static_argnums=1)(10**6, 0.9999) == np.float32(0.9999)
 
@@ -136,13 +136,13 @@ def test_ema_update(golden):
     ema = {"w": jnp.asarray(golden["ema/start"])}
     for step, params in enumerate(golden["ema/params"]):
         ema = jax.jit(optimizer.ema_update)(ema, {"w": params}, step)
-        # One rounding of the difference per update.
+        # Each update rounds the difference once.
         np.testing.assert_allclose(ema["w"], golden["ema/shadow"][step], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "single_stage_vae", "generator", "generator_uvit"])
 def test_no_decay_words(name):
-    """The published optimizer's two groups, by published name and rank, for every kind of model."""
+    """For every kind of model, the two groups of the published optimizer, by published name and rank."""
     golden = load_json(f"training/{name}_steps.json")
     disc = {"discriminator." + n: shape for n, shape in published_shapes("shapes/discriminator.json").items()}
     groups = [("", golden["shapes"])] + ([("disc_", disc)] if "disc_decay" in golden else [])
@@ -155,7 +155,7 @@ def test_no_decay_words(name):
 
 
 def test_plain_ema_is_the_weighted_mean_of_all_it_saw():
-    """In closed form: decay^n of the first value, and (1 - decay) decay^(n - k) of what came at update k."""
+    """In closed form: the first value has weight decay^n, and the value of update k has (1 - decay) decay^(n - k)."""
     rng = np.random.default_rng(0)
     start, seen = rng.standard_normal((1, 5)), rng.standard_normal((6, 5))
     ema = jnp.asarray(start[0], jnp.float32)

@@ -1,4 +1,4 @@
-"""The package as it is installed: what the wheel holds, and what is never imported."""
+"""The installed package: what the wheel holds, and which modules are never imported."""
 
 import os
 import pathlib
@@ -15,9 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
-    """The package as a wheel."""
+    """Builds the wheel of the package."""
     folder = tmp_path_factory.mktemp("wheel")
-    # From a copy: a build leaves folders behind.
+    # Built from a copy, because a build leaves folders behind.
     listed = ["git", "ls-files", "titok_jax", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def test_the_wheel_holds_the_digits_and_is_small(wheel):
     assert sum(size for name, size in sizes.items() if "embedded" in name or "digits" in name) <= 6e6
 
 
-# Run by the Python of the environment that the wheel is in, in an empty folder.
+# This runs in an empty folder, with the Python of the environment in which the wheel is installed.
 INSTALLED = """
 import contextlib, io, pathlib, runpy, sys
 import titok_jax
@@ -68,17 +68,17 @@ assert pathlib.Path("run/pretrained/model.safetensors").is_file()
 
 
 def test_installed_it_has_every_command_and_every_recipe(wheel, tmp_path):
-    """In an environment that has nothing of the clone, from an empty folder."""
+    """Runs from an empty folder, in an environment that has nothing of the clone."""
     environment, folder = tmp_path / "environment", tmp_path / "empty"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"
-    # The other packages are those of this environment; what else its folder says (editable installs) is not read.
+    # The other packages come from this environment's folder. Its .pth files (editable installs) are not read.
     (site,) = environment.glob("lib/python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     install = ["--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     folder.mkdir()
-    (folder / "configs").mkdir()  # of another project
+    (folder / "configs").mkdir()  # belongs to another project
     (folder / "configs" / "__init__.py").write_text("")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, "-c", INSTALLED, ",".join(COMMANDS)]

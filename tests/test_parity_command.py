@@ -1,5 +1,5 @@
-"""`python -m titok_jax.parity`, its whole path: tiny models in the place of the published ones, and in the place of a clone
-of the published code a small one in numpy, which reads the published names and layouts by itself."""
+"""`python -m titok_jax.parity` from end to end. Tiny models replace the published ones. Small numpy code replaces the clone
+of the published code; it reads the published names and layouts by itself."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ from titok_jax.weights import config_files
 
 STEM = "ILSVRC2012_val_00010240"
 
-# What the driver uses of torch: arrays with a method `numpy`.
+# The driver uses only this of torch: arrays with a method `numpy`.
 TORCH = """
 import contextlib
 import numpy as np
@@ -145,7 +145,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two pictures of the tiny models' size; the first has the name of one whose tokens are published."""
+    """Two pictures of the tiny models' size. The first is named like a picture whose tokens are published."""
     folder, paths = tmp_path_factory.mktemp("images"), []
     for name, pixels in zip((f"{STEM}.png", "other.png"), gd.images(2, 32, 0), strict=True):
         Image.fromarray(np.round(pixels * 255).astype(np.uint8)).save(folder / name)
@@ -162,7 +162,7 @@ def know(monkeypatch, tokens) -> None:
 
 
 def test_published_tokens_and_reconstruction(models, images, monkeypatch, capsys, tmp_path):
-    """Tokens are compared where they are known, and then those are decoded, not the own ones."""
+    """Where published tokens are known, they are compared, and they are decoded instead of our own."""
     tokenizer = inference.load_tokenizer(models["TOKENIZER"])
     tokens = np.asarray(tokenizer.encode(read(images[0])))[0]
     wrong = np.where(np.arange(8) < 2, (tokens + 1) % 64, tokens)
@@ -183,7 +183,7 @@ def test_published_tokens_and_reconstruction(models, images, monkeypatch, capsys
     assert sum("given reconstruction" in line for line in out.splitlines()) == 2
     assert "pass: all 3 within bounds" in out
 
-    # One token more is too many; a picture that is off by 4 levels in one place too.
+    # One more wrong token is too many. So is a picture that is off by 4 levels in one place.
     know(monkeypatch, np.where(np.arange(8) < 3, (tokens + 1) % 64, tokens).tolist())
     assert parity.main(arguments[:3]) == 1
     assert "3 of 8 differ" in capsys.readouterr().out
@@ -201,7 +201,7 @@ def test_published_tokens_and_reconstruction(models, images, monkeypatch, capsys
 
 @pytest.mark.parametrize("name", ["TOKENIZER", "VAE"])
 def test_reference(name, models, images, capsys, tmp_path):
-    """The stand-in for the published code gives our numbers; one whose encoder is off by a little does not."""
+    """The stand-in for the published code gives our numbers. With a small error in its encoder it does not."""
     arguments = ["--model", models[name], *images, "--reference"]
     assert parity.main([*arguments, make_clone(tmp_path / "clone"), "--reference-python", sys.executable]) == 0
     out = capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_reference_that_does_not_run(models, images, capsys, tmp_path):
 
 
 def test_close_calls_may_fall_either_way():
-    """Ours against a reference: a token may differ if it is close, only one of few, and none that is clear."""
+    """A token may differ from the reference's if its choice is close, but only few may; a clear choice never may."""
     z, image = np.ones((400, 4), np.float32), np.ones((8, 8, 3), np.float32)
     margin = np.full(400, 1.0, np.float32)
     margin[:5] = 1e-4

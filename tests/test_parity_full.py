@@ -1,11 +1,11 @@
 """The 13 published models at full size against the published code: its seeded weights, its inputs, its outputs.
 
-One model at a time is in memory. By default one tokenizer and the original JAX VQGAN run; the rest bears the mark
-`parity`: `make parity` runs all and prints the rows of the table in docs/parity.md.
+Only one model at a time is in memory. By default one tokenizer and the original JAX VQGAN run. The rest is marked `parity`:
+`make parity` runs all models and prints the rows of the table in docs/parity.md.
 
-Bounds are relative to the largest magnitude of the array. Float32 against float64 of the published code itself gives 7e-7
-for encoders, logits of generators and RGB images, 9e-6 for the VQGAN's images and 2.5e-5 for those of the pixel decoder
-behind a TiTok; a float32 run in another order of sums may be off by that much once more, and by chance a little further.
+Bounds are relative to the largest magnitude of the array. The published code itself differs between float32 and float64
+by 7e-7 for encoders, logits of generators and RGB images, by 9e-6 for the VQGAN's images and by 2.5e-5 for images of the
+pixel decoder behind a TiTok. A float32 run with sums in another order may add as much again, and by chance a little more.
 """
 
 import functools
@@ -26,11 +26,11 @@ from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 from titok_jax.weights import config_files, convert
 
 ENCODER = 5e-6
-LOGITS = 5e-6  # of generators, and of legacy decoders
+LOGITS = 5e-6  # for generators and legacy decoders
 RGB = 1e-5
 VQGAN_ENCODER = 1e-5  # the published code's own floor is 3.2e-6 here
 PIXEL_DECODER = 1e-4
-CLEAR = 1e-3  # a token whose second best code is further away than this must be the same
+CLEAR = 1e-3  # a token must be the same if its second-best code is further away than this
 
 TOKENIZERS = [
     "tokenizer_titok_s128",
@@ -52,7 +52,7 @@ def cases(names: list[str]) -> list:
 
 
 class Seeded:
-    """A published tensor that is made when it is read, so that two copies of a model are never in memory."""
+    """A published tensor that is made only when read, so that memory never holds two copies of a model."""
 
     def __init__(self, name: str, shape: tuple[int, ...], scale: float = 1.0):
         self.name, self.shape, self.scale = name, shape, np.float32(scale)
@@ -63,8 +63,8 @@ class Seeded:
 
 
 def seeded(config: models.Config, *, attention_output_scale: float = 1.0) -> tuple[nnx.GraphDef, convert.Params]:
-    """(graphdef, parameters on the device). The ViT generators were run with their attention outputs scaled down, without
-    which 24 post-norm layers of random weights make all positions alike."""
+    """(graphdef, parameters on the device). The ViT generators were run with their attention outputs scaled down. Otherwise
+    24 post-norm layers of random weights make all positions alike."""
     graphdef, abstract = models.abstract(config)
     table = convert.table_for(config)
     weights = {
@@ -96,7 +96,7 @@ class Report:
         self.add(name, gd.compare(golden, name, ours, bound), bound)
 
     def tokens(self, what: str, ours, golden: np.ndarray, margin: np.ndarray) -> np.ndarray:
-        """Asserts that the choices are the same wherever they are clear, and in 99.5 % of all positions; -> where."""
+        """Asserts that all clear choices and 99.5 % of all choices are the same -> where they are the same."""
         same = np.asarray(ours) == golden
         assert same.shape == margin.shape
         assert same[margin > CLEAR].all(), f"{what}: {np.argwhere(~same & (margin > CLEAR)).tolist()} differ"
@@ -157,7 +157,7 @@ def test_tokenizer(name):
         golden_tokens = golden["tokens"].astype(np.int32)
         same = report.tokens("tokens", quantized.tokens, golden_tokens, golden["margin"])
         lookup = jax.jit(lambda params, tokens: nnx.merge(graphdef, params).quantize.lookup(tokens))
-        # Where a close call fell the other way, the published choice goes on, so that all that follows is the same.
+        # Where a close call fell the other way, the published choice is used, so that all later values are comparable.
         z_quantized = np.where(same[..., None], quantized.quantized, lookup(params, golden_tokens))
         seen |= {"tokens", "margin", "z_quantized", "random_tokens"}
         report.compare(golden, "z_quantized", published_latents(z_quantized), ENCODER)
@@ -178,7 +178,7 @@ def test_tokenizer(name):
         seen |= {"mean", "logvar", "std", "kl", "z"}
         check_decoding(sample, "reconstruction")
         check_decoding(posterior.mean, "reconstruction_of_mean")
-    assert seen == names_in(golden)  # nothing of the file was left out
+    assert seen == names_in(golden)  # every array of the file was compared
 
 
 @pytest.mark.parametrize("name", cases(GENERATORS))
@@ -199,7 +199,7 @@ def test_generator(name):
         report.compare(golden, f"drop{drop}.logits", ours, LOGITS)
         report.tokens(f"drop{drop}.argmax", ours.argmax(-1), golden[f"drop{drop}.argmax"], golden[f"drop{drop}.argmax_gap"])
 
-    # Decoding with the settings of the published sampling script, and the noise that its run was given.
+    # Decoding uses the settings of the published sampling script and the noise of its run.
     settings, trace, gaps = config.sampling, golden["trace.ids"].astype(np.int32), golden["trace.gaps"]
     num_steps = settings.num_steps
     assert trace.shape == (num_steps, 2, config.num_tokens)
@@ -235,7 +235,7 @@ def test_generator(name):
         )
 
     uniforms = jax.device_put(uniforms)
-    # Step by step from the stored ids, so that one close call cannot hide the rest.
+    # Each step starts from the stored ids, so that one close call cannot hide the rest.
     plan = decoding.steps_plan(
         num_steps, config.num_tokens, settings.guidance_schedule, 3.0, settings.softmax_temperature_annealing
     )
@@ -292,7 +292,7 @@ def test_maskgit_vqgan():
 
 
 def seeded_flax_array(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weight that the original JAX VQGAN was run with."""
+    """A weight with which the original JAX VQGAN was run."""
     w = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape).astype(np.float32)
     leaf = path.split("/")[-1]
     if leaf == "scale":
@@ -303,7 +303,7 @@ def seeded_flax_array(path: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_original_jax_vqgan():
-    """Its parameter tree, through the table of names, gives its numbers."""
+    """The original's parameter tree, converted by the table of names, gives the original's numbers."""
     tree = gd.load_json("jax_vqgan.json")
     table = gd.load_json("jax_vqgan_to_torch.json")["table"]
     assert convert.jax_vqgan_names() == {path: name for path, (name, _) in table.items()}
@@ -326,7 +326,7 @@ def test_original_jax_vqgan():
     report.compare(golden, "decode_random_ids", decode(params, golden["random_ids"].astype(np.int32)), PIXEL_DECODER)
     report.compare(golden, "size128.encoder_output", encode(params, gd.images(1, 128, 0))[0], VQGAN_ENCODER)
 
-    # And back: the tree that the original code would read.
+    # Converted back, it is the tree that the original code would read.
     back = convert.published_to_jax_vqgan(convert.to_published(convert.maskgit_vqgan_table(), params))
     assert back.keys() == {"params"}
     assert convert.flatten(back["params"]).keys() == flat.keys()

@@ -14,7 +14,7 @@ from titok_jax.models import perceptual
 from titok_jax.models.perceptual import PerceptualConfig
 from titok_jax.weights import convert
 
-# 36 blocks of LayerNorm and matmuls, or 13 convolutions, summed in another order than torch sums them.
+# 36 blocks of LayerNorm and matmuls, or 13 convolutions, with sums in another order than torch's.
 TOLERANCE = 2e-5
 
 
@@ -26,8 +26,9 @@ def golden():
 def seeded(name: str, *, bare_names: bool = False, absolute_heads: bool = False):
     """(graphdef, parameters) of a perceptual network with the golden runs' weights.
 
-    bare_names: seeded by torchvision's names, without "convnext." before them.
-    absolute_heads: LPIPS' seeded heads are signed, so that its terms cancel; the real ones are not negative.
+    bare_names: seed by torchvision's names, without the prefix "convnext.".
+    absolute_heads: take absolute values of LPIPS' seeded heads. These are signed, so its terms cancel; real heads are not
+    negative.
     """
     config = PerceptualConfig(name)
     graphdef, abstract = models.abstract(config)
@@ -40,7 +41,7 @@ def seeded(name: str, *, bare_names: bool = False, absolute_heads: bool = False)
 
 
 def pair():
-    """The golden runs' images and what they were compared with."""
+    """The golden runs' images and the images with which they were compared."""
     images = gd.images(2, 256, 5)
     return images, (0.7 * images + 0.3 * gd.images(2, 256, 6)).astype(np.float32)
 
@@ -73,7 +74,7 @@ def test_convnext_block_by_block(golden):
 def test_resize_is_torchs_antialiased_bilinear(golden, size):
     x = gd.nchw(jax.jit(perceptual.resize, static_argnums=1)(gd.images(1, size, 7), 224))
     case = f"resize/{size}_224_"
-    # Both sum pixels of [0, 1] with float32 weights, torch's computed in float32 too: 7e-6.
+    # Both sum pixels in [0, 1] with float32 weights, and torch computes the weights in float32 too: 7e-6.
     np.testing.assert_allclose(x[:, :, :8, :8], golden[case + "corner"], atol=2e-5)
     np.testing.assert_allclose(x[:, :, -8:, -8:], golden[case + "last_corner"], atol=2e-5)
     np.testing.assert_allclose(x[0, :, 5], golden[case + "row5"], atol=2e-5)
@@ -91,12 +92,12 @@ def test_lpips_features_and_terms(golden):
     features, terms = run(params, images, target)
     for level, x in enumerate(features):
         gd.compare(golden, f"lpips/features{level}", gd.nchw(x), TOLERANCE)
-        # Differences of unit vectors that are nearly equal: 1e-5 of what is subtracted.
+        # These are differences of nearly equal unit vectors: 1e-5 relative to the vectors.
         gd.compare(golden, f"lpips/layer{level}", np.asarray(terms[level])[:, None], 1e-4)
 
 
 def value_and_gradient(graphdef, params):
-    """Of the mean over the images, with respect to the second."""
+    """The value of each image, and the gradient of their mean with respect to the reconstructions."""
 
     def distance(reconstructions, params, images):
         value = nnx.merge(graphdef, params)(images, reconstructions)
@@ -115,19 +116,19 @@ def test_convnext_distance_and_its_gradient(golden):
 
 @pytest.mark.parametrize("case", ["lpips_abs", "lpips", "lpips-convnext_s-1.0-0.1"])
 def test_lpips_and_the_weighted_distance_with_their_gradients(golden, case):
-    """LPIPS with heads that are not negative, as the real ones, and with signed ones, which the weighted distance has."""
+    """LPIPS with heads that are not negative, like the real ones, and with signed ones, as in the weighted distance."""
     name = case.removesuffix("_abs")
     value, grad = value_and_gradient(*seeded(name, absolute_heads=case == "lpips_abs"))
-    # The terms of signed heads cancel to a tenth of their size: 3e-6 is seen.
+    # With signed heads the terms cancel to a tenth of their size: 3e-6 is seen.
     gd.compare(golden, f"perceptual/{case}/value", value[:, None, None, None], 3e-5)
-    # Through 13 ReLUs and 4 maxima: where two arguments nearly tie, rounding decides which way the gradient goes, and all
-    # pixels that such an element sees differ. So most elements are compared, and the length of the difference.
+    # The gradient passes 13 ReLUs and 4 max poolings. Where two arguments nearly tie, rounding decides its way, and all
+    # pixels in that receptive field differ. So the test compares most elements, and the length of the difference.
     entry = f"perceptual/{case}/grad_target"
     got, want = grad[tuple(slice(None, None, int(step)) for step in golden[entry + ".stride"])], golden[entry]
     assert got.shape == want.shape
     gd.within(np.quantile(np.abs(got - want), 0.9), 5e-5 * np.abs(want).max(), f"{case}: nine of ten elements")
     gd.within(np.linalg.norm(got - want), 5e-3 * np.linalg.norm(want), f"{case}: length of the difference")
-    # Of all elements, stored or not, what evens out: 2e-6 is seen.
+    # Mean and deviation of all elements, stored or not, average such differences out: 2e-6 is seen.
     found = np.array([grad.mean(dtype=np.float64), grad.std(dtype=np.float64)])
     np.testing.assert_allclose(found, golden[entry + ".stats"][:2], atol=2e-5 * found[1])
 
@@ -138,7 +139,7 @@ def test_depthwise_forms_agree():
     results = []
     for form in (perceptual.depthwise_conv_plain, perceptual.depthwise_conv_shifted):
         results.append(jax.jit(jax.value_and_grad(lambda x, k, form=form: jnp.sum(form(x, k) * w), (0, 1)))(x, kernel))
-    # The kernel's gradient sums 108 products, the others 49.
+    # The kernel's gradient sums 108 products, the other results 49.
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 

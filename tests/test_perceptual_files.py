@@ -1,4 +1,4 @@
-"""The perceptual networks' published files: PyTorch pickles in torchvision's names, and safetensors made of them."""
+"""The published files of the perceptual networks: PyTorch pickles with torchvision's names, and converted safetensors."""
 
 import importlib.util
 import pathlib
@@ -33,7 +33,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def files(seeded):
-    """{file: {name in it: array}} as torchvision and LPIPS publish them, by the recorded names of torchvision."""
+    """{file: {name in it: array}} as torchvision and LPIPS publish them, with torchvision's recorded names."""
     info = gd.load_json("training/convnext_s.json")
     convnext = {name: seeded["convnext." + name].reshape(shape) for name, shape in info["convnext_parameters"].items()}
     levels = {n: i + 1 for i, level in enumerate(VGG_LEVELS) for n in level}
@@ -57,7 +57,7 @@ def save(files, folder, ending):
         else:
             import torch
 
-            # Of these files, ConvNeXt's is of the newer form, the other two are from the time before.
+            # ConvNeXt's file has the newer PyTorch format; the other two have the older one.
             torch.save(
                 {name: torch.from_numpy(w) for name, w in tensors.items()},
                 folder / (stem + ending),

@@ -1,4 +1,4 @@
-"""Pictures: every image is where it should be, pixel for pixel, and the text is there."""
+"""Pictures: every image is in its place, pixel for pixel, and the text is there."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from titok_jax.pictures import grids, plots
 
 
 def coloured(count, size=8):
-    """Images that differ in every pixel from each other and from the paper: uint8 [count, size, size, 3]."""
+    """Images whose pixels all differ from each other's and from the background: uint8 [count, size, size, 3]."""
     rng = np.random.default_rng(count)
     images = rng.integers(0, 200, (count, size, size, 3), np.uint8)
     images[..., 0] = np.arange(count)[:, None, None] * 7
@@ -17,7 +17,7 @@ def coloured(count, size=8):
 
 
 def find(picture, image, scale):
-    """(left, top) of the only place where the picture shows the image, enlarged."""
+    """(left, top) of the only place where the picture shows the enlarged image."""
     pixels = np.asarray(picture)
     cell = image.repeat(scale, 0).repeat(scale, 1)
     height, width = cell.shape[:2]

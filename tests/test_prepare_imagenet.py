@@ -1,4 +1,4 @@
-"""tools/prepare_imagenet.py: every form that ImageNet is kept in, its labels and its own bytes; kills; what is not right."""
+"""tools/prepare_imagenet.py: every format in which ImageNet is kept, with labels and original bytes; kills; bad inputs."""
 
 import errno
 import fcntl
@@ -24,12 +24,12 @@ from titok_jax.data.sources import make_source
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "prepare_imagenet.py"
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
-ILSVRC_IDS = [4, 2, 5, 1, 3]  # of these: another order, as in the real kit
+ILSVRC_IDS = [4, 2, 5, 1, 3]  # the kit's ids of these classes are in another order, as in the real kit
 
 
 @pytest.fixture
 def small(tool, monkeypatch):
-    """The tool, of an ImageNet of 5 classes of 4 images."""
+    """The tool, set up for an ImageNet with 5 classes of 4 images."""
     monkeypatch.setattr(tool, "NUM_CLASSES", 5)
     for name, split in tool.SPLITS.items():
         small = tool.Split(images=20, per_class=(4, 4), tfds=split.tfds, shards=3)
@@ -58,7 +58,7 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
     return buffer.getvalue()
 
 
-# Of each class 4: among them a PNG that is called JPEG, and one in CMYK, as in ImageNet.
+# Each class has 4 images. Among all of them are a PNG named JPEG and one in CMYK, as in ImageNet.
 FORMATS = {7: ("PNG", "RGB"), 13: ("JPEG", "CMYK"), 14: ("JPEG", "L")}
 IMAGES = {
     f"{wnid}/{wnid}_{number}.JPEG": (picture(4 * label + number, *FORMATS.get(4 * label + number, ())), label)
@@ -79,7 +79,7 @@ def train_archive(path, images=IMAGES, order=(3, 0, 4, 1, 2)):
 def devkit(path, truth):
     fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
     rows = [(number, wnid, f"name of {wnid}", 0) for number, wnid in sorted(zip(ILSVRC_IDS, WNIDS, strict=True))]
-    rows += [(6, "n00001740", "entity", 5)]  # above them in WordNet: its id is the first when sorted, but it is no class
+    rows += [(6, "n00001740", "entity", 5)]  # their hypernym in WordNet: its id sorts first, but it is no class
     meta = io.BytesIO()
     scipy.io.savemat(meta, {"synsets": np.array(rows, fields).reshape(-1, 1)})
     folder = "ILSVRC2012_devkit_t12/data"
@@ -92,7 +92,7 @@ def devkit(path, truth):
 
 
 def val_archive(folder):
-    """The images in another order than that of their numbers, with the kit beside them."""
+    """The images, not in the order of their numbers, with the kit beside them."""
     images = list(IMAGES.values())
     names = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(20)]
     shuffled = np.random.default_rng(0).permutation(20)
@@ -111,7 +111,7 @@ def class_folders(folder):
 
 def webdataset(folder):
     folder.mkdir()
-    for split in ("train", "validation"):  # the other half of the folder must not get in
+    for split in ("train", "validation"):  # the other split must not get in
         images = list(IMAGES.values()) if split == "train" else [(picture(99), 1)]
         for shard in range(0, len(images), 8):
             files = {}
@@ -143,9 +143,9 @@ def tfds_set(folder):
 
 
 def read(folder, split="train"):
-    """[(bytes, label)] of a result, by the way that training reads it."""
+    """[(bytes, label)] of a result, read the way training reads it."""
     source = make_source({"name": "array_record", "paths": str(folder / f"{split}-*")})
-    examples = [source[i] for i in range(len(source))]  # it can be decoded
+    examples = [source[i] for i in range(len(source))]  # every image can be decoded
     assert all(example["image"].shape == (9, 11, 3) for example in examples)
     records = [source._records[i] for i in range(len(source))]
     return [(record[8:], int(example["label"])) for record, example in zip(records, examples, strict=True)]
@@ -189,12 +189,12 @@ def test_images_are_spread_over_the_shards(small, tmp_path):
     for shard in range(4):
         name = f"train-{shard:05}-of-00004.array_record"
         source = make_source({"name": "array_record", "paths": str(tmp_path / "1" / name)})
-        assert [int(source[i]["label"]) for i in range(5)] == [0, 1, 2, 3, 4]  # one of each class, for 4 are in a class
+        assert [int(source[i]["label"]) for i in range(5)] == [0, 1, 2, 3, 4]  # one of each class, as every class has 4
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
 
 
 def many(folder, count=600):
-    """An archive that takes a while."""
+    """An archive that takes a while to process."""
     images = {f"{WNIDS[i % 5]}/{WNIDS[i % 5]}_{i}.JPEG": (picture(i), i % 5) for i in range(count)}
     images[f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG"] = (b"no image", 0)
     return train_archive(folder / "ILSVRC2012_img_train.tar", images), sorted(list(images.values())[1:])
@@ -228,9 +228,9 @@ def test_the_command_goes_on_after_sigkill(tool, tmp_path, capsys):
     assert tool.main(command) == 1  # 600 images are not ImageNet
     assert "599 images in 60 shards" in capsys.readouterr().out
     assert sorted(read(out)) == images
-    assert {path: path.stat().st_mtime_ns for path in there} == there  # not made again
+    assert {path: path.stat().st_mtime_ns for path in there} == there  # they were not made again
     assert {path.suffix for path in out.iterdir()} == {".array_record", ".json", ".txt"}
-    (listed,) = (out / "train.left_out.txt").read_text().splitlines()  # also where its shard was made before the kill
+    (listed,) = (out / "train.left_out.txt").read_text().splitlines()  # also if its shard was made before the kill
     assert f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG: cannot read these 8 bytes as an image" in listed
 
 
@@ -243,13 +243,13 @@ def test_a_result_is_replaced_only_if_asked_for(small, tmp_path, capsys):
         assert small.main([*command, *arguments]) == 2
         assert "train.json exists and nothing was overwritten" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-    (tmp_path / "out/train.json").unlink()  # nothing says whose the files are
+    (tmp_path / "out/train.json").unlink()  # nothing tells to which result the files belong
     assert small.main([*command, "--shards", "2"]) == 2
     assert "add --overwrite" in capsys.readouterr().err
     assert small.main([*command, "--shards", "2", "--overwrite"]) == 0
     assert len(list((tmp_path / "out").glob("train-*"))) == 2
     assert sorted(read(tmp_path / "out")) == sorted(IMAGES.values())
-    # The other split lies beside it.
+    # The other split is written beside it.
     val_archive(tmp_path)
     assert small.main([str(tmp_path), "--split", "val", "--out", str(tmp_path / "out")]) == 0
     assert sorted(read(tmp_path / "out", "val")) == sorted(read(tmp_path / "out")) == sorted(IMAGES.values())
@@ -342,10 +342,10 @@ def test_what_is_not_as_in_imagenet_is_said(small, tmp_path, capsys):
     assert [line.split(": ")[0] for line in left_out] == [str(cut), str(folder / WNIDS[2] / f"{WNIDS[2]}_0.JPEG")]
     assert "truncated" in left_out[0]
     assert len(read(tmp_path / "out")) == 18
-    # Undecoded, the cut one passes; an empty one never.
+    # Without decoding, the truncated image passes; an empty one never does.
     assert small.main([str(folder), "--split", "train", "--out", str(tmp_path / "fast"), "--no-verify"]) == 1
     assert "19 images in 3 shards" in capsys.readouterr().out
-    # A class that is missing moves the labels of those after it.
+    # A missing class would shift the labels of all later classes.
     shutil.rmtree(folder / WNIDS[0])
     assert small.main([str(folder), "--split", "train", "--out", str(tmp_path / "four")]) == 1
     assert "WARNING: images of 4 classes, ImageNet has 5, so labels may mean other classes" in capsys.readouterr().out
@@ -398,7 +398,7 @@ def broken_inputs(folder):
         second = tar.getmembers()[1]
     for name, place in (("cut_between", second.offset), ("damaged", second.offset_data + 20_480)):
         shutil.copy(train, folder / name)
-        if name == "cut_between":  # which tarfile alone takes for the end
+        if name == "cut_between":  # tarfile alone takes this cut for the end
             cut(folder / name, place)
     inner = bytearray((folder / "damaged").read_bytes())
     with tarfile.open(fileobj=io.BytesIO(bytes(inner[second.offset_data :][: second.size]))) as tar:

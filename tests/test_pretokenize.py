@@ -1,4 +1,4 @@
-"""Pretokenizing: every image once, in order, whatever was killed; the published crops and forms."""
+"""Pretokenizing: every image once and in order, whatever was killed; the published crops and formats."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from titok_jax.weights import pretrained
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Stands for one: tokens that any change of a picture changes, which those of random weights are not."""
+    """A stand-in: any change of a picture changes its tokens, which is not so for a model with random weights."""
 
     def encode(images):
         assert images.dtype == np.uint8
@@ -76,7 +76,7 @@ def test_records_are_the_tokens_of_the_published_crops(tokenizer, photos, tmp_pa
 
 
 def test_random_crops_are_those_of_the_published_augmentation(tokenizer, photos, tmp_path):
-    """A second way to them: Pillow's own resize, a window, a mirror image, by draws that belong to (seed, pass, image)."""
+    """Computes the crops a second way: Pillow's resize, a window and mirroring, drawn by (seed, pass, image)."""
     photos = make_source({"name": "folder", "path": str(photos)})
     wide = [photos[i] for i in range(len(photos))]
     source = wide + [example | {"image": np.ascontiguousarray(example["image"].swapaxes(0, 1))} for example in wide]  # tall
@@ -93,7 +93,7 @@ def test_random_crops_are_those_of_the_published_augmentation(tokenizer, photos,
         if flip := draws.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         mirrored, places = mirrored + flip, places | {(top, left)}
-        # The function that training augments with, whose crop in the middle is compared with torchvision's in test_data.py.
+        # Training augments with this function. test_data.py compares its crop in the middle with torchvision's.
         draws = np.random.default_rng([4, epoch, index])
         augmented = random_resize_crop_flip(source[index]["image"], draws, resize_shorter_edge=32, crop_size=32)
         np.testing.assert_array_equal(np.asarray(crop), augmented)
@@ -114,7 +114,7 @@ def test_form_shards_processes_and_batches_do_not_change_the_records(tokenizer, 
     assert read(tmp_path / "a") == read(tmp_path / "b")
     assert len(read(tmp_path / "a")) == 14
     first, second = read(tmp_path / "a")[:7], read(tmp_path / "a")[7:]
-    assert first != second  # each pass draws anew
+    assert first != second  # every pass has new draws
     line = json.loads((tmp_path / "b" / "tokens-00000-of-00005.jsonl").read_text().splitlines()[0])
     assert set(line) == {"class_id", "tokens"}
 

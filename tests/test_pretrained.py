@@ -1,4 +1,4 @@
-"""Weights on disk: exact inverses, strict errors, whole or absent."""
+"""Weights on disk: loading inverts saving exactly, errors are strict, and a model is complete or absent."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_loading_is_the_inverse_of_saving(config, tmp_path):
     read_config, params = pretrained.load(folder, type(config))
     assert read_config == config
     assert_equal(params, tiny.params(config))
-    # Loading inverts saving on the file too: what is read is written again bit for bit.
+    # Saving what was loaded writes the same file, bit for bit.
     again = pretrained.save(tmp_path / "again", read_config, params)
     for name in ("config.json", "model.safetensors"):
         assert (folder / name).read_bytes() == (again / name).read_bytes()
@@ -65,7 +65,7 @@ def test_loading_is_the_inverse_of_saving(config, tmp_path):
 
 
 def test_every_weight_counts(saved):
-    """Each tensor of the file reaches the parameters, none twice: as many numbers, all of them different ones."""
+    """Each tensor of the file reaches the parameters once: there are as many numbers, and all are different."""
     weights = weights_of(saved)
     params = convert.flatten(pretrained.load(saved, TiTokConfig)[1])
     assert sum(w.size for w in weights.values()) == sum(p.size for p in params.values())
@@ -183,7 +183,7 @@ def test_references_in_a_config_are_resolved(tmp_path):
     config["model"]["generator"]["image_seq_len"] = "${model.vq_model.num_latent_tokens}"
     (folder / "config.json").write_text(json.dumps(config))
     assert pretrained.load_config(folder, GeneratorConfig) == tiny.GENERATOR
-    config["model"]["vq_model"]["num_latent_tokens"] = "${model.generator.image_seq_len}"  # now a circle
+    config["model"]["vq_model"]["num_latent_tokens"] = "${model.generator.image_seq_len}"  # now a circular reference
     for reference in (config["model"]["generator"]["image_seq_len"], "${model.nothing}", "${oc.env:HOME}", "${a"):
         config["model"]["generator"]["image_seq_len"] = reference
         (folder / "config.json").write_text(json.dumps(config))
@@ -219,7 +219,7 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-# Saves models one after the other, without end; says when the first is there.
+# Saves models one after the other, without end, and reports when the first is complete.
 SAVER = """
 import dataclasses, sys
 import jax, numpy as np
@@ -259,7 +259,7 @@ def test_a_save_killed_at_any_time_leaves_no_half_folder(delay, tmp_path):
     assert list(tmp_path.glob("model_*"))
 
 
-# Kills itself in the n-th step of a save, for every n, in a forked process each.
+# For every n, a forked process kills itself in the n-th step of a save.
 STEPWISE = """
 import os, shutil, signal, sys
 import tiny_models as tiny
@@ -301,7 +301,7 @@ def test_a_save_killed_in_each_of_its_steps_leaves_no_half_folder(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     arguments = [sys.executable, "-W", "ignore", "-c", STEPWISE, str(tmp_path)]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
-    # Two files, one or two renames or an exchange, and the removal of what is no longer needed (of nothing too).
+    # The steps: two files, one or two renames or an exchange, and the removal of leftovers, even if there are none.
     assert result.stdout == "new 4\nover 4\nno-exchange 6\n", result.stderr
     for step in (1, 2, 3):
         assert not (tmp_path / f"new_{step}").exists()
@@ -309,12 +309,12 @@ def test_a_save_killed_in_each_of_its_steps_leaves_no_half_folder(tmp_path):
         assert pretrained.load(tmp_path / name, TiTokConfig)[0] == tiny.VAE
     for name in ("over_1", "over_2", "over_3", "no-exchange_1", "no-exchange_2", "no-exchange_3"):
         assert inference.load_pair(tmp_path / name)[1].config == tiny.GENERATOR
-    # Without an exchange, between the two renames: the old one is beside.
+    # Without an exchange, a kill between the two renames leaves the old folder beside the place.
     assert not (tmp_path / "no-exchange_4").exists()
     with pytest.raises(FileNotFoundError, match=r"a save was killed; what was there before is \S*/\.no-exchange_4\.old-"):
         pretrained.load(tmp_path / "no-exchange_4", TiTokConfig)
 
-    # The next save of each removes what is left of the last one; the old folder comes back and is not overwritten unasked.
+    # The next save removes leftovers of the killed one. An old folder comes back and is not overwritten without being asked.
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     with pytest.raises(FileExistsError, match="no-exchange_4 is back, which a killed process had moved aside"):
         pretrained.save(tmp_path / "no-exchange_4", tiny.VAE, tiny.params(tiny.VAE))

@@ -1,4 +1,4 @@
-"""The bottlenecks' own rules: codes that are not used, moved as the published code moves them; the VAE's divergence."""
+"""The bottlenecks: unused codes move as in the published code; the VAE's divergence."""
 
 import functools
 
@@ -31,7 +31,7 @@ def test_restarts_equal_the_published_ones():
         np.testing.assert_allclose(found.quantized, golden[f"cvq/z_q_{call}"][:, :, 0].transpose(0, 2, 1), atol=1e-6)
         codebook, usage = restart_codes(codebook, usage, z, tokens, use_l2_norm=False)
         np.testing.assert_allclose(usage, golden[f"cvq/embed_prob_{call}"], rtol=1e-6)
-        # Sums of two float32 products, and an exponential whose argument float32 holds to 1e-7 of up to 10.
+        # Sums of two float32 products, and an exponential with an argument up to 10, which float32 holds to 1e-7 of that.
         np.testing.assert_allclose(codebook, golden[f"cvq/embedding_after_{call}"], rtol=1e-5, atol=1e-6)
         if call == 0:
             moved = np.abs(codebook - former).max(1) > 1e-3
@@ -41,7 +41,7 @@ def test_restarts_equal_the_published_ones():
 
 @pytest.mark.parametrize("use_l2_norm", [False, True])
 def test_restarts_bring_dead_codes_into_use(use_l2_norm):
-    """One code is near all latents and takes them: left alone it stays so, with restarts others take their share."""
+    """One code is near all latents and takes them. Without restarts it stays so; with restarts other codes get a share."""
     rng = np.random.default_rng(0)
     codebook = jnp.asarray(rng.standard_normal((32, 4)) * 0.01 - 1.0, jnp.float32).at[7].set(1.0)
     usage = jnp.zeros(32)
@@ -64,7 +64,7 @@ def test_restarts_bring_dead_codes_into_use(use_l2_norm):
 
 
 def test_divergence_and_sample_with_their_gradient():
-    """Of two log variances beyond the clamp too, where there is no gradient."""
+    """Two log variances are beyond the clamp, where there is no gradient."""
     golden = gd.load("training/losses.npz")
 
     def ours(x):

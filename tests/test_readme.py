@@ -46,10 +46,10 @@ def test_the_commands_run_one_after_the_other(tmp_path):
 
 @pytest.mark.parametrize(("target", "command"), [("demo", "-m titok_jax.sample"), ("test", "-m pytest")])
 def test_the_make_targets_run_what_they_say(target, command):
-    # Not run here: they would install, and test, inside this test.
+    # These are not run: they would install, or run the tests, inside this test.
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # may run under make itself
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # this test may run under make
     command_line = ["make", "--no-print-directory", "--dry-run", target]
     plan = subprocess.run(command_line, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     assert plan.splitlines()[-1].startswith(f".venv/bin/python {command}")

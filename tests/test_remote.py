@@ -1,4 +1,4 @@
-"""Paths on gs://: here in memory, behind the same paths. What commands read and write there is what they do in a folder."""
+"""Paths on gs://, served from memory. Commands read and write there just as they do in a folder."""
 
 import io
 import json
@@ -33,12 +33,12 @@ from titok_jax.weights import perceptual_files as perceptual
 from titok_jax.weights import pretrained, published_models
 
 TOOL = test_train.ROOT / "tools" / "convert_weights.py"
-# Of reads that go on when the first has failed, TensorStore answers to an event loop that is closed.
+# When one read fails, TensorStore may finish others after their event loop is closed.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 
 
 class _Bucket(MemoryFileSystem):
-    """What `etils.epath` opens for gs://. As of a real bucket, a folder in it is what names begin with."""
+    """Stands for gs:// in `etils.epath`. As in a real bucket, a folder is just a prefix of names."""
 
     protocol = ("gs", "gcs")
     store: dict = {}  # noqa: RUF012 (one for all, as a bucket is)
@@ -55,7 +55,7 @@ class _Bucket(MemoryFileSystem):
         pass
 
     def ls(self, path, detail=True, **kwargs):
-        """As by gcsfs, which remembers listings unless it is told not to."""
+        """Caches listings unless told not to, as gcsfs does."""
         path = self._strip_protocol(path)
         found = self.dircache[path] if path in self.dircache else super().ls(path, **kwargs)
         self.dircache[path] = found
@@ -83,7 +83,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def photos(bucket, tmp_path):
-    """The same images here and there: (local folder, remote folder)."""
+    """The same images in a local folder and in the bucket: (local folder, remote folder)."""
     rng = np.random.default_rng(0)
     for i in range(7):
         data = io.BytesIO()
@@ -96,7 +96,7 @@ def photos(bucket, tmp_path):
 
 
 def objects(folder=""):
-    """The names of all objects in the bucket, or in a folder of it."""
+    """The names of all objects in the bucket, or in one of its folders."""
     names = (name.removeprefix("/bucket/") for name in _Bucket.store)
     return sorted(name for name in names if name.startswith(folder))
 
@@ -106,7 +106,7 @@ def interrupted():
 
 
 def same(a, b):
-    """Asserts that two sources give the same."""
+    """Asserts that two sources give the same examples."""
     assert len(a) == len(b) > 0
     for i in range(len(a)):
         assert a[i].keys() == b[i].keys()
@@ -131,10 +131,10 @@ def test_a_model_is_saved_and_loaded(bucket):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """What happens while a lock is looked at: functions, one for each time it waits."""
+    """A list of functions. Each time the lock waits, it calls the next one."""
     events = []
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: events.pop(0)() if events else None)
-    monkeypatch.setattr(lock, "BEAT", 1e6)  # of itself, nothing beats
+    monkeypatch.setattr(lock, "BEAT", 1e6)  # nothing beats by itself
     return events
 
 
@@ -146,14 +146,14 @@ def server():
 
 @pytest.fixture
 def google(bucket, server, monkeypatch):
-    """The server by which Orbax's arrays reach the bucket."""
+    """The server through which Orbax's arrays reach the bucket."""
     monkeypatch.setattr(server, "asked", [])
     monkeypatch.setattr(server, "refuse", lambda method, name: None)
     return server
 
 
 def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, capsys):
-    """Interrupted, and with a server that fails once, it ends as the same run in a folder."""
+    """Though interrupted, and though the server fails once, the run ends like the same run in a folder."""
     config = test_train.small("tokenizer", checkpoint_every=2, preview_every=3)
     straight = loop.train(parse_settings(config), tmp_path / "folder")
     monkeypatch.chdir(tmp_path / "folder")
@@ -182,10 +182,10 @@ def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, c
     assert any("/checkpoints/6/state/" in name for _, name in google.asked)
     assert [line["step"] for line in log_of(run)] == [2, 4, 6]
     assert sorted(path.name for path in (run / "previews").iterdir()) == ["0000003.png", "0000006.png"]
-    loop.train(parse_settings(config), "gs://bucket/runs/one")  # at its end already; the log stays
+    loop.train(parse_settings(config), "gs://bucket/runs/one")  # the run is complete already; the log stays
     assert [line["step"] for line in log_of(run)] == [2, 4, 6]
     assert titok_jax.load_tokenizer(str(run / "pretrained")).config.codebook_size == config.model.codebook_size
-    assert sorted((tmp_path / "folder").rglob("*")) == before  # in the current folder, no folder "gs:"
+    assert sorted((tmp_path / "folder").rglob("*")) == before  # no folder "gs:" appears in the current folder
 
 
 def save(folder, step, keep=2):
@@ -194,7 +194,7 @@ def save(folder, step, keep=2):
 
 
 def go_on(folder):
-    """The step of the checkpoint that a new run goes on from. Its state must be what was saved; then the next is saved."""
+    """Resumes from a checkpoint -> its step. Its state must be the saved one. Then the next checkpoint is saved."""
     with Checkpoints(folder) as checkpoints:
         step, state = test_checkpoint.restore(checkpoints)
         test_train.assert_same_state(state, test_checkpoint.state(step))
@@ -213,7 +213,8 @@ def fill(contents):
 
 
 def test_whichever_object_of_a_checkpoint_is_damaged_none_is_read_wrong(bucket, google, capsys):
-    """Deleted, empty or cut in half: it is read all the same, or the one before is and this one is put aside."""
+    """One object is deleted, emptied or cut in half. Either the checkpoint can be read correctly all the same, or the one
+    before it is read and this one is put aside."""
     for step in (1, 2):
         save(bucket / "run/checkpoints", step)
     saved, newest, fatal = contents(), objects("run/checkpoints/2/"), set()
@@ -227,9 +228,9 @@ def test_whichever_object_of_a_checkpoint_is_damaged_none_is_read_wrong(bucket, 
             if step == 2:
                 assert objects("run/checkpoints/2/") == left
                 continue
-            assert not {n for n in left if "/d/" in n} & {*objects()}  # of the new checkpoint 2 all objects are new
+            assert not {n for n in left if "/d/" in n} & {*objects()}  # the new checkpoint 2 has only new objects
             if name == "run/checkpoints/2/commit_success.txt":
-                assert objects("run/damaged/") == []  # as what a killed run leaves
+                assert objects("run/damaged/") == []  # treated like the remains of a killed run
             else:
                 assert "warning: the checkpoint of step 2 cannot be read (" in printed
                 assert objects("run/damaged/") == ["run/damaged/2.txt", *(n.replace("checkpoints", "damaged") for n in left)]
@@ -239,7 +240,8 @@ def test_whichever_object_of_a_checkpoint_is_damaged_none_is_read_wrong(bucket, 
 
 
 def test_a_save_may_be_killed_at_any_moment(bucket, google, monkeypatch):
-    """After each change that a save makes in the bucket, to the last object of the checkpoint that it replaces."""
+    """Tests a kill after every change that a save makes in the bucket, up to the removal of the replaced checkpoint's last
+    object."""
     moments = []
 
     class Watched(dict):
@@ -263,7 +265,7 @@ def test_a_save_may_be_killed_at_any_moment(bucket, google, monkeypatch):
         fill(moment)
         left = {name for name in objects("run/2/") if "/d/" in name}
         steps.append(go_on(bucket / "run"))
-        assert steps[-1] == 2 or not left & {*objects()}  # of what it had written nothing is left
+        assert steps[-1] == 2 or not left & {*objects()}  # nothing that it had written is left
         assert go_on(bucket / "run") == steps[-1] + 1
     assert steps == sorted(steps)
     assert min(steps.count(step) for step in (1, 2)) > 5
@@ -295,7 +297,7 @@ def test_a_bucket_that_may_not_be_written_ends_the_run(bucket, google):
 
 
 def test_a_bucket_whose_metadata_may_not_be_read_is_told(bucket, google, monkeypatch):
-    """Which Orbax asks for; a role that is for objects only does not give it."""
+    """Orbax asks for the bucket's metadata. A role for objects only does not grant that."""
 
     def forbidden(name):
         raise RuntimeError(f"403 GET /storage/v1/b/{name}: no storage.buckets.get access to the bucket")
@@ -316,7 +318,7 @@ def test_a_second_run_is_refused_while_the_first_lives(bucket, clock):
             pass
         assert not clock
         first.beat()
-        first.check()  # not disturbed by the other
+        first.check()  # the other run did not disturb it
         assert objects() == ["run/.lock"]
     assert objects() == []
 
@@ -342,11 +344,11 @@ def test_a_lock_that_is_given_back_meanwhile_is_free(bucket, clock):
 
 
 def test_of_two_runs_that_begin_in_the_same_moment_one_goes_on(bucket, clock):
-    """Both have found nothing, and both write."""
+    """Both have found no lock, and both write one."""
     first, second = (lock.BucketLock(bucket / "run/.lock") for _ in range(2))
     clock += [second._write]
     assert not first.acquire()
-    assert (bucket / "run/.lock").read_text().startswith(second._name)  # who goes on
+    assert (bucket / "run/.lock").read_text().startswith(second._name)  # the second goes on
 
 
 def test_who_lost_the_lock_writes_nothing_more(bucket, clock, tmp_path, monkeypatch):
@@ -355,7 +357,7 @@ def test_who_lost_the_lock_writes_nothing_more(bucket, clock, tmp_path, monkeypa
         with pytest.raises(OSError, match=r"another run \(host-3, process 17, 0123\) has taken gs://bucket/run over"):
             first.check()
         first.beat()
-    assert (bucket / "run/.lock").read_text() == "host-3, process 17, 0123\n1\n"  # nor takes it from the other
+    assert (bucket / "run/.lock").read_text() == "host-3, process 17, 0123\n1\n"  # the loser does not take the lock back
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,7 +413,7 @@ def test_tokens_are_written_there_whole_and_read(form, bucket, tmp_path):
         write(np.arange(8), 0)
         raise KeyboardInterrupt
     assert objects() == [f"tokens/0.{form}"]
-    # What a killed upload may have left is no file that a pattern means, as on this machine.
+    # As for local files, a pattern does not match what a killed upload may have left.
     (bucket / f"tokens/0.{form}").copy(bucket / f"tokens/.1.partial-17.{form}")
     assert len(make_source({"name": "tokens", "paths": f"gs://bucket/tokens/*.{form}"})) == 5
 
@@ -447,7 +449,7 @@ def test_a_file_appears_whole_or_not_at_all(bucket):
 
 
 def test_an_interrupted_upload_changes_nothing(bucket, monkeypatch):
-    """What a writer has written when it is closed appears; closing is what an interrupt does."""
+    """A writer's content appears when the writer is closed, and an interrupt closes it."""
     path = bucket / "a.txt"
     path.write_text("one")
 
@@ -561,7 +563,7 @@ def arrays(path):
 
 
 def test_samples(model, bucket, tmp_path, capsys, monkeypatch):
-    """Also from a model there. Made are pictures of noise, which need no compilation."""
+    """Also with a model in the bucket. The samples are pictures of noise, which need no compilation."""
     tiny_models.save(bucket / "model")
     made = []
 
@@ -671,7 +673,7 @@ def test_evaluations(model, photos, bucket, tmp_path, capsys):
     np.testing.assert_array_equal(here["sigma"], there["sigma"])
     assert objects() == sorted(
         [*objects("photos/"), "reconstruction.json", "reference.npz", "samples.json", "samples.npz"]
-    )  # and no unfinished work
+    )  # no unfinished work is left
     arguments = (*options, "--reconstruct", photos[1], "--json", bucket / "reconstruction.json")
     assert "gs://bucket/reconstruction.json exists and nothing was overwritten" in refused(capsys, evaluate, *arguments)
     arguments = (*options, "--reference", bucket / "no.npz", "--json", bucket / "b.json")
@@ -697,7 +699,7 @@ def test_weights_are_converted(tool, bucket, capsys):
 
 
 def test_weights_of_other_networks(bucket, tmp_path):
-    """Those that features and losses are made of: read by the same function as every file of weights."""
+    """Weights of networks for features and losses. The function that reads all weight files reads them too."""
     epath.Path(features.DIGITS_WEIGHTS).copy(bucket / "digits.safetensors")
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     a, b = (features.load_digits_features(p)(images) for p in (features.DIGITS_WEIGHTS, bucket / "digits.safetensors"))

@@ -1,4 +1,4 @@
-"""The rooms: which may import which, what lies in the top folder, how long things may be. See docs/design.md."""
+"""The rooms: which one may import which, what lies in the top folder, and length limits. See docs/design.md."""
 
 import ast
 import pathlib
@@ -7,14 +7,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "titok_jax"
-# A room may import those before it.
+# A room may import the rooms before it.
 ROOMS = ("runtime", "data", "pictures", "models", "weights", "inference", "evaluation", "training", "compiler")
 COMMANDS = ("train", "sample", "reconstruct", "pretokenize", "evaluate", "parity", "compile", "zoo")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports(path: pathlib.Path) -> set[tuple[str, ...]]:
-    """What of the package a module imports, anywhere in it: ("models", "titok"), ("models",), ...; () is the public API."""
+    """All imports of a module from this package: ("models", "titok"), ("models",), ...; () is the public API."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -71,7 +71,7 @@ def test_no_module_imports_a_private_name():
 
 
 def code_lines(source: str, node: ast.AST) -> int:
-    """Lines of a function without blank lines, comments and docstrings."""
+    """The number of a function's lines without blank lines, comments and docstrings."""
     documented = set()
     for inner in ast.walk(node):
         if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner, clean=False) is not None:

@@ -1,4 +1,4 @@
-"""Placement rules: every large parameter of a published model is cut along fsdp, and nothing that is indivisible is."""
+"""Placement rules: every large parameter of a published model is sharded along fsdp, unless its size does not divide."""
 
 import functools
 import json
@@ -62,7 +62,7 @@ def test_memory_of_published_models_falls_with_fsdp(config):
         cuts = sum(axis is not None for axis in sharding.param_spec(name, leaf.shape, mesh))
         size = math.prod(leaf.shape)
         total, local = total + size, local + size // (8 if cuts else 1)
-    assert local < 1.03 * total / 8  # what is small stays whole
+    assert local < 1.03 * total / 8  # small parameters are replicated
 
 
 def test_mesh_sizes():
@@ -91,7 +91,7 @@ def test_a_function_on_a_mesh_is_traced_with_the_mesh_set():
 
 @pytest.mark.parametrize(
     ("shape", "processes", "parts"),
-    [  # the process of each device, in the order of the mesh; each process's part
+    [  # each device's process, in the order of the mesh; each process's part
         ((4, 1, 1), [0, 0, 1, 1], [(0, 2), (1, 2)]),
         ((2, 2, 1), [1, 1, 0, 0], [(1, 2), (0, 2)]),
         ((2, 1, 2), [0, 0, 1, 1], [(0, 2), (1, 2)]),
@@ -123,7 +123,7 @@ def test_a_batch_is_put_whole_on_one_device():
 
 
 def python_on_eight_devices(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs Python, with what is in tests, on 8 simulated devices."""
+    """Runs Python on 8 simulated devices, with the modules of tests."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8"}
     run = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -163,7 +163,7 @@ print(json.dumps(results))
 
 
 def test_a_pretrained_model_is_read_onto_its_shards_and_gives_the_same():
-    """Generation, decoding and encoding; a device computes its own images and is sent no others, but for token ids."""
+    """Generation, decoding and encoding. A device computes its own images and receives no others, except for token ids."""
     tokenizer, generator = titok_jax.load_pair("digits")
     ids = titok_jax.generate(generator, np.arange(56) % 10, jax.random.key(0, impl="threefry2x32"), num_steps=3)
     images = np.asarray(tokenizer.decode(ids))
@@ -171,18 +171,19 @@ def test_a_pretrained_model_is_read_onto_its_shards_and_gives_the_same():
     for result in json.loads(python_on_eight_devices("-c", ON_EIGHT_DEVICES).stdout):
         np.testing.assert_array_equal(result["ids"], ids)
         np.testing.assert_allclose(result["images"], images.mean((1, 2, 3)), rtol=1e-4)
-        assert np.mean(result["again"] == again) > 0.99  # the nearest code, where two are about as near
+        assert np.mean(result["again"] == again) > 0.99  # the nearest code may differ where two are about equally near
         data, fsdp, _ = result["shape"]
         own = 56 // (data * fsdp)
-        for (sent, batch), twins in zip(result["found"], (2, 1, 1), strict=True):  # with its unconditional half, generation
+        # Generation has its unconditional half too.
+        for (sent, batch), twins in zip(result["found"], (2, 1, 1), strict=True):
             assert batch == [56, own]
             assert "all-gather" in sent
             assert not rows_of_others(sent, twins * own, 7), sent
 
 
 def rows_of_others(sent: dict, rows: int, prime: int) -> list:
-    """What devices send each other that holds other rows of a batch than their own, `rows`, but for token ids (integers):
-    only sizes of the batch are multiples of `prime`."""
+    """Arrays that devices exchange and that hold more rows of a batch than a device's own `rows`, except for token ids
+    (integers). Only sizes of the batch are multiples of `prime`."""
     return [
         (kind, shape)
         for kind, arrays in sent.items()
@@ -206,7 +207,7 @@ OPTIMIZER = OptimizerConfig(
 
 @pytest.mark.parametrize("fsdp", [2, 8, 64])
 def test_memory_of_stage1_training_falls_with_fsdp(fsdp):
-    """Parameters, optimizer and averages of L-32: bytes on one device, by the shapes of the shards."""
+    """Bytes of L-32's parameters, optimizer and averages on one device, from the shapes of the shards."""
     task = stage1.make_task(STAGE_1_L32, stage1.LossConfig(), optimizer=OPTIMIZER, num_steps=10, vqgan=None)
     state = jax.eval_shape(task.begin, jax.random.key(0))
     mesh = jax.sharding.AbstractMesh((1, fsdp, 1), sharding.AXES)
@@ -217,7 +218,7 @@ def test_memory_of_stage1_training_falls_with_fsdp(fsdp):
             total += leaf.size * leaf.dtype.itemsize
             local += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         assert total > 2e9 * (2 if part == "opt" else 1), part
-        # What is small, 0.08 % of all, stays whole.
+        # Small arrays, 0.08 % of all, are replicated.
         assert local < total / fsdp + 0.0008 * total, part
 
 
@@ -240,18 +241,19 @@ print(json.dumps([total, memory.output_size_in_bytes, memory.temp_size_in_bytes,
 
 
 def test_the_first_state_is_made_on_its_shards():
-    """Of stage 1 of L-32, as `train` makes it: memory of one of 8 devices, also while it is made, and nothing is sent."""
+    """The first state of stage 1 of L-32, as `train` makes it. Of 8 devices, each needs memory only for its own shards, even
+    while the state is made, and no device sends anything."""
     run = python_on_eight_devices("-c", INIT_ON_EIGHT_DEVICES)
     total, kept, temporary, sent = json.loads(run.stdout)
     assert total > 9e9
     assert kept < 1.01 * total / 8
-    assert temporary < 0.02 * total  # an eighth of the largest parameter's random numbers, a few times
+    assert temporary < 0.02 * total  # a few times an eighth of the largest parameter's random numbers
     assert not sent
 
 
 NAMES = ("maskgit_vqgan", "stage1", "stage2", "single_stage", "generator")
 TASKS = pytest.mark.parametrize("task", NAMES)
-# The mesh with all axes always; those along one alone are `long`.
+# The mesh with all axes always runs; meshes along a single axis are marked `long`.
 MESHES = pytest.mark.parametrize(
     "meshes",
     [
@@ -263,14 +265,14 @@ MESHES = pytest.mark.parametrize(
 
 @functools.cache
 def on_meshes(task: str, meshes: tuple[str, ...]) -> dict:
-    """{mesh: losses, collectives and placement of a task}: see on_meshes.py."""
+    """{mesh: losses, collectives and placement of a task}, see on_meshes.py."""
     return json.loads(python_on_eight_devices(str(ROOT / "tests/on_meshes.py"), task, *meshes).stdout)
 
 
 @TASKS
 @MESHES
 def test_every_task_gives_the_same_on_every_mesh(task, meshes):
-    """Losses, gradient norms, GAN terms, LeCam's averages and the usage of codes, which are of the global batch."""
+    """Losses, gradient norms, GAN terms, LeCam's averages and the usage of codes refer to the global batch."""
     found = on_meshes(task, meshes)
     for mesh in meshes[1:]:
         for step, (one, other) in enumerate(zip(found["1,1,1"]["metrics"], found[mesh]["metrics"], strict=True)):
@@ -279,8 +281,8 @@ def test_every_task_gives_the_same_on_every_mesh(task, meshes):
                 if value is None:
                     assert other[name] is None
                 else:
-                    # A mean of the discriminator's logits, which are of both signs, is small beside them. Float32, behind
-                    # LeakyReLUs and one step of Adam: 1.3e-5 is seen. In float64 (below) the same agrees to 1e-12.
+                    # The discriminator's logits have both signs, so their mean is small beside them. In float32, after
+                    # LeakyReLUs and one step of Adam, 1.3e-5 is seen. In float64 (below) the same agrees to 1e-12.
                     atol = 3e-5 if name.endswith("gan_loss") or name.startswith("logits_") else 3e-7
                     np.testing.assert_allclose(other[name], value, 5e-5, atol, err_msg=f"{name}, step {step}, mesh {mesh}")
 
@@ -292,8 +294,8 @@ IN_FLOAT64 = "import sys, in_float64, on_meshes; on_meshes.STEPS, on_meshes.BATC
     "task", [pytest.param(name, marks=() if name in ("single_stage", "generator") else pytest.mark.long) for name in NAMES]
 )
 def test_updates_are_the_same_on_every_mesh_in_float64(task):
-    """All that three steps log, and the state after them: parameters, moments, averages. In float32 Adam makes full steps of
-    gradients that are rounding noise; in float64 these are far below its epsilon."""
+    """Compares all that three steps log, and the state after them: parameters, moments, averages. In float32, Adam makes
+    full steps of gradients that are rounding noise. In float64 this noise is far below its epsilon."""
     found = json.loads(python_on_eight_devices("-c", IN_FLOAT64, task, "1,1,1", "2,2,2").stdout)
     assert_same_in_float64(found["1,1,1"], found["2,2,2"])
 
@@ -307,7 +309,7 @@ def test_accumulated_gradients_are_those_of_the_batch_on_a_mesh():
 
 
 def assert_same_in_float64(one: dict, other: dict) -> None:
-    # Metrics agree to 1e-12, arrays to 4e-13 of their largest value. A parameter that decays and should not is off by 1e-7.
+    # Metrics agree to 1e-12, arrays to 4e-13 of their largest value. A wrongly decayed parameter would be off by 1e-7.
     for step, (metrics, others) in enumerate(zip(one["metrics"], other["metrics"], strict=True)):
         assert metrics.keys() == others.keys()
         for name, value in metrics.items():
@@ -318,7 +320,7 @@ def assert_same_in_float64(one: dict, other: dict) -> None:
     assert one["state"].keys() == other["state"].keys()
     for name, (dtype, largest, *products) in one["state"].items():
         assert dtype in ("float64", "int32"), name
-        # Gradients that are 0, of a bias before a normalisation, are 1e-18 here.
+        # Gradients that should be 0, as for a bias before a normalisation, are 1e-18 here.
         np.testing.assert_allclose(other["state"][name][2:], products, 0, 1e-10 * largest + 1e-16, err_msg=name)
 
 
@@ -339,7 +341,7 @@ def test_devices_send_what_the_docstring_says(task, meshes):
         elif fsdp == tensor == 1:
             assert set(sent) == {"all-reduce"}
         elif data == tensor == 1:
-            # Parameters alone are gathered, those of a stack one layer at a time.
+            # Only parameters are gathered, those of a stack one layer at a time.
             cut = {
                 name: shape[1:] if any(stack in name for stack in ("transformer/", "layers/", "stages/")) else shape
                 for name, (shape, shard) in (found["placed"]["in"] | found["placed"]["frozen"]).items()
@@ -349,15 +351,15 @@ def test_devices_send_what_the_docstring_says(task, meshes):
             assert gathered
             assert {math.prod(shape) for shape in gathered} <= sizes
         else:
-            # Partial sums of attention heads and of MLP columns; convolutions are not cut along tensor.
+            # Devices add partial sums over attention heads and MLP columns. Convolutions are not sharded along tensor.
             assert any(rows in shape for _, shape in sent["all-reduce"]) == (task != "maskgit_vqgan")
-            if task == "generator":  # of the logits [rows, 8, 64], not cut once more by any loss, their sums alone
+            if task == "generator":  # no loss gathers the logits [rows, 8, 64]; only their sums are exchanged
                 assert [rows, 8] in [shape for _, shape in sent["all-reduce"]]
                 assert not any(shape[:2] == [rows, 8] and shape[2] > 2 for shape in gathered)
 
 
 def test_the_forms_that_are_for_tpus_do_not_gather_the_batch():
-    """Stage 2 has all networks: transformers, both decoders' convolutions, discriminator, ConvNeXt and VGG."""
+    """Stage 2 has every kind of network: transformers, both decoders' convolutions, discriminator, ConvNeXt and VGG."""
     code = "import sys, on_meshes; on_meshes.print_collectives_of_tpu_forms(*sys.argv[1:])"
     for mesh, sent in json.loads(python_on_eight_devices("-c", code, "stage2", "1,8,1", "2,2,2").stdout).items():
         data, fsdp, _ = map(int, mesh.split(","))

@@ -1,4 +1,4 @@
-"""Pieces of long jobs: what is there is kept, what is missing is named, what does not belong together is refused."""
+"""Pieces of long jobs: existing ones are kept, missing ones are named, and ones that do not fit together are refused."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_pieces_come_back_in_order(tmp_path):
 
 
 def test_processes_share_the_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(Shards, "wait", lambda self, event: None)  # one after the other here
+    monkeypatch.setattr(Shards, "wait", lambda self, event: None)  # here the processes run one after the other
     parts = [begin(tmp_path / "s", process_index=i, process_count=3) for i in range(3)]
     assert [part.missing() for part in parts] == [[0, 3], [1, 4], [2]]
     assert [part.first for part in parts] == [True, False, False]
@@ -47,7 +47,7 @@ def test_processes_share_the_pieces(tmp_path, monkeypatch):
         for number in part.missing():
             part.write(number, x=np.array(number))
     assert [int(piece["x"]) for piece in parts[0]] == [0, 1, 2, 3, 4]
-    assert begin(tmp_path / "s").missing() == []  # by any other number of processes
+    assert begin(tmp_path / "s").missing() == []  # for any other number of processes too
     with pytest.raises(FileNotFoundError, match="process 1 does not see it; name an output in a folder that all"):
         begin(tmp_path / "elsewhere", process_index=1, process_count=2)
 
@@ -59,7 +59,7 @@ def test_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\(temperature: 2.0 there, None now\)"):
         begin(tmp_path / "s", {"seed": 1})
     assert begin(tmp_path / "s").missing() == [1, 2, 3, 4]
-    assert begin(tmp_path / "s", restart=True).missing() == [1, 2, 3, 4]  # the same settings go on
+    assert begin(tmp_path / "s", restart=True).missing() == [1, 2, 3, 4]  # with the same settings the job goes on
     assert begin(tmp_path / "s", {"seed": 2}, restart=True).missing() == [0, 1, 2, 3, 4]
     assert begin(tmp_path / "s", {"seed": 2}).missing() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match=r"\(num: 14 there, 15 now; batch_size: 3 there, 4 now\)"):
@@ -76,7 +76,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
         begin(tmp_path / "file")
     shards = begin(tmp_path / "s")
     shards.write(0, x=np.zeros(1))
-    (tmp_path / "s" / ".00001.partial-17.npz").write_bytes(b"half")  # of a killed process
+    (tmp_path / "s" / ".00001.partial-17.npz").write_bytes(b"half")  # left by a killed process
     (tmp_path / "s" / "notes.txt").write_bytes(b"precious")
     shards.remove()
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]

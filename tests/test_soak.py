@@ -1,4 +1,4 @@
-"""No lost step: a GAN in training, killed twenty times, ends as one that is not, bit for bit. `make soak` runs this."""
+"""No lost step: a GAN training that is killed twenty times ends bit for bit like one that is not. `make soak` runs this."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ STEPS, CHECKPOINT_EVERY = 240, 5
 
 
 def gan() -> ConfigDict:
-    """The tokenizer of the digits, with two optimizers and LeCam's averages."""
+    """The digits' tokenizer, with two optimizers and LeCam's averages."""
     config = test_train.digits_config("smoke_tokenizer")
     config.update({"num_steps": STEPS, "log_every": 1, "checkpoint_every": CHECKPOINT_EVERY})
     config.update({"preview_every": 0, "eval_every": 0})
@@ -51,7 +51,7 @@ def last_step(workdir) -> int:
 
 
 def kills_of(processes: int, kills: int, draw: random.Random) -> list[tuple[str, str]]:
-    """(whom, when) of each kill, in random order: each of all processes and of every single one, at every kind of moment."""
+    """(whom, when) of each kill, in random order. Kills hit all processes or a single one, each at every kind of moment."""
     whom = ["all", *(f"process {i}" for i in range(processes) if processes > 1)]
     plan = list(itertools.islice(itertools.cycle(itertools.product(whom, ["start", "step", "save"])), kills))
     draw.shuffle(plan)
@@ -59,21 +59,22 @@ def kills_of(processes: int, kills: int, draw: random.Random) -> list[tuple[str,
 
 
 def kill_at(whom: str, moment: str, draw: random.Random, run: list[subprocess.Popen], workdir) -> bool:
-    """Waits for a moment and kills one or all processes of a run; the others must then end by themselves -> whether it was
-    during a save."""
+    """Waits for a moment and kills one or all processes of a run; the others must then end by themselves -> whether the kill
+    was during a save."""
     victims = run if whom == "all" else [run[int(whom.removeprefix("process "))]]
     before, delay, steps = last_step(workdir), draw.uniform(0, 6), draw.randint(1, 16)
     if moment == "start":  # while it imports, compiles or reads its checkpoint
         time.sleep(delay)
     else:
         checkpoints = workdir / "checkpoints"
-        # A resumed run cuts the log back to its checkpoint first.
+        # A resumed run first truncates the log to its checkpoint.
         while all(process.poll() is None for process in run) and last_step(workdir) < before + steps:
             time.sleep(0.002)
         while moment == "save" and all(process.poll() is None for process in run) and not any(checkpoints.glob("*tmp*")):
             time.sleep(0.0005)
         time.sleep(draw.uniform(0, 0.05 if moment == "step" else 0.01))
-    saving = any((workdir / "checkpoints").glob("*tmp*")) and moment != "start"  # which may see what an earlier kill left
+    # At "start" such a file may be left from an earlier kill.
+    saving = any((workdir / "checkpoints").glob("*tmp*")) and moment != "start"
     assert all(process.poll() is None for process in run)
     for process in victims:
         process.kill()
@@ -94,7 +95,7 @@ def test_kills_at_random_moments_change_nothing(processes, kills, tmp_path):
         run = start(PROGRAM, str(killed), processes=processes)
         killings.append((whom, kill_at(whom, moment, draw, run, killed)))
     assert not (killed / "pretrained").exists()
-    # All processes, and either of two while the other lived; both also during a save.
+    # Kills hit all processes, and either of two while the other lived; both kinds also happened during a save.
     assert ("all", True) in killings
     if processes == 2:
         assert {whom for whom, _ in killings} == {"all", "process 0", "process 1"}

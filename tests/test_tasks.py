@@ -1,4 +1,4 @@
-"""What a training step does, against recorded runs of the published code: same start, same data, same random draws."""
+"""Training steps against recorded runs of the published code, with the same start, data and random draws."""
 
 import dataclasses
 import functools
@@ -44,22 +44,22 @@ OPTIMIZER = OptimizerConfig(
     weight_decay=0.03,
     max_grad_norm=1.0,
 )
-# The recorded runs against the same in float64 differ by 1e-7 relative in losses and 6e-7 in parameters (their .json),
-# so a tenth of what is promised (1e-4) leaves room for another order of summation and for nothing else.
+# The recorded runs differ from the same runs in float64 by 1e-7 relative in losses and 6e-7 in parameters (their .json).
+# So a tenth of the promised 1e-4 leaves room for another order of summation and for nothing else.
 TOLERANCE = 1e-5
 
 
 class Bounds(NamedTuple):
-    """How far a training on pixels may be from the recorded one, relative to a value or to an array's largest magnitude.
+    """Bounds on the error of a training on pixels, relative to the recorded value or to an array's largest magnitude.
 
     Attributes:
-      logged, logged_gan: of what a step logs, before and from the start of the discriminator on.
-      last_logits: in stage 2's last step, of what the discriminator's mean logits, which have both signs, decide.
-      first_gradient, discriminator_gradient: of the first step, and of the discriminator's first.
-      pictures: of reconstructions, up to the discriminator's start.
-      later_pictures: of those one, two, ... steps later, when it has changed what the decoder learns.
-      parameter, discriminator: of stored parameters after the last step.
-      stats, discriminator_stats: of the mean and the standard deviation of every parameter then.
+      logged, logged_gan: logged values before the discriminator's start, and from then on.
+      last_logits: stage 2's last step, for values that depend on the discriminator's mean logits, which have both signs.
+      first_gradient, discriminator_gradient: gradients of the first step, and of the discriminator's first step.
+      pictures: reconstructions up to the discriminator's start.
+      later_pictures: reconstructions one, two, ... steps later, when the discriminator has changed what the decoder learns.
+      parameter, discriminator: stored parameters after the last step.
+      stats, discriminator_stats: the mean and the standard deviation of every parameter after the last step.
     """
 
     logged: float = 1e-5
@@ -75,15 +75,16 @@ class Bounds(NamedTuple):
     discriminator_stats: float = 1e-5
 
 
-# Our side in float64. The published runs are float32, and it shows: their gradients are up to 4e-5 off, their
-# reconstructions 1.2e-5. In stage 2, where the discriminator first learns, 8 of the values before its LeakyReLUs are so near
-# 0 (1e-5) that the rounding of the reconstruction decides their sign. So the gradient of its first kernel is 3e-4 off there,
-# and Adam makes full steps of it.
+# Bounds for our side in float64. The published runs are float32, which shows: their gradients are up to 4e-5 off, their
+# reconstructions 1.2e-5. In stage 2, when the discriminator first learns, 8 of the values before its LeakyReLUs are so
+# near 0 (1e-5) that the rounding of the reconstruction decides their sign. So the gradient of its first kernel is 3e-4
+# off, and Adam makes full steps of it.
 STAGE2_SIGNS = {"discriminator_gradient": 5e-4, "later_pictures": (1e-4, 5e-4), "discriminator": 1e-3}
 FLOAT64 = {"single_stage_vq": Bounds(), "single_stage_vae": Bounds(), "stage2": Bounds(**STAGE2_SIGNS)}
-# Our side in float32, where rounding decides such signs too. These bounds are three times the largest error of a number of
-# runs, where that is more than the bound in float64: runs that began with every weight changed at random by at most one unit
-# in the last place (8 of stage 2, 6 each of the others), and runs compiled with and without LLVM's optimisation.
+# Bounds for our side in float32, where rounding decides such signs too. Each bound is three times the largest error of a
+# number of runs, if that exceeds the bound in float64. Some of these runs began with every weight changed at random by at
+# most one unit in the last place (8 of stage 2, 6 each of the others); others were compiled with and without LLVM's
+# optimisation.
 FLOAT32 = {
     "single_stage_vq": Bounds(discriminator_gradient=5e-4, discriminator=2e-4, stats=4e-6, discriminator_stats=5e-5),
     "single_stage_vae": Bounds(discriminator_gradient=3e-4),
@@ -98,17 +99,18 @@ FLOAT32 = {
         stats=3e-6,
     ),
 }
-# What the mean logits, which are of both signs and cancel, decide in stage 2's last step.
+# Values that depend on the mean logits in stage 2's last step. The logits have both signs and cancel.
 MEAN_LOGITS = {"gan_loss", "weighted_gan_loss", "logits_real", "logits_fake", "lecam_loss"}
-# The steps compute for longer than they take to compile: optimised a little more than other tests, see conftest.py.
+# These steps compute for longer than they compile, so they are optimised a little more than other tests: see conftest.py.
 LONG_STEPS = {"xla_backend_optimization_level": 1} if os.environ["XLA_FLAGS"] == conftest.FAST_COMPILING else None
-# Of every parameter, stored or not, the mean and the standard deviation relative to the largest magnitude: up to 8e-7 is
-# seen, of discriminators' single numbers 1.7e-5. Training moved each by 2.4e-6 at least, half of them by more than 1.5e-4.
+# The mean and the standard deviation of every parameter, stored or not, relative to its largest magnitude. Errors up to
+# 8e-7 are seen, for discriminators' single numbers 1.7e-5. Training moved each by at least 2.4e-6, half of them by more
+# than 1.5e-4.
 STATS_TOLERANCE = 2e-6
-# What has no gradient but rounding, of which Adam makes steps all the same: the bias of the keys, which cancels in a softmax
-# (the second third where the three are one), and a bias before a GroupNorm with one channel per group, which the small pixel
-# decoder has. As biases do not decay, in exact arithmetic they stay where they began. Up to 2.4e-4 is seen; a gradient moves
-# what has one by 2e-3 to 4e-3, the sum of the learning rates.
+# The gradients of these parameters are only rounding, but Adam makes steps of it all the same. They are the bias of the
+# keys, which cancels in a softmax (the second third of a joint bias), and a bias before a GroupNorm with one channel per
+# group, as in the small pixel decoder. Biases do not decay, so in exact arithmetic they would not move. Up to 2.4e-4 is
+# seen; parameters with a gradient move by 2e-3 to 4e-3, the sum of the learning rates.
 STILL = {
     ".attention.self.key.bias": slice(None),
     ".attn.in_proj_bias": slice(64, 128),
@@ -118,7 +120,7 @@ STILL_TOLERANCE = 1e-3
 
 
 def still_part(name: str) -> slice:
-    """Which elements of a published parameter of the small models do not learn: of most, none."""
+    """The elements of a published parameter of the small models that do not learn. Most parameters have none."""
     return next((part for suffix, part in STILL.items() if name.endswith(suffix)), slice(0))
 
 
@@ -140,7 +142,7 @@ def generator_task(model_type: str, **options):
 
 
 def seeded_state(task, prefixes: dict[str, str]):
-    """The task's first state with the recorded run's weights; `prefixes` gives what went before a network's names there."""
+    """The task's first state with the recorded run's weights. `prefixes` gives the prefix of each network's names there."""
     start = {}
     for name, prefix in prefixes.items():
         network = task.networks[name]
@@ -182,9 +184,9 @@ def test_generator_training_equals_the_published_run(model_type, name):
 
 
 def check_gradients(network, before, after, name, golden, entries, norm, tolerance=TOLERANCE):
-    """The stored gradients of a step, before clipping, by what it added to Adam's first moment: m' = 0.9 m + 0.1 gradient.
+    """Checks the stored gradients of a step, before clipping. Adam's first moment gives ours: m' = 0.9 m + 0.1 gradient.
 
-    entries: how the gradients' names begin in the file; norm: of the gradient, by which it was clipped.
+    entries: the prefix of the gradients' names in the file; norm: the gradient's norm, by which it was clipped.
     """
     clip = min(1.0, 1.0 / (float(norm) + 1e-6))
     moments = (after["opt"][name][0].mu, before["opt"][name][0].mu)
@@ -195,12 +197,12 @@ def check_gradients(network, before, after, name, golden, entries, norm, toleran
     assert len(stored) >= 2
     errors = [gd.compare(golden, key, grads[key.removeprefix(entries)], tolerance) for key in sorted(stored)]
     for key in stored:
-        if key.endswith(".attn.in_proj_bias"):  # each third for itself: the gradients of values are the largest
+        if key.endswith(".attn.in_proj_bias"):  # each third separately: the gradients of values are the largest
             ours, theirs = (x.reshape(3, -1) for x in (grads[key.removeprefix(entries)], golden[key]))
             difference, largest = np.abs(ours - theirs).max(1), np.abs(theirs).max(1)
             gd.within(difference[[0, 2]], tolerance * largest[[0, 2]], f"{key}: of queries and values")
             gd.within(ours[1], 1e-6 * largest[2], f"{key}: of keys")
-    # None is left out, of those that are not stored either.
+    # No parameter with a gradient is missing, stored or not.
     reached = golden["log/disc_n_params_with_grad" if name == "discriminator" else "log/n_params_with_grad"]
     assert sum(np.any(grad != 0) for grad in grads.values()) == np.nanmax(reached)
     print(f"{entries}: largest error of a gradient {max(errors):.1e}")
@@ -209,10 +211,10 @@ def check_gradients(network, before, after, name, golden, entries, norm, toleran
 def check_final(
     network, state, name, golden, file, tolerance=TOLERANCE, stats_tolerance=STATS_TOLERANCE, prefix="", golden_prefix=""
 ):
-    """Stored parameters and averages, the statistics of all of them, and the weight decay groups.
+    """Checks stored parameters and averages, the statistics of all of them, and the weight decay groups.
 
-    stats_tolerance: of means and standard deviations.
-    prefix: of the names in the file; golden_prefix: of its entries ("disc_" for the discriminator, which has no average).
+    stats_tolerance: for means and standard deviations.
+    prefix: of names in the file; golden_prefix: of its entries ("disc_" for the discriminator, which has no average).
     """
     table, info = convert.table_for(network.config), gd.load_json(f"training/{file}.json")
     errors, names = [], info[golden_prefix + "param_names"]
@@ -226,11 +228,11 @@ def check_final(
                 gd.within(value[still] - start, STILL_TOLERANCE, f"{kind} {key}")
                 if len(start) == len(value):
                     continue
-                # The rest is compared as if rounding had moved nothing; how far it moved the published run's is recorded.
+                # The rest is compared as if rounding had moved nothing. The file records how far it moved the published run.
                 value[still], rounded = start, info["float32_vs_float64"]["final_parameters_worst_25"].get(key, 0.0)
             entry = f"{golden_prefix}{kind}/{prefix}{key}"
             if golden_prefix and entry + ".flat2d" in golden:
-                # Large kernels of a discriminator: single elements with tiny gradients go another way, the others agree.
+                # In a discriminator's large kernels, single elements with tiny gradients move another way; the others agree.
                 flat = value.reshape(len(value), -1)
                 got = flat[tuple(slice(None, None, max(1, size // 64)) for size in flat.shape)]
                 difference = np.abs(got - golden[entry + ".flat2d"])
@@ -241,7 +243,7 @@ def check_final(
             found = np.array([value.mean(dtype=np.float64), value.std(dtype=np.float64), np.abs(value).max()])
             error = np.abs(found - stats)
             allowed = stats_tolerance * stats[2]
-            # In the mean, 64 elements that went either way, of 192, count a 24th.
+            # If 64 of 192 elements moved either way, their share in the mean is a 24th.
             label = f"{kind} {key}: {found}, expected {stats}"
             gd.within(error[:2], allowed + rounded / 24, label)
             gd.within(error[2], tolerance * stats[2] + rounded, label)
@@ -330,13 +332,13 @@ def seeded_perceptual(name: str):
     config = PerceptualConfig(name)
     table, abstract = convert.table_for(config), models.abstract(config)[1]
     weights = gd.seeded_weights(convert.published_shapes(table, abstract), "perceptual_loss.")
-    # As the recorded runs: the real heads are not negative, signed ones cancel.
+    # As in the recorded runs: real heads are not negative, and signed ones cancel.
     weights = {key: abs(w) if "lpips.lin" in key else w for key, w in weights.items()}
     return make_perceptual(name, convert.from_published(table, abstract, weights, source="seeded"))
 
 
 def quantize(network, params, images):
-    """(tokens [B, N], what the decoder gets [B, N, C], how much farther a second code was at least: squared distances)."""
+    """(tokens [B, N], decoder input [B, N, C], the smallest margin of a second-best code in squared distance)."""
     model = network.module(params)
     found = model.quantized(images)
     nearest, _ = jax.lax.top_k(-model.quantize.distances(found.latents), 2)
@@ -344,14 +346,14 @@ def quantize(network, params, images):
 
 
 def check_margin(margin, golden, step):
-    """How near a code was to being another one: small differences of squared distances, which the published run itself has
-    to 4e-4 (its .json); 9e-4 is seen."""
+    """Checks how close the closest choice of a code was. The margins are small differences of squared distances. The
+    published run itself has them only to 4e-4 (its .json); 9e-4 is seen."""
     np.testing.assert_allclose(margin, golden["log/min_codebook_margin"][step], rtol=3e-3)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_stage1_training_equals_the_published_run(parts):
-    """Also with gradients accumulated over two parts of each batch."""
+    """Also if gradients are accumulated over two parts of each batch."""
     golden = gd.load("training/stage1_steps.npz")
     task = stage1.make_task(
         STAGE1,
@@ -404,7 +406,7 @@ def pixel_task(name: str, perceptual, **options):
 
 
 def reconstruct(network, params, images, draws):
-    """(reconstructions [B, H, W, 3] as in a step, tokens [B, N], their margin); of a VAE no tokens."""
+    """(reconstructions [B, H, W, 3] as in a step, tokens [B, N], their margin). A VAE has no tokens and no margin."""
     model = network.module(params)
     if "noise" in draws:
         return model.decode(model.posterior(images).sample(draws["noise"])), None, None
@@ -413,7 +415,7 @@ def reconstruct(network, params, images, draws):
 
 
 def check_pictures(pictures, golden, step, tolerance):
-    """Reconstructions [B, 3, H, W] of a step, before its update: the statistics of all, and the stored ones."""
+    """Checks reconstructions [B, 3, H, W] of a step, before its update: the statistics of all, and the stored ones."""
     found = np.array([pictures.mean(dtype=np.float64), pictures.std(dtype=np.float64), np.abs(pictures).max()])
     np.testing.assert_allclose(found, golden["recon_stats"][step], atol=tolerance * found[2], rtol=0)
     if f"recon_step{step}" in golden:
@@ -429,7 +431,7 @@ PIXEL_RUNS = {
 
 
 def pixel_runs(always: str):
-    """The recorded runs on pixels as parameters of a test, all but one of them `long`."""
+    """The recorded runs on pixels as parameters of a test. All but one are marked `long`."""
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=() if name == always else pytest.mark.long) for name in PIXEL_RUNS]
     )
@@ -518,7 +520,7 @@ test_tasks.check_training_on_pixels(sys.argv[1], test_tasks.FLOAT64[sys.argv[1]]
 
 @pixel_runs(always="stage2")
 def test_training_on_pixels_in_float64_equals_the_published_run_to_its_end(name):
-    """Where float32 parts ways over signs of values near 0 (see FLOAT32), the same code in float64 does not."""
+    """In float32 the runs part where rounding decides signs of values near 0 (see FLOAT32). In float64 they do not."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     if env["XLA_FLAGS"] == conftest.FAST_COMPILING:
         env["XLA_FLAGS"] = conftest.FAST_LOOPS
@@ -528,7 +530,7 @@ def test_training_on_pixels_in_float64_equals_the_published_run_to_its_end(name)
 
 
 def test_accumulation_in_gan_training_equals_the_large_batch():
-    """LeCam too, which is not linear in the means of the parts: these differ, because every second image is dark."""
+    """LeCam too, which is not linear in the means of the parts. These differ, because every second image is dark."""
     images = gd.images(4, 64, 3) * np.array([1.0, 0.1, 1.0, 0.1], np.float32)[:, None, None, None]
     results = []
     for parts in (1, 2):
@@ -542,7 +544,7 @@ def test_accumulation_in_gan_training_equals_the_large_batch():
             gradient_accumulation=parts,
         )
         state = seeded_state(task, {"tokenizer": "", "discriminator": ""})
-        # In the middle of a run, the averages so that both of LeCam's terms act.
+        # In the middle of a run, with averages that make both LeCam terms act.
         state["step"], state["lecam"] = jnp.int32(5), LeCamEma(jnp.float32(1.0), jnp.float32(-1.0))
         state, metrics = jax.jit(task.update)(state, None, {"image": images}, {})
         results.append((metrics, state["lecam"], [opt[0].mu for opt in state["opt"].values()]))
@@ -551,13 +553,13 @@ def test_accumulation_in_gan_training_equals_the_large_batch():
     for key, value in metrics.items():
         np.testing.assert_allclose(metrics_of_parts[key], value, rtol=3e-5, err_msg=key)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        # In float32, behind LeakyReLUs: 9e-6 is seen. In float64 the same agrees to 1e-10: tests/test_sharding.py.
+        # In float32, after LeakyReLUs, 9e-6 is seen. In float64 the same agrees to 1e-10: tests/test_sharding.py.
         np.testing.assert_allclose(b, a, atol=5e-5 * max(1e-4, float(jnp.abs(a).max())))
 
 
 @pytest.mark.parametrize("kind", ["stage1", "single_stage"])
 def test_restarts_move_the_codebook_of_a_step(kind):
-    """In the first update, whose learning rate is 0, nothing else does."""
+    """In the first update the learning rate is 0, so nothing else moves it."""
     config = STAGE1 if kind == "stage1" else tokenizer_config("vq")
     options = {"optimizer": TOKENIZER_OPTIMIZER, "num_steps": 20, "restart_codes": True}
     if kind == "stage1":
@@ -586,7 +588,7 @@ def test_pixels_of_a_step_are_the_published_tensors(name):
     crop = center_crop_torchvision(image, 256)[None]
     found = jax.jit(float_images)(crop)
     assert found.dtype == np.float32
-    # XLA multiplies by 1 / 255, rounded: one more unit in the last place.
+    # XLA multiplies by the rounded 1 / 255: one more unit in the last place.
     gd.compare(gd.load("training/transforms.npz"), f"{name}/eval_tensor", gd.nchw(found)[0], 2**-23)
 
 

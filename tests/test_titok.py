@@ -19,11 +19,11 @@ from titok_jax.weights import convert
 
 TINY_SIZES = {"small": TransformerSize(64, 2, 2), "base": TransformerSize(96, 3, 3), "large": TransformerSize(128, 4, 4)}
 NAMES = ["tiny_vq_stage1", "tiny_vq_stage2", "tiny_vq8k", "tiny_vae"]
-# What the golden data's README measures for float32 runs: 5e-6 would do for encoders and logits; 1e-5 for all but the
-# image of the pixel decoder, where two float32 runs of the published code already differ by 1.2e-5.
+# From the float32 errors in the golden data's README: 5e-6 would do for encoders and logits, 1e-5 for all but the pixel
+# decoder's image. There, even two float32 runs of the published code differ by 1.2e-5.
 TOLERANCE = 1e-5
 PIXEL_DECODER_TOLERANCE = 5e-5
-# A gradient sums thousands of float32 products; ours and torch's sums are in another order.
+# A gradient sums thousands of float32 products, in another order than torch.
 GRADIENT_TOLERANCE = 2e-5
 
 
@@ -48,7 +48,7 @@ def case(request):
 
 
 def tower_intermediates(tower, prefix: str, x):
-    """Every block of a transformer tower by hand, the branches of block 0 too. x [1, L, D] enters `ln_pre`."""
+    """Runs every block of a transformer tower by hand, and the branches of block 0. x [1, L, D] enters `ln_pre`."""
     out = {f"{prefix}.ln_pre_input": x}
     x = out[f"{prefix}.ln_pre"] = tower.ln_pre(x)
     graphdef, stacked = nnx.split(tower.transformer)
@@ -146,14 +146,14 @@ def test_every_stage_equals_the_published_code(case, record_property):
     worst = max(errors, key=errors.get)
     record_property("largest_error", errors[worst])
     print(f"{name}: largest error {errors[worst]:.1e} ({worst})")
-    # Nothing of the file is left unlooked at but what other tests compare.
+    # Every array of the file is compared, here or in other tests.
     rest = {k for k in golden if not k.endswith((".stride", ".shape", ".stats")) and k not in ours}
     rest = {k for k in rest if not k.startswith(("grad.", "times40."))}
     assert rest <= {"margin", "tokens", "random_tokens", "decode_tokens"}
 
 
 def test_posterior_clamps_its_log_variance():
-    # From the stored output, not from ours: exp(0.5 * 40 x) would multiply its rounding errors by 20 max |x|.
+    # Uses the stored output, not ours: exp(0.5 * 40 x) would multiply our rounding errors by 20 max |x|.
     golden = gd.load("tiny/tiny_vae.npz")
     assert "encoder.output.stride" not in golden
     posterior = DiagonalGaussian.from_moments(40 * golden["encoder.output"][:, :, 0].transpose(0, 2, 1))

@@ -1,4 +1,4 @@
-"""tpu_scripts against a `gcloud` that records its calls and plays a slice of two workers, which is preempted once."""
+"""tpu_scripts against a fake `gcloud` that records its calls and plays a slice of two workers, preempted once."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = ROOT / "tpu_scripts"
 
-# What the workers run. The place for its results is shared and outlives them, as a bucket does. In the first life of the
-# slice it goes on until SIGTERM, "saves" and exits with 0, as the training does; in the second it comes to its end. With
-# `finish` there it comes to its end in any.
+# The workers' program. Its results go to a shared place that outlives the workers, like a bucket. In the slice's first
+# life it runs until SIGTERM, "saves" and exits with 0, as the training does. In the second life it finishes. If `finish`
+# exists, it finishes in any life.
 TRAIN = """
 import json, os, pathlib, signal, sys, time
 bucket, worker = pathlib.Path(sys.argv[1]), os.environ["WORKER"]
@@ -35,19 +35,19 @@ signal.signal(signal.SIGTERM, save)
 while not (bucket / "finish").exists():
     time.sleep(0.01)
 """
-# Words that a shell would take apart.
+# Words that a shell would split or expand.
 WORDS = ["two words", "it's", '"quoted"', "$HOME", "a;b", "*", "back\\slash", "new\nline"]
 
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-    """A folder with the fake gcloud's state; `bin` in it is first on the PATH."""
+    """A folder with the fake gcloud's state. Its `bin` is first on the PATH."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
     programs = {
         "gcloud": f'exec {sys.executable} -S -E {ROOT}/tests/fake_gcloud.py "$@"',
         "hostname": 'echo "host-$WORKER"',
-        # Installing takes minutes: a Python that makes "environments" with itself in them and "installs".
+        # A real install takes minutes. This fake Python makes "environments" that hold itself, and "installs".
         "python3.12": 'if [[ $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi\n'
         'if [[ $2 == pip ]]; then echo "$@" >>"$HOME/installed"; fi\n'
         f'if [[ $1 != -m ]]; then exec {sys.executable} "$@"; fi',
@@ -87,7 +87,7 @@ def tpu(cloud, *arguments):
 
 @contextlib.contextmanager
 def beside(cloud, *arguments):
-    """tpu.sh while the test goes on -> the process, and a function that waits for words in its output -> all until then."""
+    """Runs tpu.sh beside the test -> (process, until). `until` waits for words in the output -> all output up to them."""
     process = subprocess.Popen(
         [SCRIPTS / "tpu.sh", "--config", cloud / "config.sh", *arguments],
         stdin=subprocess.DEVNULL,
@@ -109,7 +109,7 @@ def beside(cloud, *arguments):
                 return seen
         raise AssertionError(f"ended without {words!r}: {seen}")
 
-    late = threading.Timer(900, end)  # as the timeout of `tpu`
+    late = threading.Timer(900, end)  # the same timeout as in `tpu`
     late.start()
     try:
         yield process, until
@@ -120,13 +120,13 @@ def beside(cloud, *arguments):
 
 
 def offline(cloud, looks, message):
-    """From now on, at once: to so many looks there is no answer."""
+    """From now on the next `looks` queries get no answer. The change is atomic."""
     (cloud / "offline.new").write_text(f"{looks} {message}")
     (cloud / "offline.new").rename(cloud / "offline")
 
 
 def calls(cloud):
-    """[kind, verb] of each call of gcloud, and the call."""
+    """(kind, verb, call) of each call of gcloud."""
     file = cloud / "calls.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [(*line[2:4], line) for line in lines]
@@ -156,7 +156,7 @@ def test_a_preempted_run_is_resumed_and_nothing_is_created_twice(cloud, monkeypa
     done = tpu(cloud, "babysit", "--delete", *train(cloud))
     assert done.returncode == 0, done.stdout + done.stderr
     made = [line for k, verb, line in calls(cloud) if verb == "create"]
-    # Once, once more after the preemption; the fake refuses to make what is there, and was never asked to.
+    # Made once, and once more after the preemption. The fake refuses to make an existing slice, and was never asked to.
     assert len(made) == 2
     assert all(line[2] == kind and line[4] == "t" and set(options) <= set(line) for line in made)
     assert all(("--spot" in line) == ("spot" in provisioning) for line in made)
@@ -165,9 +165,9 @@ def test_a_preempted_run_is_resumed_and_nothing_is_created_twice(cloud, monkeypa
     for worker in ("worker0", "worker1"):
         assert (cloud / "bucket" / f"{worker}.saved").exists()  # it got SIGTERM and time to save
         starts = [json.loads(line) for line in (cloud / "bucket" / f"{worker}.started").read_text().splitlines()]
-        assert starts == [[WORDS, "a b", "a secret", "tpu,cpu"]] * 2  # in each life once, word for word
+        assert starts == [[WORDS, "a b", "a secret", "tpu,cpu"]] * 2  # once in each life, word for word
         assert "[tpu]" in (cloud / worker / "installed").read_text()
-    # The secret is in a file only.
+    # The secret is only in a file.
     assert "a secret" not in (cloud / "calls.jsonl").read_text() + done.stdout + done.stderr
     assert not (cloud / "slice.json").read_text().count("states")  # deleted in the end
 
@@ -177,13 +177,13 @@ def test_maintenance_of_an_on_demand_slice_is_waited_for(cloud, monkeypatch):
     (cloud / "preempt").write_text("3")
     (cloud / "gone").write_text("REPAIRING")
     with beside(cloud, "babysit", *train(cloud)) as (process, until):
-        until("t: WAITING")  # while it is made
+        until("t: WAITING")  # while the slice is made
         until("t: WAITING")
         assert "the workers: idle" in until("the workers: running")
         (cloud / "bucket/finish").touch()
         until("exited with 0 on every worker")
         assert process.wait(timeout=900) == 0
-    # The same machines: nothing is made, deleted or installed again.
+    # The machines are the same: nothing is made, deleted or installed again.
     assert [count(cloud, verb) for verb in ("create", "delete")] == [1, 0]
     assert count(cloud, "ssh", "worker.sh setup") == 1
     for worker in ("worker0", "worker1"):
@@ -197,10 +197,10 @@ def test_a_babysit_outlives_a_network_that_is_away(cloud):
         assert [f"no answer about t (look {look}):" in seen for look in range(1, 10)] == [True] * 8 + [False]
         assert seen.count("UNAVAILABLE: no network") == 8
         until("the workers: running")
-        # It has had answers: what does not pass by itself is said, and somebody may mend it.
+        # After earlier answers, it reports an error that will not pass by itself, and goes on: somebody may fix it.
         offline(cloud, 8, "UNAUTHENTICATED: invalid authentication credentials")
         assert until("gcloud answers again").count("which will not pass by itself") == 8
-        # The third comes when the slice is to be deleted.
+        # The third outage comes when the slice is to be deleted.
         (cloud / "bucket/finish").touch()
         until("exited with 0 on every worker")
         offline(cloud, 2, "UNAVAILABLE: no network")
@@ -220,13 +220,13 @@ def test_a_second_babysit_goes_on_with_what_is_there(cloud):
     assert again.returncode == 0
     assert "exited with 0 on every worker" in again.stdout
     assert (count(cloud, "create"), count(cloud, "scp", "tar.gz"), count(cloud, "ssh", "worker.sh start")) == (1, 1, 1)
-    # Another command is another run; the log of the first is kept.
+    # Another command makes another run; the first run's log is kept.
     assert tpu(cloud, "babysit", *train(cloud), "more").returncode == 0
     assert (count(cloud, "create"), count(cloud, "ssh", "worker.sh start")) == (1, 2)
     assert (cloud / "worker0/titok_run/log.1").read_text() == "training\n"
 
 
-# Our commands end with 2 if what they were asked for cannot be: another try would end as well.
+# Our commands exit with 2 if a request cannot be met: another try would end the same way.
 @pytest.mark.parametrize(("status", "starts", "error"), [(7, 2, "fails by itself"), (2, 1, "cannot do what it was told to")])
 def test_a_command_that_fails_is_run_again_and_given_up(cloud, status, starts, error):
     done = tpu(cloud, "babysit", "--", "bash", "-c", f"echo no such flag; exit {status}")
@@ -252,7 +252,7 @@ def test_each_step_by_itself(cloud):
     status = tpu(cloud, "status").stdout
     assert "t: READY" in status
     assert "worker host-worker0 running\nworker host-worker1 running\n" in status
-    with beside(cloud, "logs", "0") as (_, until):  # of worker 0 only, with what comes later
+    with beside(cloud, "logs", "0") as (_, until):  # of worker 0 only, including later output
         until("training")
         for worker in ("worker1", "worker0"):
             with (cloud / worker / "titok_run/log").open("a") as file:
@@ -265,7 +265,7 @@ def test_each_step_by_itself(cloud):
     assert (cloud / "bucket/worker1.saved").exists()
     assert "worker host-worker1 stopped" in tpu(cloud, "status").stdout
     assert "[host-worker1] step 1 of worker1" in tpu(cloud, "logs", "all").stdout
-    assert tpu(cloud, "delete").returncode != 0  # asks first
+    assert tpu(cloud, "delete").returncode != 0  # it asks first
     assert count(cloud, "delete") == 0
     assert tpu(cloud, "delete", "--yes").returncode == 0
     assert count(cloud, "delete") == 1
@@ -298,11 +298,11 @@ def test_the_newest_logs_are_kept(cloud):
         environment = {**os.environ, "HOME": str(run.parent), "WORKER": "worker0"}
         subprocess.run(["bash", SCRIPTS / "worker.sh", "start", f"echo run {number}"], env=environment, check=True)
         with contextlib.suppress(ProcessLookupError):
-            while True:  # until it has ended
+            while True:  # until the run has ended
                 os.killpg(int((run / "pid").read_text()), 0)
     assert (run / "log").read_text() == "run 23\n"
     assert {path.name for path in run.glob("log.*")} == {f"log.{number}" for number in range(3, 23)}
-    assert (run / "log.3").read_text() == "run 3\n"  # in their order
+    assert (run / "log.3").read_text() == "run 3\n"  # in order
 
 
 def test_dry_run_prints_commands_and_calls_nothing(cloud):
@@ -312,7 +312,7 @@ def test_dry_run_prints_commands_and_calls_nothing(cloud):
     lines = done.stdout.splitlines()
     assert [line.split()[:4] for line in lines[:1]] == [["gcloud", "compute", "tpus", "tpu-vm"]]
     assert [line.split()[4] for line in lines] == ["create", "scp", "scp", "ssh", "ssh", "delete"]
-    # What is printed can be pasted: it gives the same call.
+    # A printed command can be pasted into a shell: it gives the same call.
     (cloud / "slice.json").write_text(json.dumps({"made": 1, "kind": "tpu-vm", "states": ["READY"], "looks": 0}))
     for worker in ("worker0", "worker1"):
         (cloud / worker).mkdir()

@@ -1,4 +1,4 @@
-"""The training loop: it resumes exactly, refuses what does not fit, and gives the same on any mesh."""
+"""The training loop: it resumes exactly, refuses what does not fit, and gives the same results on any mesh."""
 
 import errno
 import fcntl
@@ -49,7 +49,7 @@ def digits_config(variant: str) -> ConfigDict:
 
 
 def small(variant: str, **changes) -> ConfigDict:
-    """The smoke variant, smaller still."""
+    """The smoke variant, made even smaller."""
     config = digits_config("smoke_" + variant)
     size = {"width": 32, "num_layers": 1, "num_heads": 2}
     if variant == "tokenizer":
@@ -63,7 +63,7 @@ def small(variant: str, **changes) -> ConfigDict:
 
 
 def adversarial(**changes) -> ConfigDict:
-    """A tokenizer with a discriminator that starts in the middle."""
+    """A tokenizer with a discriminator that starts in the middle of the run."""
     config = small("tokenizer", **changes)
     config.data.batch_size = 8
     config.loss.update({"discriminator_weight": 0.1, "discriminator_start": 2, "lecam_weight": 0.001})
@@ -82,7 +82,7 @@ def assert_same_state(a, b):
 
 
 def batches(config: ConfigDict, count: int) -> list[dict]:
-    """The first batches of a run, as floats so that numbers which are not finite can be put in."""
+    """The first batches of a run, as floats, so that tests can insert non-finite numbers."""
     with make_loader(
         make_source(config.data.source), seed=0, global_batch_size=config.data.batch_size, num_threads=0
     ) as loader:
@@ -95,7 +95,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(kind, tmp_path, monkeypatch):
-    if kind == "tokenizer":  # with all that a step can draw and remember: noise, two optimizers, LeCam's averages
+    if kind == "tokenizer":  # has all kinds of draws and state: noise, two optimizers, LeCam's averages
         config = adversarial()
         config.model.quantize_mode = "vae"
     else:
@@ -136,8 +136,8 @@ def train_command(workdir, *overrides: str) -> list[str]:
 
 
 def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
-    """A real process of the command, killed without warning; the run that is never killed is another process too. The killed
-    ones have a worker process, which must not outlive them."""
+    """Kills a real process of the command without warning. The run that is never killed is a separate process too. The
+    killed processes have a worker process, which must not outlive them."""
 
     def command(workdir, *overrides):
         return train_command(workdir, "--config.num_steps=40", "--config.checkpoint_every=4", *overrides)
@@ -185,7 +185,7 @@ def test_a_changed_configuration_is_refused_and_names_the_fields(tmp_path):
         ValueError, match=r"(?s)model.codebook_size: 128 .* 64 now.*optimizer.learning_rate: 0.001 .* 0.0005 now"
     ):
         loop.train(parse_settings(changed), tmp_path)
-    # What does not touch the result may change.
+    # Settings that do not affect the result may change.
     loop.train(
         parse_settings(small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat=True)),
         tmp_path,
@@ -230,7 +230,7 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsy
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """No array of the checkpoint of step 3 is written before step 4 is done, to which the state of step 3 was donated."""
+    """No array of step 3's checkpoint is written before step 4 is done, although step 3's state was donated to step 4."""
     config, done, waited = small("tokenizer"), threading.Event(), []
     real_write, real_serialize = loop.MetricLog.write, serialization.async_serialize_from_host
 
@@ -240,7 +240,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
             assert not (tmp_path / "checkpoints" / "3").exists()
             done.set()
 
-    async def serialize(*arguments, **options):  # in Orbax's thread
+    async def serialize(*arguments, **options):  # runs in Orbax's thread
         waited.append(done.wait(900))
         await real_serialize(*arguments, **options)
 
@@ -251,11 +251,11 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert waited
     assert all(waited)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
-    assert_same_state(loop.train(parse_settings(config), tmp_path), state)  # from what was written of step 3
+    assert_same_state(loop.train(parse_settings(config), tmp_path), state)  # from the checkpoint of step 3
 
 
 def test_the_command_saves_at_sigterm_and_exits_with_0_and_a_full_disk_leaves_what_it_saved(tmp_path):
-    """It would never end, and never save, by itself. Then it goes on with no room for another checkpoint."""
+    """By itself the run would never end and never save. Then it continues with no room for another checkpoint."""
     command = train_command(tmp_path, "--config.num_steps=1000000000", "--config.checkpoint_every=1000000000")
     run = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     printed = iter(run.stdout.readline, "")
@@ -270,13 +270,13 @@ def test_the_command_saves_at_sigterm_and_exits_with_0_and_a_full_disk_leaves_wh
 
     before = saved()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
-    limited = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh"]  # a file beyond 100 blocks fails, as on a full disk
+    limited = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh"]  # writing past 100 blocks fails, as on a full disk
     again = [*limited, *command, "--config.checkpoint_every=1"]
     full = subprocess.run(again, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert f"Continuing at step {step} of" in full.stdout
     assert full.returncode == 2
     assert "Traceback" not in full.stderr
-    # Python itself may warn after it, of a coroutine of Orbax that the failure left.
+    # Python may print a warning after the error, about an Orbax coroutine that the failure left.
     (error,) = (line for line in full.stderr.splitlines() if line.startswith("error: "))
     assert error.startswith(f"error: a checkpoint cannot be written to {tmp_path}/checkpoints (")
     assert error.endswith(
@@ -286,7 +286,7 @@ def test_the_command_saves_at_sigterm_and_exits_with_0_and_a_full_disk_leaves_wh
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
-    """A run over a bad batch is, but for its counters, the run without it: of both networks, their averages and clocks."""
+    """A run over a bad batch equals the run without it, except for counters: both networks, their averages and clocks."""
     config = adversarial()
     config.loss.discriminator_start = 1
     task, key = build_task(parse_settings(config)), jax.random.key(0)
@@ -306,12 +306,12 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
         state, found = step(state, None, batch, key)
     assert (state["step"], found["nonfinite_steps"]) == (5, 2)
     assert jax.device_get(state["nonfinite"]) == {"total": 2, "in_row": 0, "longest": 2}
-    # The same numbers in two programs, which round in their own way; Adam makes much of little.
+    # Two programs compute the same numbers but round differently, and Adam amplifies this.
     for a, b in zip(*map(jax.tree.leaves, (strip(state), strip(expected))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     for name in ("lr", "disc_lr", "total_loss"):
         np.testing.assert_allclose(found[name], expected_metrics[name], rtol=1e-5)
-    # One network's trouble stops both.
+    # A non-finite value in one network stops both.
     broken = {**state, "lecam": LeCamEma(jnp.float32(np.inf), jnp.float32(0))}
     after, found = step(broken, None, one, key)
     assert np.isfinite(found["total_loss"])
@@ -354,7 +354,7 @@ def test_a_run_of_steps_that_are_not_finite_ends_before_a_bad_checkpoint(tmp_pat
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["nonfinite_steps"] for line in logged] == [1, 1, 3]
     assert logged[0]["total_loss"] is None
-    broken_from(100)  # mended: the run goes on from before
+    broken_from(100)  # fixed: the run continues from before the failure
     state = loop.train(parse_settings(config), tmp_path)
     assert "Continuing at step 3" in capsys.readouterr().out
     assert state["nonfinite"] == {"total": 1, "in_row": 0, "longest": 1}
@@ -363,7 +363,7 @@ def test_a_run_of_steps_that_are_not_finite_ends_before_a_bad_checkpoint(tmp_pat
 
 
 def test_bfloat16_needs_no_loss_scaling():
-    """Finite throughout, and the losses of float32 as far as 8 bits go: within 3 % at each of 12 steps (1 % is seen)."""
+    """Values stay finite, and losses match float32 as far as 8 bits allow: within 3 % at each of 12 steps (1 % is seen)."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         config = adversarial(compute_dtype=dtype)
@@ -394,7 +394,7 @@ def test_the_flags_for_the_average_reach_it(ramp):
 
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_the_flag_for_rematerialisation_reaches_the_layers(kind):
-    """That it leaves values and gradients as they are is tested where it acts, with the layers."""
+    """The tests of the layers check that rematerialisation does not change values and gradients."""
     programs = []
     for remat in (False, True):
         config = small(kind, remat=remat)
@@ -485,7 +485,7 @@ def test_bad_configurations_are_refused_before_anything_is_written(section, chan
 
 
 def test_pictures_of_another_size_are_refused_before_anything_is_written(tmp_path):
-    """Previews are drawn of held-out data, or of the training data without their augmentation."""
+    """Previews show held-out data, or the training data without augmentation."""
     config = small("tokenizer", preview_every=3)
     with config.unlocked():
         config.data.eval_source = ConfigDict({"name": "digits", "split": "test", "image_size": 64})
@@ -535,12 +535,12 @@ def test_a_run_leaves_model_curves_and_pictures(tmp_path, capsys):
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = {line["step"]: line for line in logged if "eval/psnr" in line}
     assert sorted(evaluations) == [4, 6]
-    # The exported model on the first 24 held-out digits: 20, rounded up to whole parts of 12 of a batch.
+    # The exported model on the first 24 held-out digits: 20, rounded up to full parts of a batch, of 12 each.
     test = make_source({"name": "digits", "split": "test"})
     images = np.stack([test[i]["image"] for i in range(24)]) / 255.0
     tokenizer = titok_jax.load_tokenizer(str(run / "pretrained"))
     rebuilt = np.clip(tokenizer.decode(tokenizer.encode(images.astype(np.float32))), 0, 1)
-    # The run computed in bfloat16, which shows in the third digit.
+    # The run computed in bfloat16, which affects the third digit.
     np.testing.assert_allclose(evaluations[6]["eval/psnr"], metrics.psnr(images, rebuilt).mean(), rtol=1e-2)
     np.testing.assert_allclose(evaluations[6]["eval/ssim"], metrics.ssim(images, rebuilt).mean(), rtol=0.1, atol=1e-3)
     with PIL.Image.open(run / "curves.png") as curves:
@@ -579,8 +579,8 @@ pathlib.Path(workdir, "sent.json").write_text(json.dumps(sent))
 
 @pytest.mark.long
 def test_the_loop_gives_the_same_on_any_mesh(tmp_path):
-    """Losses, restarted codes and held-out measures, for which no device is sent what others hold of a batch. (Steps of each
-    task: test_sharding.py.)"""
+    """Losses, restarted codes and held-out measures. For these no device receives another device's part of a batch.
+    test_sharding.py tests the steps of each task."""
     logs, sent = [], []
     for name, shape in (("one", [1, 1, 1]), ("eight", [2, 2, 2])):
         env = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": str(np.prod(shape))}
@@ -599,7 +599,7 @@ def test_the_loop_gives_the_same_on_any_mesh(tmp_path):
     assert logs[0][-1]["codebook_usage"] == logs[1][-1]["codebook_usage"] > 1 / 128
     for one, eight in zip(*logs, strict=True):
         for name in ("total_loss", "reconstruction_loss", "grad_norm"):
-            # Sums over devices are in another order, and Adam amplifies rounding in its first steps.
+            # Sums over devices are in another order, and Adam's first steps amplify rounding.
             np.testing.assert_allclose(eight[name], one[name], rtol=1e-3, err_msg=name)
 
 

@@ -1,4 +1,4 @@
-"""Files of weights in every form: read as they were written, and as errors when anything about them is wrong."""
+"""Weight files in every format: they are read as they were written, and anything wrong about them is an error."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ def load_numpy(source, kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The forms
+# The formats
 
 
 def test_safetensors_are_written_as_by_their_own_library(tmp_path):
@@ -97,7 +97,7 @@ def test_half_precision_is_read_into_float32(dtype, tmp_path):
 
 def test_a_file_finds_its_configuration(tmp_path):
     folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
-    # The folder's own file; a file of another name with its configuration beside it; a path as a string.
+    # The folder's own file; a file with another name and its configuration beside it; a path as a string.
     assert_equal(load_numpy(folder / "model.safetensors", TiTokConfig)[1], tiny.params(tiny.TOKENIZER))
     (tmp_path / "mine.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(
@@ -112,7 +112,7 @@ def test_a_file_finds_its_configuration(tmp_path):
 
 
 def test_a_published_file_needs_no_configuration(tmp_path):
-    """The smallest published model, as zeros that take no space on the disk."""
+    """Uses the smallest published model, as zeros that take no space on the disk."""
     name = tmp_path / "maskgit-vqgan-imagenet-f16-256.safetensors"
     shapes = known_models.published_shapes(MaskgitVQGANConfig())
     sparse_zeros(name, shapes)
@@ -160,7 +160,7 @@ measures_memory = pytest.mark.skipif(
 
 
 def peak_memory(path, kind):
-    """Of a process that loads a file, beyond what it had before, in units of the file's size."""
+    """Peak memory of a process that loads a file, beyond its memory before, in units of the file's size."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     arguments = [sys.executable, "-c", MEMORY, str(path), kind.__name__]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
@@ -170,7 +170,7 @@ def peak_memory(path, kind):
 
 @measures_memory
 def test_peak_memory_of_loading(tmp_path):
-    """Of TiTok-S-128, 335 MB, and of the MaskGIT-VQGAN as Flax writes it, 218 MB."""
+    """Loads TiTok-S-128, 335 MB, and the MaskGIT-VQGAN as Flax writes it, 218 MB."""
     config = dict(known_models.known_configs(TiTokConfig))["tokenizer", "titok_s128"]
     sparse_zeros(tmp_path / "tokenizer_titok_s128.safetensors", known_models.published_shapes(config))
     assert 0.9 < peak_memory(tmp_path / "tokenizer_titok_s128.safetensors", TiTokConfig) < 1.3
@@ -180,7 +180,7 @@ def test_peak_memory_of_loading(tmp_path):
 
 
 def test_the_jax_checkpoint_of_the_vqgan(tmp_path):
-    """As Flax writes it. That the names belong together is tested with the original tree."""
+    """The checkpoint as Flax writes it. Another test checks the mapping of names with the original tree."""
     folder = pretrained.save(tmp_path / "vqgan", VQGAN, tiny.params(VQGAN))
     assert pretrained.load_config(folder, MaskgitVQGANConfig) == VQGAN
     assert_equal(load_numpy(folder, MaskgitVQGANConfig)[1], tiny.params(VQGAN))
@@ -279,7 +279,7 @@ def test_a_pytorch_file_without_pytorch(tmp_path):
 
 
 def test_headers_that_lie(tmp_path):
-    """Each would make a trusting reader take memory or time without end, or read what is not there."""
+    """Each would make a trusting reader use unlimited memory or time, or read beyond the data."""
     path = tmp_path / "a.safetensors"
 
     def write(header, data=b""):
@@ -339,17 +339,17 @@ def test_configurations_that_cannot_be(change, message, tmp_path):
         pretrained.load(folder, GeneratorConfig)
 
 
-# Mutations. A second reader, the format's own library, says whether a mutated file still holds the same tensors; only then
-# may it be loaded, as the same.
+# Mutations. A second reader, the format's own library, tells whether a mutated file still holds the same tensors. Only then
+# may it load, with the same values.
 
 
 class Hang(BaseException):
-    """Not an Exception, so that nothing takes it for a damaged file."""
+    """Not an Exception, so that no handler takes it for a damaged file."""
 
 
 @pytest.fixture
 def in_time():
-    """A context: what takes a minute, of which it needs a hundredth of a second, hangs."""
+    """A context that raises Hang after a minute. A read takes a hundredth of a second."""
 
     def stop(*_):
         raise Hang
@@ -407,7 +407,7 @@ def same_tensors(read, data, expected) -> bool:
 
 
 def load_unless_refused(in_time, source, config, path):
-    """(configuration, parameters) of a model like `config`; None if it is refused by a message that names `path`."""
+    """(configuration, parameters) of a model like `config`; None if it is refused with a message that names `path`."""
     try:
         with in_time():
             return load_numpy(source, type(config))
@@ -418,7 +418,7 @@ def load_unless_refused(in_time, source, config, path):
 
 
 def check_mutations(path, folder_or_file, config, read, in_time, *, seed, count, tensors_too):
-    """Half of the mutations are where no tensor is; with `tensors_too` the others are anywhere."""
+    """Half of the mutations are outside the tensors; with `tensors_too` the others are anywhere."""
     original, expected_params = path.read_bytes(), tiny.params(config)
     expected = read(original)
     inside = np.zeros(len(original), bool)
@@ -451,7 +451,7 @@ def test_mutated_safetensors(in_time, tmp_path):
 
 
 def test_mutated_flax_checkpoints(in_time, tmp_path):
-    """Their form has no checksums, so a changed number is a number."""
+    """This format has no checksums, so a changed number cannot be detected."""
     path = tmp_path / "checkpoint.msgpack"
     path.write_bytes(serialization.to_bytes(convert.published_to_jax_vqgan(published(VQGAN), config=VQGAN)))
     config_files.write_config(tmp_path / "checkpoint.json", VQGAN)
@@ -463,7 +463,7 @@ def test_mutated_flax_checkpoints(in_time, tmp_path):
 
 
 def test_each_byte_of_a_tensor_counts(tmp_path):
-    """A flipped bit in a tensor, and two tensors that take each other's place, are found by name."""
+    """A flipped bit in a tensor, or two swapped tensors, give an error that names the tensor."""
     folder = tiny.save(tmp_path / "model", tiny.TOKENIZER)
     path = folder / "model.safetensors"
     original = path.read_bytes()
@@ -532,7 +532,7 @@ def mutate_config(text: str, rng: random.Random) -> bytes:
     ids=["tokenizer", "generator", "vqgan"],
 )
 def test_mutated_configurations(config, count, in_time, tmp_path):
-    """None that says something else than the one saved is taken, though no tensor's shape betrays most of it."""
+    """A configuration that differs from the saved one is never accepted, though no tensor's shape reveals most changes."""
     folder = pretrained.save(tmp_path / "model", config, tiny.params(config))
     path = folder / "config.json"
     text = path.read_text()
@@ -550,7 +550,7 @@ def test_mutated_configurations(config, count, in_time, tmp_path):
     assert refused > 0.8 * count
 
 
-# No tensor says these; where no checksum does either, a change to them is a configuration like any other.
+# No tensor determines these fields. Without a checksum, a changed value gives a valid configuration.
 FREE = {
     "use_l2_norm", "commitment_cost", "finetune_decoder", "dropout", "attn_dropout", "class_label_dropout", "sampling",
     "num_heads", "pixel_decoder",
@@ -570,7 +570,8 @@ def differing(a, b) -> set[str]:
 
 @pytest.mark.parametrize("config", [tiny.TOKENIZER, tiny.GENERATOR, VQGAN], ids=["tokenizer", "generator", "vqgan"])
 def test_mutated_configurations_without_a_checksum(config, in_time, tmp_path):
-    """As other programs write weights: what the tensors say is checked, and every value is of its type and range."""
+    """Weights as other programs write them. The tensors are checked against the configuration, and so are the type and range
+    of every value."""
     folder = pretrained.save(tmp_path / "model", config, tiny.params(config))
     safetensors.numpy.save_file(published(config), folder / "model.safetensors")
     path, original = folder / "config.json", (folder / "config.json").read_text()
@@ -584,7 +585,7 @@ def test_mutated_configurations_without_a_checksum(config, in_time, tmp_path):
 
 
 def test_every_value_of_a_wrong_type_is_named(tmp_path):
-    """Each value of a configuration in turn, by one that none of its type can be; the message says file, key and value."""
+    """Replaces each value of a configuration in turn by one of a wrong type. The message names file, key and value."""
     configs = (tiny.TOKENIZER, tiny.VAE, tiny.GENERATOR, VQGAN, dataclasses.replace(tiny.STAGE_1, pixel_decoder=VQGAN))
     values = 0
     for number, config in enumerate(configs):
@@ -592,7 +593,7 @@ def test_every_value_of_a_wrong_type_is_named(tmp_path):
         published_form = json.loads(json.dumps(config.to_published()))
         for section, key in leaves(published_form):
             if isinstance(config, GeneratorConfig) and key == "num_latent_tokens":
-                continue  # not read: image_seq_len says it
+                continue  # not read: image_seq_len gives it
             before, wrong = section[key], [None, [], {}, float("nan"), -1, 10**30, [[8]]]
             wrong += ["8"] if isinstance(before, bool) else ["8", True]
             for value in wrong:
@@ -616,7 +617,7 @@ def leaves(tree):
 
 
 def test_a_configuration_of_another_model_is_refused(tmp_path):
-    """Same shapes, other heads: saved here, the weights know; and they know that one is missing."""
+    """The shapes are the same, the number of heads is not. Weights that are saved here know their configuration."""
     folder = tiny.save(tmp_path / "model", tokenizer=None)
     config_files.write_config(folder / "config.json", dataclasses.replace(tiny.GENERATOR, num_heads=4))
     with pytest.raises(
@@ -624,12 +625,12 @@ def test_a_configuration_of_another_model_is_refused(tmp_path):
     ):
         load_numpy(folder, GeneratorConfig)
     config = json.loads(json.dumps(tiny.GENERATOR.to_published()))
-    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=1))  # written in another way
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=1))  # same content, other layout
     assert_equal(load_numpy(folder, GeneratorConfig)[1], tiny.params(tiny.GENERATOR))
 
 
 def test_a_published_architecture_with_another_configuration(tmp_path):
-    """Without its configuration it would be taken for the published one, which has the same tensors."""
+    """Without its configuration the file would be taken for the published model, which has the same tensors."""
     config, other = MaskgitVQGANConfig(), MaskgitVQGANConfig(resolution=128)
     tensors = {n: np.broadcast_to(np.float16(0), shape) for n, shape in known_models.published_shapes(config).items()}
     pretrained.write_weights(tmp_path / "a.safetensors", tensors, other)

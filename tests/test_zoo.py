@@ -1,4 +1,4 @@
-"""The table of published models against the names, shapes, counts and configurations of the published code."""
+"""The table of published models against the published code's names, shapes, counts and configurations."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_configurations_are_the_published_ones(model):
     assert model.architecture == {section: published["model"][section] for section in sections}
     assert model.published_config["dataset"] == published["dataset"]
     assert model.checkpoint == published["experiment"][f"{model.kind}_checkpoint"]
-    raw = golden_data.load_json(f"{name}.json")  # as it lies on the hub
+    raw = golden_data.load_json(f"{name}.json")  # as on the hub
     cls = CLASSES[model.kind]
     read = cls.from_published(config_files.resolve_interpolations(raw, source=name))
     assert read == cls.from_published(model.published_config)
@@ -55,7 +55,7 @@ def test_the_embedded_models_are_what_the_table_says(model):
 def test_all_published_models_are_there():
     assert len(PUBLISHED) == 13
     assert len({(model.kind, model.name) for model in published_models.MODELS}) == len(published_models.MODELS)
-    # Every generator has the tokenizer of its name, and fits it.
+    # Every generator has a tokenizer of the same name, and fits it.
     for model in PUBLISHED:
         if model.kind == "generator":
             tokenizer = published_models.find(model.name, "tokenizer")
@@ -63,7 +63,7 @@ def test_all_published_models_are_there():
 
 
 def test_a_file_without_configuration_is_told_by_its_tensors():
-    """No two known models have the same tensors, and each finds itself."""
+    """No two known models have the same tensors, and each model's tensors identify it."""
     for (kind, name), config in known_models.known_configs().items():
         shapes = {n: np.broadcast_to(np.float32(0), shape) for n, shape in known_models.published_shapes(config).items()}
         assert known_models.match(shapes, type(config), source="a") == config, (kind, name)
