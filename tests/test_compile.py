@@ -181,10 +181,10 @@ def test_collectives_are_those_of_the_mesh():
     assert problems == []
     assert exchanged["all-reduce"] == pytest.approx(4 * parameters, rel=0.05)  # the gradients in float32, no more
     assert exchanged.get("all-gather", 0) < 0.01 * exchanged["all-reduce"]
-    exchanged, problems, cut, _ = found["fsdp"]
+    exchanged, problems, sharded, _ = found["fsdp"]
     assert problems == []
     assert exchanged["all-gather"] > 0.9 * 4 * parameters  # every kernel, at least once
-    assert cut < 0.25 * copied
+    assert sharded < 0.25 * copied
     # Left alone, the partitioner would gather the batch; the check reports it.
     assert any("the whole batch is exchanged" in problem for problem in found["free"][1])
     assert found["decoder"] == []

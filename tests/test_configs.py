@@ -206,7 +206,7 @@ def test_recipes_are_what_the_documentation_says_field_by_field(file):
     ("file", "variant", "loss", "steps"),
     [
         ("single_stage", "smoke", "reconstruction_loss", 10),
-        ("single_stage", "smoke_vae", "reconstruction_loss", 10),
+        pytest.param("single_stage", "smoke_vae", "reconstruction_loss", 10, marks=pytest.mark.long),
         ("generator", "smoke", "loss", 60),
     ],
 )

@@ -114,7 +114,7 @@ def test_convnext_distance_and_its_gradient(golden):
     gd.compare(golden, "perceptual/convnext_s/grad_target", grad, 1e-4)
 
 
-@pytest.mark.parametrize("case", ["lpips_abs", "lpips", "lpips-convnext_s-1.0-0.1"])
+@pytest.mark.parametrize("case", ["lpips_abs", "lpips", pytest.param("lpips-convnext_s-1.0-0.1", marks=pytest.mark.long)])
 def test_lpips_and_the_weighted_distance_with_their_gradients(golden, case):
     """LPIPS with heads that are not negative, like the real ones, and with signed ones, as in the weighted distance."""
     name = case.removesuffix("_abs")

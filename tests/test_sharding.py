@@ -342,12 +342,12 @@ def test_devices_send_what_the_docstring_says(task, meshes):
             assert set(sent) == {"all-reduce"}
         elif data == tensor == 1:
             # Only parameters are gathered, those of a stack one layer at a time.
-            cut = {
+            sharded = {
                 name: shape[1:] if any(stack in name for stack in ("transformer/", "layers/", "stages/")) else shape
                 for name, (shape, shard) in (found["placed"]["in"] | found["placed"]["frozen"]).items()
                 if not name.startswith(("opt/", "ema/")) and shape != shard
             }
-            sizes = set(map(math.prod, cut.values()))
+            sizes = set(map(math.prod, sharded.values()))
             assert gathered
             assert {math.prod(shape) for shape in gathered} <= sizes
         else:
@@ -358,21 +358,22 @@ def test_devices_send_what_the_docstring_says(task, meshes):
                 assert not any(shape[:2] == [rows, 8] and shape[2] > 2 for shape in gathered)
 
 
-def test_the_forms_that_are_for_tpus_do_not_gather_the_batch():
+@pytest.mark.parametrize("mesh", [pytest.param("1,8,1", marks=pytest.mark.long), "2,2,2"])
+def test_the_forms_that_are_for_tpus_do_not_gather_the_batch(mesh):
     """Stage 2 has every kind of network: transformers, both decoders' convolutions, discriminator, ConvNeXt and VGG."""
     code = "import sys, on_meshes; on_meshes.print_collectives_of_tpu_forms(*sys.argv[1:])"
-    for mesh, sent in json.loads(python_on_eight_devices("-c", code, "stage2", "1,8,1", "2,2,2").stdout).items():
-        data, fsdp, _ = map(int, mesh.split(","))
-        assert sent
-        assert not rows_of_others(sent, BATCH // (data * fsdp), 5), mesh
+    sent = json.loads(python_on_eight_devices("-c", code, "stage2", mesh).stdout)[mesh]
+    data, fsdp, _ = map(int, mesh.split(","))
+    assert sent
+    assert not rows_of_others(sent, BATCH // (data * fsdp), 5), mesh
 
 
 @TASKS
 @MESHES
-def test_the_optimizer_and_the_average_are_cut_as_their_parameters(task, meshes):
+def test_the_optimizer_and_the_average_are_sharded_as_their_parameters(task, meshes):
     for mesh, found in on_meshes(task, meshes).items():
         axes = dict(zip(sharding.AXES, map(int, mesh.split(",")), strict=True))
-        cut = 0
+        count = 0
         for side in ("in", "out"):
             placed = found["placed"][side]
             for name, (shape, shard) in placed.items():
@@ -382,5 +383,5 @@ def test_the_optimizer_and_the_average_are_cut_as_their_parameters(task, meshes)
                     copies = [n for n in copies if n.split("/")[1] == network]
                     assert len(copies) >= (2 if network == "discriminator" else 1)
                     assert all(placed[copy] == [shape, shard] for copy in copies), name
-                    cut += shape != shard
-        assert (cut >= 10) == (axes["fsdp"] * axes["tensor"] > 1)
+                    count += shape != shard
+        assert (count >= 10) == (axes["fsdp"] * axes["tensor"] > 1)

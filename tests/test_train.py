@@ -140,7 +140,7 @@ def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
     killed processes have a worker process, which must not outlive them."""
 
     def command(workdir, *overrides):
-        return train_command(workdir, "--config.num_steps=40", "--config.checkpoint_every=4", *overrides)
+        return train_command(workdir, "--config.num_steps=24", "--config.checkpoint_every=3", *overrides)
 
     def start(workdir):
         with_worker = command(workdir, "--config.data.num_workers=1")
@@ -165,7 +165,7 @@ def test_sigkill_twice_once_during_a_save_changes_nothing(tmp_path):
 
     kill_when(start(killed), saving)
     assert not (killed / "pretrained").exists()
-    kill_when(start(killed), lambda: finished(12) or finished(16) or finished(20))
+    kill_when(start(killed), lambda: finished(9) or finished(12) or finished(15))
     assert not (killed / "pretrained").exists()
     for workdir in (killed, straight):
         run = subprocess.run(command(workdir), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)

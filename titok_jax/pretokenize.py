@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from titok_jax.inference.loading import load_tokenizer, load_tokenizer_config
     from titok_jax.runtime import processes
-    from titok_jax.runtime.sharding import local_mesh, whole_batch
+    from titok_jax.runtime.sharding import local_mesh, round_up_batch_size
     from titok_jax.weights.pretrained import weights_sha256
 
     processes.initialize_distributed()
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=settings,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        batch_size=whole_batch(args.batch_size, args.batch_size),
+        batch_size=round_up_batch_size(args.batch_size, args.batch_size),
     )
     print(f"wrote {written} shards of {args.out}; {there} were there")
     multihost_utils.sync_global_devices("tokenized")  # a process that ends early would end the others

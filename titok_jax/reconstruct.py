@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from titok_jax import inference
     from titok_jax.models import MaskgitVQGANConfig
-    from titok_jax.runtime.sharding import local_mesh, whole_batch
+    from titok_jax.runtime.sharding import local_mesh, round_up_batch_size
 
     config = inference.load_image_config(args.model, revision=args.revision)
     is_vqgan = isinstance(config, MaskgitVQGANConfig)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
     print(f"{args.model}: {size}x{size} pixels to {what}\ncompiling; the first batch takes longer")
-    batches = reconstruct(tokenizer, images, batch_size=whole_batch(args.batch_size, len(images)))
+    batches = reconstruct(tokenizer, images, batch_size=round_up_batch_size(args.batch_size, len(images)))
     with new_folder(out, last="tokens.json") as folder:
         mean = _write(folder, names, images, batches)
     print(f"mean PSNR {mean:.2f} dB over {len(images)} images\nwrote {out}: the pictures, grid.png, tokens.json")

@@ -80,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
     from titok_jax.runtime import processes
-    from titok_jax.runtime.sharding import local_mesh, whole_batch
+    from titok_jax.runtime.sharding import local_mesh, round_up_batch_size
     from titok_jax.weights.pretrained import weights_sha256
 
     processes.initialize_distributed()
-    batch_size = whole_batch(args.batch_size, args.num)
+    batch_size = round_up_batch_size(args.batch_size, args.num)
     shards = Shards(
         f"{out}.shards",
         {"labels": args.labels, "seed": args.seed, "dtype": args.dtype}

@@ -97,10 +97,10 @@ def sampler(name: str, devices: list, images_per_device: int = 64) -> Program:
         choices = ", ".join(model for kind, model in known if kind == "generator")
         raise ValueError(f"--sampler is {name!r}, expected one of {choices}")
     mesh = sharding.make_mesh(devices=devices)
-    whole, batch_size = sharding.replicated(mesh), images_per_device * len(devices)
+    everywhere, batch_size = sharding.replicated(mesh), images_per_device * len(devices)
     tokenizer, generator = known["tokenizer", name], known["generator", name]
     parameters = [
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), models.abstract(config)[1])
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), models.abstract(config)[1])
         for config in (tokenizer, generator)
     ]
     settings = generator.sampling
@@ -182,12 +182,12 @@ def find_problems(program: Program, cost: Cost, total_bytes: float, chip: Chip) 
     fsdp = program.mesh.shape["fsdp"]
     leaves = jax.tree.leaves(program.parameters)
     # The size of the sharded parameters, which are gathered in bfloat16 at least once.
-    cut = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
+    sharded = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
     gathered = sum(cost.bytes.get(kind, 0) for kind in ("all-gather", "collective-permute", "all-to-all"))
     reduced = sum(cost.bytes.get(kind, 0) for kind in ("all-reduce", "reduce-scatter"))
     trained = sum(leaf.size for leaf in jax.tree.leaves(program.trained))  # gradients are at least bfloat16
-    if fsdp > 1 and gathered + reduced < 2 * cut:
-        problems.append(f"{(gathered + reduced) / 1e6:.0f} MB are exchanged, less than the parameters that are cut")
+    if fsdp > 1 and gathered + reduced < 2 * sharded:
+        problems.append(f"{(gathered + reduced) / 1e6:.0f} MB are exchanged, less than the sharded parameters")
     if fsdp == 1 and program.trained is not None and program.mesh.size > 1 and gathered + reduced < 1.9 * trained:
         problems.append(f"{reduced / 1e6:.0f} MB are reduced, less than the gradients")
     if program.trained is None and gathered + reduced > 1e6:

@@ -15,7 +15,7 @@ from titok_jax import __version__
 from titok_jax.evaluation import pieces
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
-from titok_jax.runtime.sharding import whole_batch
+from titok_jax.runtime.sharding import round_up_batch_size
 from titok_jax.runtime.shards import Shards
 
 
@@ -32,7 +32,7 @@ class Work:
 
     def job(self, name: str, length: int, settings: dict[str, Any]) -> Shards:
         """Begins or continues a job and returns its pieces."""
-        size = whole_batch(self.batch_size, length)
+        size = round_up_batch_size(self.batch_size, length)
         shards = Shards(self.folder / name, settings, length, size, **self._options)
         self.jobs.append(shards)
         return shards

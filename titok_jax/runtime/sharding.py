@@ -204,7 +204,7 @@ def local_mesh():
     return make_mesh(devices=devices) if len(devices) > 1 else None
 
 
-def whole_batch(batch_size: int, num: int) -> int:
+def round_up_batch_size(batch_size: int, num: int) -> int:
     """The batch size for `num` images: the smaller of the two, rounded up to a multiple of this process's devices."""
     import jax
 
