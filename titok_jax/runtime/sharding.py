@@ -196,17 +196,11 @@ def to_host(tree: Any) -> Any:
 
 def local_mesh():
     """A mesh over this process's own devices, for batches that it makes alone; None if there is only one device."""
-    import jax
-
-    from titok_jax.runtime.sharding import make_mesh
-
     devices = jax.local_devices()
     return make_mesh(devices=devices) if len(devices) > 1 else None
 
 
 def round_up_batch_size(batch_size: int, num: int) -> int:
     """The batch size for `num` images: the smaller of the two, rounded up to a multiple of this process's devices."""
-    import jax
-
     devices = jax.local_device_count()
     return -(-min(batch_size, num) // devices) * devices

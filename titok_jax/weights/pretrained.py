@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from titok_jax import models
-from titok_jax.models import MaskgitVQGANConfig, TiTokConfig
+from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
 from titok_jax.runtime.outputs import new_folder, sha256
 from titok_jax.runtime.paths import as_path, is_remote, local_copy
 from titok_jax.weights import convert, published_models, safetensors_file, tensor_files
@@ -343,8 +343,6 @@ def weights_sha256(
     Raises:
       The errors of `load_generator` and `load_tokenizer`.
     """
-    from titok_jax.models import GeneratorConfig, TiTokConfig
-
     result = {}
     if generator is not None:
         result["generator"] = sha256(locate(generator, GeneratorConfig, revision=revision).weights)
