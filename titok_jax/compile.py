@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE.py:VARIANT", help="a recipe; --config.FIELD=VALUE changes it")
+    what.add_argument(
+        "--config", metavar="FILE.py:VARIANT", help="a recipe, as for titok_jax.train; --config.FIELD=VALUE changes it"
+    )
     what.add_argument("--sampler", metavar="NAME", help="a published generator")
     what.add_argument("--all", action="store_true", help="everything in the tables of docs/tpu.md; takes hours")
     parser.add_argument("--slice", help=", ".join(SLICES))

@@ -19,7 +19,7 @@ from titok_jax.runtime import processes
 from titok_jax.runtime.command import command
 from titok_jax.training.checkpoint import quiet_checkpointing
 from titok_jax.training.loop import train
-from titok_jax.training.recipes import read_config
+from titok_jax.training.recipes import read_config, recipe_names
 from titok_jax.training.settings import parse_settings
 
 
@@ -32,7 +32,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py:VARIANT", help="a recipe; --config.FIELD=VALUE changes a value of it"
+        "--config",
+        required=True,
+        metavar="FILE.py:VARIANT",
+        help=f"a recipe, or NAME:VARIANT of one that comes with the package ({', '.join(recipe_names())}); "
+        "--config.FIELD=VALUE changes a value of it",
     )
     parser.add_argument("--workdir", required=True, help="folder of the run, also gs://; made, or continued")
     return parser
