@@ -39,8 +39,6 @@ DATA is a folder of images, array_record:FILES, tfds:NAME:SPLIT, webdataset:FILE
 weights of InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION. Every file and folder
 may be in a bucket, gs://BUCKET/... (of DATA not array_record and tfds).
 """
-
-
 _SAMPLING = ("steps", "guidance_scale", "guidance_schedule", "temperature")
 
 

@@ -29,11 +29,7 @@ _EPILOG = """examples:
   python -m titok_jax.reconstruct --model runs/tokenizer/pretrained photos/ --out photos_reconstructed
       every image in a folder and below
 """
-
-
 _FILES = r".*_reconstruction\.png|grid\.png|tokens\.json"  # files in the output folder
-
-
 _SHOWN = 64  # images in grid.png
 
 

@@ -26,8 +26,6 @@ _EPILOG = """examples:
   python -m titok_jax.sample --num 1000 --steps 4 --guidance-scale 2 --seed 7 --out samples/
       a folder with one PNG per image, INDEX_LABEL.png, and grid.png
 """
-
-
 _FILES = r"\d{6,}_\d+\.png|grid\.png"  # files in a folder of samples
 
 

@@ -48,8 +48,6 @@ class _Instruction(NamedTuple):
 
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-
-
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
 
 

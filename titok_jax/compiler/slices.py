@@ -30,7 +30,6 @@ CHIPS = {
     "v6e": Chip("v6e", 31.25, 918.0, 1.75, 224.0),
 }
 
-
 # {Google's name: topology}. The names of v4 and v5p count TensorCores, two per chip; those of v5e and v6e count chips.
 SLICES = {
     "v4-8": "2x2x1",

@@ -6,19 +6,10 @@ from typing import Any
 from titok_jax.compiler.slices import SLICES, slice_chip
 
 _REMAT, _FSDP16 = "--config.remat=True", "--config.mesh.fsdp=16"
-
-
 _ACCUMULATION = "--config.gradient_accumulation={}".format
-
-
 _LOW = "--effort=-0.3"  # otherwise, training with a pixel decoder and a discriminator takes hours to compile
-
-
 _LOWEST = "--effort=-1"
-
-
 Row = tuple[str, str, tuple[str, ...]]  # recipe or sampler, slice, options
-
 
 # Programs that are compiled with enough effort for a meaningful time estimate.
 TIMED: tuple[Row, ...] = (
@@ -50,13 +41,9 @@ TIMED: tuple[Row, ...] = (
     ),
 )
 
-
 # Every recipe for 256 pixels and every sampler is compiled for each of these slices.
 ALL_SLICES = ("v4-32", "v5e-16", "v5p-32", "v6e-64", "v6e-256")
-
-
 _SINGLE_STAGE = {"v4-32": (_REMAT,), "v5e-16": (_REMAT, _ACCUMULATION(2))}
-
 
 # {program: {slice: options that the program needs there}}
 EVERYWHERE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -80,12 +67,9 @@ EVERYWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "titok_s128": {},
 }
 
-
 # The recipes for 512 pixels on one slice, and the smallest slice in docs/tpu.md. For 512 pixels, the VQGAN is set to the
 # published one, which has the same sizes.
 _VQGAN = "--config.vqgan=maskgit_vqgan"
-
-
 OTHERS: tuple[Row, ...] = (
     ("configs/maskgit_vqgan.py:imagenet512", "v5p-32", (_LOWEST,)),
     ("configs/stage1.py:l64_512", "v5p-32", (_VQGAN, _REMAT, _LOWEST)),
@@ -97,11 +81,7 @@ OTHERS: tuple[Row, ...] = (
     ("configs/stage2.py:b64", "v4-8", (_REMAT, _ACCUMULATION(4), _LOWEST)),
     ("configs/single_stage.py:bl64_vq8k", "v4-8", (_REMAT, _ACCUMULATION(4), _LOWEST)),
 )
-
-
 _timed = {(what, slice_name) for what, slice_name, _ in TIMED}
-
-
 TABLE: tuple[Row, ...] = (
     *TIMED,
     *(

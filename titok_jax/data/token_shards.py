@@ -17,8 +17,6 @@ from titok_jax.data.transforms import center_crop_adm, random_resize_crop_flip, 
 from titok_jax.runtime.outputs import new_file
 
 CROPS = ("center", "flip", "ten", "random")
-
-
 MANIFEST = "pretokenize.json"
 
 

@@ -15,24 +15,18 @@ from titok_jax.evaluation import metrics
 # The published run used a GPU with TF32 matrix products. If two codes are almost equally near, it may choose another one.
 MAX_TOKENS_OFF = 2
 
-
 # The published pictures were truncated to whole grey levels. An error of 1e-6 can change one by 1, and TF32 by more.
 MAX_GREY_LEVELS = 3
-
 
 # Difference from the published code in float32, relative to the largest magnitude. That code differs from its own float64
 # results by up to 2.5e-5 in images of the legacy models, and by 1e-6 elsewhere.
 TOLERANCE = 1e-4
 
-
 # A token must be equal if its second best code is further away by more than this.
 CLEAR_MARGIN = 1e-3
 
-
 # The share of all tokens that may differ because of close calls.
 CLOSE_CALLS = 0.005
-
-
 _TITOK_L32_TOKENS = {
     "ILSVRC2012_val_00010240": (
         *(887, 3979, 349, 720, 2809, 2743, 2101, 603, 2205, 1508, 1891, 4015, 1317, 2956, 3774, 2296),
@@ -43,7 +37,6 @@ _TITOK_L32_TOKENS = {
         *(1039, 3962, 2373, 2337, 1372, 4050, 4012, 3644, 2624, 3735, 1539, 1289, 2817, 2985, 2550, 2972),
     ),
 }
-
 
 # Runs in the interpreter of the published code and uses its layouts: images [B, 3, H, W], latents [B, C, 1, N].
 _DRIVER = """

@@ -13,7 +13,6 @@ from titok_jax.inference.many import balanced_labels
 
 NUM_CLASSES, DIGITS_SIZE = 10, 32
 
-
 # Number of neighbours of the digits classifier. Of the usual values 3 and 5, this one classifies more of the 1,437 training
 # digits correctly when each is left out in turn: 98.5 % against 98.3 %. Held-out digits were not used for the choice. (One
 # neighbour reaches 98.9 %, but then a single odd scan decides.)

@@ -13,8 +13,6 @@ from titok_jax.inference.many import reconstruct, sample
 from titok_jax.runtime.shards import Shards
 
 Piece = dict[str, np.ndarray]
-
-
 Pieces = Callable[[list[int]], Iterable[Piece]]
 
 

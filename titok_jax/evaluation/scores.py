@@ -13,8 +13,6 @@ from titok_jax.evaluation.references import Reference
 from titok_jax.runtime.shards import Shards
 
 PUBLISHED_NUM = 50_000  # images in published results
-
-
 ADM_SPLIT = 5_000  # images in a chunk of ADM's Inception score
 
 

@@ -10,8 +10,6 @@ from titok_jax.pictures import grids
 from titok_jax.runtime.paths import as_path
 
 _LARGEST_GRID = 1024  # images in a .png
-
-
 _SHOWN = 100  # images in the grid.png of a folder
 
 

@@ -9,14 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from titok_jax.data.transforms import to_uint8_round
 
 _SMALLEST_CELL = 64  # smaller images are enlarged to about this many pixels
-
-
 _MARGIN = 12
-
-
 _INK, _FAINT, _PAPER = (34, 34, 34), (110, 110, 110), (255, 255, 255)
-
-
 _RULE = (221, 221, 221)
 
 

@@ -12,7 +12,6 @@ from jax.experimental import multihost_utils
 # A process that dies silently is noticed after this time. The others then end too, so that all can be restarted together.
 HEARTBEAT_SECONDS = 30
 
-
 # How long a process waits for the others when it ends, and when it starts.
 SHUTDOWN_SECONDS, START_SECONDS = 60, 300
 

@@ -35,10 +35,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-
 # Smaller parameters are replicated: gathering them costs more than sharding saves.
 SMALLEST_SHARDED = 2**16
-
 
 # (pattern, axis sharded along fsdp, axis sharded along tensor). The first pattern that matches the end of a parameter's path
 # applies. Axes are counted from the last; a leading axis of stacked layers is never sharded.

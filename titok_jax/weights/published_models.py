@@ -11,8 +11,6 @@ from etils import epath
 from titok_jax.runtime.paths import HUB_PREFIX, as_path
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
-
-
 KINDS = ("tokenizer", "generator", "vqgan")
 
 
@@ -172,8 +170,6 @@ def _published_generator(name: str, what: str, vq_model, generator: dict[str, An
 
 
 _L32, _B64, _S128 = _legacy("large", 32), _legacy("base", 64), _legacy("small", 128)
-
-
 _VIT, _UVIT = (768, 24, 16, 3072), (1024, 20, 16, 4096)
 
 

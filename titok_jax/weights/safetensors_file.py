@@ -19,8 +19,6 @@ from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.tensors import DTYPE_NAMES, DTYPES, Tensor
 
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-
-
 _CHECKSUMS = "crc32"
 
 

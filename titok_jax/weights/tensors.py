@@ -20,8 +20,6 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-
-
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
