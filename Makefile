@@ -25,8 +25,8 @@ parity: .venv/installed-test
 soak: .venv/installed-test
 	$(BIN)/python -m pytest tests/test_soak.py -m soak -s
 
-# The numeric tests on simulated machines: other instruction sets, one thread, another kernel of numpy's matrix products. An
-# hour on 2 CPU cores.
+# The numeric tests on simulated machines: other instruction sets, one thread, another kernel of numpy's matrix products. 40
+# minutes on 2 CPU cores.
 test-machines: .venv/installed-test
 	$(BIN)/python tests/machines.py
 
