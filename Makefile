@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: .venv/installed
 	$(BIN)/python -m titok_jax.sample --overwrite
 
-# Two files of tests at a time: compiling, which takes most of the time, keeps one core busy. 9 minutes on 2 CPU cores.
+# Two files of tests at a time: compiling, which takes most of the time, keeps one core busy. 10 minutes on 2 CPU cores.
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
