@@ -117,6 +117,7 @@ def ours(case: Case, dtype: str, batch: int) -> Callable[[int], None]:
     key = jax.random.key(0)
     if case.kind == "train":
         from titok_jax.compiler.programs import training_step
+        from titok_jax.runtime.sharding import on_mesh
         from titok_jax.training.settings import parse_settings
 
         task, variant = case.model.split(":")
@@ -132,7 +133,7 @@ def ours(case: Case, dtype: str, batch: int) -> Callable[[int], None]:
         del zeros
 
         def run(times: int) -> None:
-            with jax.set_mesh(program.mesh):
+            with on_mesh(program.mesh):
                 for _ in range(times):
                     held[0], metrics = program.function(held[0], frozen, examples, key)
                 jax.block_until_ready((held[0], metrics))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from titok_jax.models import tables
 from titok_jax.weights import convert
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -50,7 +51,7 @@ def seeded_weights(shapes: Mapping[str, tuple[int, ...]], prefix: str = "", salt
     return {name: seeded_array(prefix + name, tuple(shape), salt) for name, shape in shapes.items()}
 
 
-def seeded_params(table: convert.Table, abstract_params: convert.Params, prefix: str = "", salt: str = "") -> convert.Params:
+def seeded_params(table: tables.Table, abstract_params: convert.Params, prefix: str = "", salt: str = "") -> convert.Params:
     """A model's parameters (nested dict of numpy arrays) from seeded published weights, loaded like any published file."""
     weights = seeded_weights(convert.published_shapes(table, abstract_params), prefix, salt)
     return convert.from_published(table, abstract_params, weights, source="seeded weights")
@@ -63,7 +64,7 @@ def abstract_model(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, conver
 
 
 def seeded_model(
-    make: Callable[[], nnx.Module], table: convert.Table, prefix: str = ""
+    make: Callable[[], nnx.Module], table: tables.Table, prefix: str = ""
 ) -> tuple[nnx.GraphDef, convert.Params]:
     """(graphdef, seeded parameters) of the module that `make()` builds. `nnx.merge(graphdef, params)` is the model."""
     graphdef, abstract = abstract_model(make)

@@ -141,7 +141,7 @@ def compile_step(task, state, mesh):
     shardings of the latter)."""
     shardings, frozen_shardings = sharding.state_shardings(mesh, state), sharding.state_shardings(mesh, task.frozen)
     state, frozen = jax.device_put(state, shardings), jax.device_put(task.frozen, frozen_shardings)
-    with jax.set_mesh(mesh):
+    with sharding.on_mesh(mesh):
         arguments = sharding.put_batch(mesh, batch_of(task, 0)), jax.random.key(0)
         compiled = jit_step(task, mesh, shardings, frozen_shardings).lower(state, frozen, *arguments).compile()
     return compiled, state, frozen, frozen_shardings

@@ -365,9 +365,9 @@ def test_batches_share_one_program_and_do_not_change_images(pair):
     tokenizer, generator = pair
     labels = many.balanced_labels(range(10), 7)
     ((_, ids, images),) = many.sample(tokenizer, generator, labels, 0, batch_size=7, num_steps=3)
-    compiled = generator._sample._cache_size()
+    compiled = generator._compiled["sample"]._cache_size()
     parts = list(many.sample(tokenizer, generator, labels, 0, batch_size=3, num_steps=3))
-    assert generator._sample._cache_size() == compiled + 1
+    assert generator._compiled["sample"]._cache_size() == compiled + 1
     assert [where for where, _, _ in parts] == [slice(0, 3), slice(3, 6), slice(6, 7)]
     np.testing.assert_array_equal(np.concatenate([part for _, part, _ in parts]), ids)
     difference = np.concatenate([part for _, _, part in parts]).astype(int) - images

@@ -150,7 +150,7 @@ def look(**mesh):
     config.tokenizer, config.data.source.name = "", "tokens"
     config.mesh.update(mesh)
     program = programs.training_step("step", parse_settings(config, abstract=True), jax.devices())
-    with jax.set_mesh(program.mesh):
+    with sharding.on_mesh(program.mesh):
         compiled = program.function.trace(*program.args).lower().compile()
     cost = hlo.program_cost(compiled.as_text())
     problems = programs.find_problems(program, cost, 0, slices.CHIPS["v5e"])
@@ -164,12 +164,12 @@ def gathered_by_decoder():
     places = sharding.state_shardings(mesh, params)
     gradient = jax.grad(lambda p, x: nnx.merge(graphdef, p).decoder(x).sum())
     function = jax.jit(gradient, in_shardings=(places, sharding.batch_sharding(mesh)), out_shardings=places)
-    with jax.set_mesh(mesh):
+    with sharding.on_mesh(mesh):
         program = function.lower(params, jax.ShapeDtypeStruct((32, 8, 8, 32), "float32")).compile().as_text()
     return [dims for _, dims in hlo.program_cost(program).arrays if dims[:1] == (32,) and math.prod(dims) > 2**14]
 
 found = {"data": look(data=8), "fsdp": look(data=1, fsdp=8), "decoder": gathered_by_decoder()}
-sharding.constrain_batch = lambda x: x
+sharding.hint = lambda x, *names: x
 print(json.dumps(found | {"free": look(data=1, fsdp=8), "free_decoder": gathered_by_decoder()}))
 """
 

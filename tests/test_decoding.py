@@ -12,8 +12,8 @@ from golden_data import load, load_json, seeded_model
 from scipy import stats
 
 from titok_jax.inference import decoding
+from titok_jax.models import tables
 from titok_jax.models.generator import GUIDANCE_SCHEDULES, GeneratorConfig, make_generator
-from titok_jax.weights import convert
 
 K, CLASSES = 20, 5
 
@@ -96,7 +96,7 @@ def generator(request):
     """A tiny generator: its configuration, its jitted forward pass and the published code's results."""
     name = f"tiny/tiny_{request.param}_generator"
     config = GeneratorConfig.from_published(load_json(f"{name}.config.json"))
-    table = convert.vit_generator_table() if request.param == "vit" else convert.uvit_generator_table()
+    table = tables.vit_generator_table() if request.param == "vit" else tables.uvit_generator_table()
     graphdef, params = seeded_model(lambda: make_generator(config, rngs=nnx.Rngs(0)), table)
     params = jax.tree.map(jnp.asarray, params)
     forward = jax.jit(lambda ids, labels: nnx.merge(graphdef, params).logits(ids, labels))

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from golden_data import abstract_model, compare, images, load, load_json, nchw, published_shapes, seeded_model
 
+from titok_jax.models import tables
 from titok_jax.models.discriminator import DiscriminatorConfig, NLayerDiscriminator, adaptive_max_pool, blur_downsample
 from titok_jax.weights import convert
 
-TABLE = convert.discriminator_table()
+TABLE = tables.discriminator_table()
 TOLERANCE = 2e-5  # up to 3.8e-6 measured, for the logits
 # Where a normalisation follows a convolution, the gradient of its bias is a sum over the image that nearly cancels: 1.3e-5
 # measured.
@@ -100,7 +101,7 @@ def test_every_layer_and_gradient(golden, model, size, batch):
 def test_names_and_shapes_are_the_published_ones(golden):
     config = DiscriminatorConfig()
     _, params = abstract_model(lambda: NLayerDiscriminator(config, rngs=nnx.Rngs(0)))
-    buffers = convert.discriminator_buffers(config.num_stages)
+    buffers = tables.discriminator_buffers(config.num_stages)
     found = convert.published_shapes(TABLE, params) | {name: array.shape for name, array in buffers.items()}
     assert found == published_shapes("shapes/discriminator.json")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == load_json("shapes/discriminator.json")["num_params"]

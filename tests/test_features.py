@@ -16,7 +16,7 @@ from flax import nnx
 from titok_jax import models
 from titok_jax.data.digits import load_digits
 from titok_jax.evaluation import features, metrics
-from titok_jax.models import DigitsNetConfig
+from titok_jax.models import DigitsNetConfig, tables
 from titok_jax.models.perceptual import VGG_LEVELS, PerceptualConfig
 from titok_jax.weights import convert, tensor_files
 
@@ -139,7 +139,7 @@ def test_training_repeats_itself_and_learns(tool, tmp_path, capsys):
 
 def test_lpips_of_each_image(tmp_path):
     """With the golden runs' weights and images. The heads are not negative, like the real ones."""
-    table, (_, abstract) = convert.perceptual_table(), models.abstract(PerceptualConfig("lpips"))
+    table, (_, abstract) = tables.perceptual_table(), models.abstract(PerceptualConfig("lpips"))
     seeded = {
         name: abs(w) if ".lin" in name else w
         for name, w in gd.seeded_weights(convert.published_shapes(table, abstract)).items()

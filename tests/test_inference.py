@@ -121,12 +121,12 @@ def test_a_guidance_scale_of_0_is_none_under_every_schedule():
 
 def test_nothing_is_compiled_again_for_other_labels_seed_scale_or_temperature(generator):
     titok_jax.generate(generator, [3, 1, 3], jax.random.key(0))
-    before = generator._sample._cache_size()
+    before = generator._compiled["sample"]._cache_size()
     for labels, seed, scale, temperature in (([0, 9, 2], 0, 3.0, 2.0), ([1, 1, 1], 5, 0.0, 0.0), ([4, 4, 5], 9, 7.5, 10)):
         titok_jax.generate(generator, labels, jax.random.key(seed), guidance_scale=scale, temperature=temperature)
-    assert generator._sample._cache_size() == before
+    assert generator._compiled["sample"]._cache_size() == before
     titok_jax.generate(generator, [3, 1, 3], jax.random.key(0), num_steps=3)
-    assert generator._sample._cache_size() == before + 1  # this shows that the count works
+    assert generator._compiled["sample"]._cache_size() == before + 1  # this shows that the count works
 
 
 @pytest.mark.parametrize(

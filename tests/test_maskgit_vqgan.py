@@ -19,10 +19,11 @@ from golden_data import (
     seeded_weights,
 )
 
+from titok_jax.models import tables
 from titok_jax.models.maskgit_vqgan import Decoder, MaskgitVQGAN, MaskgitVQGANConfig, VQGANQuantizer
 from titok_jax.weights import convert
 
-TABLE = convert.maskgit_vqgan_table()
+TABLE = tables.maskgit_vqgan_table()
 TOLERANCE = 1e-5
 # The decoder amplifies rounding: even two float32 runs of the published code differ by 1.2e-5 in their images.
 DECODER_TOLERANCE = 5e-5
@@ -128,7 +129,7 @@ def test_quantizer(golden, outputs):
     assert whole["codes"].dtype == np.int32
     assert whole["codes"].shape == (2, 4, 4)
     np.testing.assert_array_equal(whole["codes"].reshape(2, 16), golden["codes"])
-    np.testing.assert_array_equal(whole["quantizer"].codes, whole["codes"])
+    np.testing.assert_array_equal(whole["quantizer"].tokens, whole["codes"])
     compare(golden, "distances", whole["distances"].reshape(32, 1024), TOLERANCE)
     np.testing.assert_array_equal(nchw(whole["z_q"]), golden["z_quantized"])
     compare(golden, "z_quantized", nchw(whole["quantizer"].quantized), TOLERANCE)
@@ -223,7 +224,7 @@ def test_pixel_decoder_of_stage_two():
     """The VQGAN as `pixel_decoder` of a TiTok: the same rules apply under another name."""
     published = published_shapes("tiny/tiny_maskgit_vqgan.shapes.json")
     _, params = abstract_model(lambda: Decoder(tiny_config(), rngs=nnx.Rngs(0)))
-    found = convert.published_shapes(convert.vqgan_rules(r"(pixel_decoder)"), {"pixel_decoder": params})
+    found = convert.published_shapes(tables.vqgan_rules(r"(pixel_decoder)"), {"pixel_decoder": params})
     assert found == {"pixel_" + name: shape for name, shape in published.items() if name.startswith("decoder.")}
 
 

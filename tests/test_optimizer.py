@@ -7,6 +7,7 @@ import optax
 import pytest
 from golden_data import compare, load, load_json, published_shapes
 
+from titok_jax.models import tables
 from titok_jax.training import optimizer
 from titok_jax.weights import convert
 
@@ -149,7 +150,7 @@ def test_no_decay_words(name):
     for prefix, shapes in groups:
         names = golden[prefix + "no_decay"] + golden[prefix + "decay"]
         params = {n.replace(".", "/"): jax.ShapeDtypeStruct(tuple(shapes[n]), jnp.float32) for n in names}
-        table = [convert.Rule(path, path.replace("/", ".")) for path in params]
+        table = [tables.Rule(path, path.replace("/", ".")) for path in params]
         mask = convert.flatten(convert.decay_mask(table, convert.unflatten(params), optimizer.NO_DECAY_WORDS))
         assert {path.replace("/", ".") for path, decays in mask.items() if decays} == set(golden[prefix + "decay"])
 

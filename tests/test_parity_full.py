@@ -22,7 +22,7 @@ from flax import nnx
 
 from titok_jax import models
 from titok_jax.inference import decoding
-from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig, tables
 from titok_jax.weights import config_files, convert
 
 ENCODER = 5e-6
@@ -306,7 +306,7 @@ def test_original_jax_vqgan():
     """The original's parameter tree, converted by the table of names, gives the original's numbers."""
     tree = gd.load_json("jax_vqgan.json")
     table = gd.load_json("jax_vqgan_to_torch.json")["table"]
-    assert convert.jax_vqgan_names() == {path: name for path, (name, _) in table.items()}
+    assert tables.jax_vqgan_names() == {path: name for path, (name, _) in table.items()}
     flat = {path: seeded_flax_array(path, tuple(shape)) for path, shape in tree["tree"].items()}
     assert sum(a.size for a in flat.values()) == tree["num_params"]
     checkpoint = {"params": convert.unflatten(flat)}
@@ -316,7 +316,7 @@ def test_original_jax_vqgan():
 
     config = MaskgitVQGANConfig()
     graphdef, abstract = models.abstract(config)
-    params = convert.from_published(convert.maskgit_vqgan_table(), abstract, weights, source="checkpoint")
+    params = convert.from_published(tables.maskgit_vqgan_table(), abstract, weights, source="checkpoint")
     encode, decode = vqgan_functions(graphdef)
     golden, report = gd.load("jax_vqgan.npz"), Report("jax_vqgan")
     z, codes = encode(params, gd.images(1, 256, 0))
@@ -327,7 +327,7 @@ def test_original_jax_vqgan():
     report.compare(golden, "size128.encoder_output", encode(params, gd.images(1, 128, 0))[0], VQGAN_ENCODER)
 
     # Converted back, it is the tree that the original code would read.
-    back = convert.published_to_jax_vqgan(convert.to_published(convert.maskgit_vqgan_table(), params))
+    back = convert.published_to_jax_vqgan(convert.to_published(tables.maskgit_vqgan_table(), params))
     assert back.keys() == {"params"}
     assert convert.flatten(back["params"]).keys() == flat.keys()
     for path, array in convert.flatten(back["params"]).items():
@@ -335,7 +335,7 @@ def test_original_jax_vqgan():
 
 
 def test_jax_vqgan_trees_that_do_not_fit_are_refused():
-    flat = {path: np.zeros(1) for path in convert.jax_vqgan_names()}
+    flat = {path: np.zeros(1) for path in tables.jax_vqgan_names()}
     del flat["quantizer/codebook"]
     flat["encoder/Conv_9/kernel"] = np.zeros(1)
     with pytest.raises(convert.WeightsError) as error:

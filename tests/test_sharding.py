@@ -146,7 +146,7 @@ for shape in ((2, 2, 2), (1, 8, 1)):
     for owner, name in calls.values():
         def recorded(*arguments, real=getattr(owner, name), **options):
             result = real(*arguments, **options)
-            with jax.set_mesh(sharding.make_mesh(*shape)):
+            with sharding.on_mesh(sharding.make_mesh(*shape)):
                 text = real.__wrapped__.lower(*arguments, **options).compile().as_text()
             parts = {part.data.shape[0] for part in result.addressable_shards}
             found.append([on_meshes.collectives(text), [len(result), *parts]])

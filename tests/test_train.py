@@ -566,7 +566,7 @@ sent, real = {}, sharding.jit_on
 def jit_on(mesh, function, **options):
     jitted = real(mesh, function, **options)
     def call(*arguments):
-        with jax.set_mesh(mesh):
+        with sharding.on_mesh(mesh):
             text = jitted.__wrapped__.lower(*arguments).compile().as_text()
         sent[function.__name__] = on_meshes.collectives(text)
         return jitted(*arguments)

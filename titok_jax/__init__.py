@@ -1,21 +1,32 @@
 """TiTok in JAX: compact 1D image tokenizers and masked image generators.
 
-import jax, titok_jax
+import titok_jax
 tokenizer, generator = titok_jax.load_tokenizer("digits"), titok_jax.load_generator("digits")
-ids = titok_jax.generate(generator, [3, 1, 4], jax.random.key(0))
+ids = generator.generate([3, 1, 4], key=0)
 images = tokenizer.decode(ids)  # [3, 32, 32, 3] float32 in [0, 1]
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from titok_jax.inference.functions import GeneratorFunctions, TokenizerFunctions
     from titok_jax.inference.generator import Generator, generate
     from titok_jax.inference.loading import load_generator, load_pair, load_tokenizer, load_vqgan
-    from titok_jax.inference.tokenizer import Tokenizer
-    from titok_jax.inference.vqgan import VQGAN
+    from titok_jax.inference.tokenizer import VQGAN, Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["VQGAN", "Generator", "Tokenizer", "generate", "load_generator", "load_pair", "load_tokenizer", "load_vqgan"]
+__all__ = [
+    "VQGAN",
+    "Generator",
+    "GeneratorFunctions",
+    "Tokenizer",
+    "TokenizerFunctions",
+    "generate",
+    "load_generator",
+    "load_pair",
+    "load_tokenizer",
+    "load_vqgan",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,17 +7,20 @@ Finished work is kept in JSON.shards until the JSON file is written. After a kil
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titok_jax.evaluation import image_sources
-from titok_jax.inference.arguments import add_sampling_arguments
-from titok_jax.inference.many import MATMUL_PRECISION
+from titok_jax.inference.arguments import add_precision_arguments, add_sampling_arguments
 from titok_jax.runtime.command import command
 from titok_jax.runtime.outputs import check_output
 from titok_jax.runtime.paths import as_path
 from titok_jax.weights import published_models
+
+if TYPE_CHECKING:
+    from titok_jax.models.generator import SamplingConfig
 
 _EPILOG = """examples:
   python -m titok_jax.evaluate --model digits --json digits.json
@@ -39,7 +42,10 @@ DATA is a folder of images, array_record:FILES, tfds:NAME:SPLIT, webdataset:FILE
 weights of InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION. Every file and folder
 may be in a bucket, gs://BUCKET/... (of DATA not array_record and tfds).
 """
-_SAMPLING = ("steps", "guidance_scale", "guidance_schedule", "temperature")
+_SAMPLING = (
+    *("steps", "guidance_scale", "guidance_schedule", "guidance_scale_pow", "temperature"),
+    "softmax_temperature_annealing",
+)
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:
@@ -88,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--json", metavar="FILE", help="write the figures and all settings there; of a sweep, a picture beside it"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace that file, and unfinished work of other settings")
-    parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; figures are float64"
-    )
+    add_precision_arguments(parser)
     add_sampling_arguments(parser, several=True)
     return parser
 
@@ -157,21 +161,19 @@ def _check_outputs(args: argparse.Namespace, mode: str) -> None:
         check_output(args.save_reference, args.overwrite)
 
 
-def _models(args: argparse.Namespace, mode: str) -> tuple[int, list[dict[str, Any]]]:
+def _models(args: argparse.Namespace, mode: str) -> "tuple[int, list[SamplingConfig]]":
     """Returns (side of the model's images in pixels, sampling settings of every point). Sets `args.num` for a generator.
 
     Raises:
       ValueError: if the model cannot be evaluated in this mode.
     """
-    from titok_jax import inference, models
+    from titok_jax import inference
     from titok_jax.evaluation.runs import check_generator, tokenizer_revision
     from titok_jax.evaluation.sweep import settings_grid
 
     if mode in ("reconstruction", "reference"):
         revision = tokenizer_revision(args, None)
         tokenizer, grid = inference.load_image_config(args.tokenizer or args.model, revision=revision), []
-        if isinstance(tokenizer, models.MaskgitVQGANConfig):
-            return tokenizer.resolution, grid
     else:
         revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
         tokenizer, generator = inference.pair_configs(args.model, args.tokenizer, **revisions)
@@ -206,8 +208,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         vqgan = kind == "tokenizer" and args.model in published_models.names("vqgan")
         published_models.find(args.model, None if vqgan else kind)
 
-    import jax
-
     from titok_jax.evaluation import runs
     from titok_jax.evaluation.jobs import Work, work_folder
     from titok_jax.evaluation.sweep import run_sweep
@@ -218,18 +218,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with work_folder(args.json or args.save_reference) as folder:
         work = Work(folder, batch_size=args.batch_size, restart=args.overwrite)
         run = runs.Evaluation(args, mode, image_size, work)
-        with jax.default_matmul_precision(MATMUL_PRECISION[args.dtype]):
-            if mode == "reconstruction":
-                figures = runs.run_reconstruction(run)
-            elif mode == "samples":
-                figures = runs.run_samples(run, samples)
-            elif mode == "reference":
-                figures = run.reference(args.num)
-            elif mode == "sweep":
-                figures = run_sweep(run, grid)
-            else:
-                print("sampling: " + ", ".join(f"{k} {v}" for k, v in grid[0].items()) + f", seed {args.seed}", flush=True)
-                figures = (runs.run_digits if mode == "digits" else runs.run_generation)(run, grid[0])
+        if mode == "reconstruction":
+            figures = runs.run_reconstruction(run)
+        elif mode == "samples":
+            figures = runs.run_samples(run, samples)
+        elif mode == "reference":
+            figures = run.reference(args.num)
+        elif mode == "sweep":
+            figures = run_sweep(run, grid)
+        else:
+            said = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(grid[0]).items())
+            print(f"sampling: {said}, seed {args.seed}", flush=True)
+            figures = (runs.run_digits if mode == "digits" else runs.run_generation)(run, grid[0])
         if work.first and mode == "reference":
             figures.save(args.save_reference)
             print(f"wrote {args.save_reference}: statistics of {figures.about['num_images']} images")

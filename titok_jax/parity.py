@@ -24,6 +24,7 @@ from titok_jax.evaluation.comparison import (
     run_reference,
     table,
 )
+from titok_jax.inference.arguments import add_precision_arguments, precision_settings
 from titok_jax.runtime.command import command
 from titok_jax.runtime.paths import as_path
 from titok_jax.weights import published_models
@@ -69,12 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PYTHON",
         help="interpreter that has torch and what else the clone requires (default: this one)",
     )
-    parser.add_argument(
-        "--precision",
-        default="highest",
-        choices=["highest", "high", "default"],
-        help="of matrix products: float32 whatever the device (highest, the default), or what a GPU or TPU does faster",
-    )
+    add_precision_arguments(parser)
     return parser
 
 
@@ -99,23 +95,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = inference.load_image_config(args.model, revision=args.revision)
     is_vqgan = isinstance(config, MaskgitVQGANConfig)
-    if not is_vqgan and config.predicts_codes:
+    if config.predicts_codes:
         raise ValueError(f"{args.model} is a stage 1 model, which predicts codes, not images; name one of stage 2")
     if is_vqgan and args.reference is not None:
         raise ValueError("--reference: of the published code only TiTok is run; give --reconstruction for a MaskGIT-VQGAN")
-    size = config.resolution if is_vqgan else config.image_size
+    size = config.image_size
     images = ImageFiles([path for _, path in files], size)[:]
     given = _read_reconstructions(args.reconstruction, size)
     known = [None if is_vqgan else _known_tokens(config, path) for _, path in files]
     if all(tokens is None for tokens in known) and not given and args.reference is None:
         raise ValueError("nothing to compare with: no published tokens are known; give --reconstruction or --reference")
 
-    load = inference.load_vqgan if is_vqgan else inference.load_tokenizer
-    tokenizer = load(args.model, revision=args.revision)
+    precision = precision_settings(args)
+    tokenizer = inference.load_image_model(args.model, revision=args.revision, **precision)
     device = jax.devices()[0]
-    print(f"{args.model} on {device.platform} ({device.device_kind}), float32, matmul precision {args.precision}")
-    with jax.default_matmul_precision(args.precision):
-        results = run(tokenizer, images, known)
+    print(f"{args.model} on {device.platform} ({device.device_kind}), {args.dtype}, precision {precision['precision']}")
+    results = run(tokenizer, images, known)
     checks, theirs = [], None
     if args.reference is not None:
         theirs = run_reference(args.reference, args.reference_python or sys.executable, tokenizer, images, results)

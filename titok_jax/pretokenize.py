@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from titok_jax.data.sources import make_source, parse_source
 from titok_jax.data.token_shards import CROPS, pretokenize
+from titok_jax.inference.arguments import add_precision_arguments, precision_settings
 from titok_jax.runtime.command import command
 from titok_jax.runtime.paths import as_path
 from titok_jax.weights import published_models
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("array_record", "jsonl"), default="array_record", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help='of "random" (default: 0)')
+    add_precision_arguments(parser)
     return parser
 
 
@@ -78,17 +80,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from titok_jax.inference.loading import load_tokenizer, load_tokenizer_config
     from titok_jax.runtime import processes
-    from titok_jax.runtime.sharding import local_mesh, round_up_batch_size
     from titok_jax.weights.pretrained import weights_sha256
 
     processes.initialize_distributed()
     config = load_tokenizer_config(args.model, revision=args.revision)
-    if config.quantize_mode != "vq":
+    if not config.has_tokens:
         raise ValueError(f"{args.model} is a VAE, which has no token ids; a generator needs a vq tokenizer")
+    precision = precision_settings(args)
     settings = {
         "data": args.data,
         "num_images": len(source),
         "model": args.model if args.revision is None else f"{args.model}@{args.revision}",
+        **precision,
         "weights": weights_sha256(None, args.model, tokenizer_revision=args.revision)["tokenizer"],
         "crops": crops,
         "passes": args.passes,
@@ -97,13 +100,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "format": args.format,
     }
     written, there = pretokenize(
-        load_tokenizer(args.model, revision=args.revision, mesh=local_mesh()),
+        load_tokenizer(args.model, revision=args.revision, mesh="local", **precision),
         source,
         args.out,
         settings=settings,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        batch_size=round_up_batch_size(args.batch_size, args.batch_size),
+        batch_size=args.batch_size,
     )
     print(f"wrote {written} shards of {args.out}; {there} were there")
     multihost_utils.sync_global_devices("tokenized")  # a process that ends early would end the others

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from titok_jax.data.digits import load_digits
 from titok_jax.data.image_files import ImageFiles, find_images
 from titok_jax.evaluation import metrics
+from titok_jax.inference.arguments import add_precision_arguments, precision_settings
 from titok_jax.inference.many import reconstruct
 from titok_jax.pictures import grids
 from titok_jax.runtime.command import command
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="reconstructions", help="folder to write, also gs:// (default: reconstructions)")
     parser.add_argument("--num", type=int, default=8, help="without images: how many held-out digits (default: 8)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    add_precision_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     return parser
 
@@ -120,25 +122,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = dict(find_images(args.images))
 
     from titok_jax import inference
-    from titok_jax.models import MaskgitVQGANConfig
-    from titok_jax.runtime.sharding import local_mesh, round_up_batch_size
 
     config = inference.load_image_config(args.model, revision=args.revision)
-    is_vqgan = isinstance(config, MaskgitVQGANConfig)
-    if not is_vqgan and config.predicts_codes:
+    if config.predicts_codes:
         raise ValueError(f"{args.model} is a stage 1 model, which predicts codes, not images; name one of stage 2")
-    size = config.resolution if is_vqgan else config.image_size
+    size = config.image_size
     names, images = _inputs(args, files, size)
-    load = inference.load_vqgan if is_vqgan else inference.load_tokenizer
-    tokenizer = load(args.model, revision=args.revision, mesh=local_mesh())
-    if is_vqgan:
-        what = f"{(size // config.downsampling) ** 2} tokens of {config.codebook_size} codes"
-    elif config.quantize_mode == "vae":
-        what = f"{config.num_latent_tokens} latents of {config.token_size} channels"
-    else:
+    precision = precision_settings(args)
+    tokenizer = inference.load_image_model(args.model, revision=args.revision, mesh="local", **precision)
+    if config.has_tokens:
         what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
+    else:
+        what = f"{config.num_latent_tokens} latents of {config.token_size} channels"
     print(f"{args.model}: {size}x{size} pixels to {what}\ncompiling; the first batch takes longer")
-    batches = reconstruct(tokenizer, images, batch_size=round_up_batch_size(args.batch_size, len(images)))
+    batches = reconstruct(tokenizer, images, batch_size=args.batch_size)
     with new_folder(out, last="tokens.json") as folder:
         mean = _write(folder, names, images, batches)
     print(f"mean PSNR {mean:.2f} dB over {len(images)} images\nwrote {out}: the pictures, grid.png, tokens.json")

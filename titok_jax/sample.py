@@ -5,11 +5,18 @@ missing batches and ends with the same file. If `jax.distributed` is initialised
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
-from titok_jax.inference.arguments import add_sampling_arguments, parse_labels, sampling_settings
-from titok_jax.inference.many import MATMUL_PRECISION, balanced_labels, sample
+from titok_jax.inference.arguments import (
+    add_precision_arguments,
+    add_sampling_arguments,
+    parse_labels,
+    precision_settings,
+    sampling_settings,
+)
+from titok_jax.inference.many import balanced_labels, sample
 from titok_jax.inference.sample_files import FolderWriter, output_kind
 from titok_jax.runtime.command import command
 from titok_jax.runtime.outputs import check_output, new_file, new_folder
@@ -49,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="FILE.png: one picture; FILE.npz: arrays; else a folder, one PNG per image; also gs:// (default: samples.png)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output, and unfinished work of other settings")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="to compute in")
+    add_precision_arguments(parser)
     add_sampling_arguments(parser)
     return parser
 
@@ -78,15 +85,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
     from titok_jax.runtime import processes
-    from titok_jax.runtime.sharding import local_mesh, round_up_batch_size
     from titok_jax.weights.pretrained import weights_sha256
 
     processes.initialize_distributed()
-    batch_size = round_up_batch_size(args.batch_size, args.num)
+    batch_size = min(args.batch_size, args.num)
+    precision = precision_settings(args)
     shards = Shards(
         f"{out}.shards",
-        {"labels": args.labels, "seed": args.seed, "dtype": args.dtype}
-        | settings
+        {"labels": args.labels, "seed": args.seed}
+        | precision
+        | dataclasses.asdict(settings)
         | weights_sha256(args.model, args.tokenizer or args.model, **revisions),
         args.num,
         batch_size,
@@ -94,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, dtype=args.dtype, mesh=local_mesh(), **revisions)
+    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, mesh="local", **precision, **revisions)
 
     def pieces(numbers):
-        options = {"batch_size": batch_size, "batches": numbers, **settings}
+        options = {"batch_size": batch_size, "numbers": numbers, "sampling": settings}
         for _, _, images in sample(tokenizer, generator, labels, args.seed, **options):
             yield {"images": images}
 
@@ -105,12 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.model}: {config.num_classes} classes, {config.num_tokens} tokens of {config.codebook_size} codes per image, "
         f"{tokenizer_config.image_size}x{tokenizer_config.image_size} pixels\n"
         + "sampling: "
-        + ", ".join(f"{name} {value}" for name, value in settings.items())
+        + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items())
         + f", seed {args.seed}\ncompiling; the first batch takes longer",
         flush=True,
     )
-    with jax.default_matmul_precision(MATMUL_PRECISION[args.dtype]):
-        print(shards.make(pieces))
+    print(shards.make(pieces))
     if shards.first:
         with new_folder(out, last="grid.png") if kind is FolderWriter else new_file(out) as path:
             writer = kind(path, labels)

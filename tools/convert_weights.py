@@ -17,6 +17,7 @@ import numpy as np
 
 from titok_jax import models
 from titok_jax.evaluation import features
+from titok_jax.models.families import INCEPTION, PERCEPTUAL
 from titok_jax.runtime.command import command
 from titok_jax.runtime.outputs import check_output, new_file, new_folder
 from titok_jax.runtime.paths import as_path
@@ -62,7 +63,7 @@ _ENDINGS = {
     "": "folder",
 }
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_KINDS = {"tokenizer": models.TiTokConfig, "generator": models.GeneratorConfig, "vqgan": models.MaskgitVQGANConfig}
+_KINDS = {name: models.family_named(name).config for name in published_models.KINDS}
 
 
 class Cast:
@@ -128,10 +129,11 @@ def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
 
 def write(path: Path, format: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:
     """Writes {published name: tensor} to a single file in a format."""
-    bare = config is None or isinstance(config, models.DiscriminatorConfig)  # these have no configuration file
-    if isinstance(config, models.DiscriminatorConfig):
-        tensors = {**tensors, **known_models.buffers(config)}  # a published state dict has the buffers
-    if isinstance(config, models.InceptionConfig):
+    family = None if config is None else models.family_of(config)
+    bare = family is None or "folder" not in family.formats  # these have no configuration file
+    if family is not None and family.writes_buffers:
+        tensors = {**tensors, **family.buffers(config)}
+    if family is INCEPTION:
         safetensors_file.write_safetensors(path, tensors, features.CONVERTED_FROM_PUBLISHED)
     elif format == "safetensors" and bare:
         safetensors_file.write_safetensors(path, tensors)
@@ -173,15 +175,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace, output: Path, format: str, files: pretrained.Source, config: Any) -> None:
     """Raises ValueError if a model cannot be written in a format."""
-    if format == "flax" and not isinstance(config, models.MaskgitVQGANConfig):
-        raise ValueError(f"{output}: only the MaskGIT-VQGAN has a Flax form")
-    if isinstance(config, models.InceptionConfig):
-        if format != "safetensors" or args.dtype not in (None, "float32"):
+    family = PERCEPTUAL if config is None else models.family_of(config)
+    if format not in family.formats:
+        raise ValueError(f"{output}: {family.name} weights are not written as {format}, only as {', '.join(family.formats)}")
+    if family is INCEPTION:
+        if args.dtype not in (None, "float32"):
             raise ValueError(f"{output}: the InceptionV3 of FID is written as .safetensors in float32 only")
         features.verify_inception(files.weights)
-    if format == "folder" and (config is None or isinstance(config, models.DiscriminatorConfig)):
-        which = "a perceptual network" if config is None else "a discriminator"
-        raise ValueError(f"{output}: {which} has no configuration, so no folder; name a file")
 
 
 def _write_output(output: Path, format: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:

@@ -87,8 +87,7 @@ def sampler(name: str, devices: list, images_per_device: int = 64) -> Program:
     import jax.numpy as jnp
 
     from titok_jax import models
-    from titok_jax.inference.generator import Generator
-    from titok_jax.inference.tokenizer import Tokenizer
+    from titok_jax.inference.functions import GeneratorFunctions, TokenizerFunctions, image_keys
     from titok_jax.runtime import sharding
     from titok_jax.weights import known_models
 
@@ -103,21 +102,12 @@ def sampler(name: str, devices: list, images_per_device: int = 64) -> Program:
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), models.abstract(config)[1])
         for config in (tokenizer, generator)
     ]
-    settings = generator.sampling
+    to_ids, to_images = GeneratorFunctions(generator, "bfloat16"), TokenizerFunctions(tokenizer, "bfloat16")
 
     def sample(params, labels, key, first_index, scale, temperature):
-        ids = Generator(generator, params[1], dtype="bfloat16")._sample(
-            params[1],
-            labels,
-            key,
-            first_index,
-            scale,
-            temperature,
-            num_steps=settings.num_steps,
-            schedule=settings.guidance_schedule,
-            annealing=settings.softmax_temperature_annealing,
-        )
-        return Tokenizer(tokenizer, params[0], dtype="bfloat16")._decode(params[0], ids)
+        keys = image_keys(key, batch_size, first_index)
+        out = to_ids.sample(params[1], labels, keys, guidance_scale=scale, temperature=temperature)
+        return to_images.decode(params[0], out.ids)
 
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding.batch_sharding(mesh))
@@ -131,6 +121,8 @@ def compile_program(program: Program, slice_name: str) -> dict[str, Any]:
     """Compiles a program. Returns its table row: figures per device and step, and `problems`, which should be empty."""
     import jax
 
+    from titok_jax.runtime import sharding
+
     chip = slice_chip(slice_name)
     row = {
         "name": program.name,
@@ -142,7 +134,7 @@ def compile_program(program: Program, slice_name: str) -> dict[str, Any]:
         "libtpu": importlib.metadata.version("libtpu"),
     }
     start = time.perf_counter()
-    with jax.set_mesh(program.mesh):
+    with sharding.on_mesh(program.mesh):
         traced = program.function.trace(*program.args, **program.kwargs)
         try:
             compiled = traced.lower(lowering_platforms=("tpu",)).compile()

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,7 +67,14 @@ def in_threads(function: Callable[[int], Any], items: Iterable[int]) -> Iterator
 
 
 def records(
-    source, positions: range, *, encode: Callable[[np.ndarray], Any], size: int, crops: str, seed: int, batch_size: int
+    source,
+    positions: range,
+    *,
+    encode: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    crops: str,
+    seed: int,
+    batch_size: int,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yields (tokens [N], label) for every crop of the images at `positions` of the stream, in order.
 
@@ -145,8 +153,9 @@ def pretokenize(
                 with token_writer(path) as write:
                     options = {name: settings[name] for name in ("crops", "seed")}
                     size = tokenizer.config.image_size
+                    encode = functools.partial(tokenizer.encode_all, batch_size=batch_size)
                     for tokens, label in records(
-                        source, positions, encode=tokenizer.encode, size=size, batch_size=batch_size, **options
+                        source, positions, encode=encode, size=size, batch_size=batch_size, **options
                     ):
                         write(tokens, label)
                 written += 1

@@ -111,40 +111,26 @@ def run(tokenizer, images: np.ndarray, known: Sequence[Sequence[int] | None]) ->
       known: for each image, tokens to decode instead of the encoded ones, or None.
     """
     import jax
-    from flax import nnx
 
-    from titok_jax import models
-
-    graphdef, _ = models.abstract(tokenizer.config)
-    is_vqgan = isinstance(tokenizer.config, models.MaskgitVQGANConfig)
-    discrete = is_vqgan or tokenizer.config.quantize_mode == "vq"
-    grid = (images.shape[1] // tokenizer.config.downsampling, -1) if is_vqgan else ()
+    functions, has_tokens = tokenizer.functions, tokenizer.config.has_tokens
 
     @jax.jit
-    def encode(params, images):
-        model = nnx.merge(graphdef, params)
-        z = model.encode(images)
-        if not discrete:
-            return z, models.titok.DiagonalGaussian.from_moments(z).mean, None
-        if is_vqgan:
-            z = z.reshape(z.shape[0], -1, z.shape[-1])
-        nearest = jax.lax.top_k(-model.quantize.distances(z), 2)[0]
-        tokens = model.quantize.codes(z) if is_vqgan else model.quantize(z).tokens
-        return z, tokens, nearest[..., 0] - nearest[..., 1]
-
-    @jax.jit
-    def decode(params, tokens):
-        model = nnx.merge(graphdef, params)
-        if is_vqgan:
-            return model.decode(model.quantize.lookup(tokens.reshape(len(tokens), *grid)))
-        return model.decode_tokens(tokens) if discrete else model.decode(tokens)
+    def encode(params, image):
+        z = functions.encoder_output(params, image)
+        if not has_tokens:
+            return z, functions.latents(params, image), None
+        nearest = jax.lax.top_k(-functions.distances(params, z), 2)[0]
+        return z, functions.quantize(params, z).tokens, nearest[..., 0] - nearest[..., 1]
 
     results = []
     for image, given in zip(images, known, strict=True):
         z, tokens, margin = jax.tree.map(np.asarray, encode(tokenizer.params, np.float32(image[None]) / 255.0))
-        decoded_tokens = tokens if given is None else np.asarray(given, np.int32)[None]
-        decoded = np.asarray(decode(tokenizer.params, decoded_tokens))
-        results.append(Result(z[0], tokens[0], None if margin is None else margin[0], decoded_tokens[0], decoded[0]))
+        chosen = tokens if given is None else np.asarray(given, np.int32)[None]
+        decoded = np.asarray(tokenizer.decode(chosen, clip=False))
+        if has_tokens:  # a VQGAN's grid of codes row by row
+            tokens, chosen, margin = (array.reshape(1, -1) for array in (tokens, chosen, margin))
+            z = z.reshape(1, tokens.shape[1], -1)
+        results.append(Result(z[0], tokens[0], None if margin is None else margin[0], chosen[0], decoded[0]))
     return results
 
 

@@ -1,5 +1,6 @@
 """All metrics of a model of the digits."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from titok_jax.evaluation import image_sources, metrics, pieces, scores
 from titok_jax.evaluation.jobs import Work
 from titok_jax.evaluation.references import make_reference
 from titok_jax.inference.many import balanced_labels
+from titok_jax.models.generator import SamplingConfig
 
 NUM_CLASSES, DIGITS_SIZE = 10, 32
 
@@ -20,7 +22,7 @@ NEIGHBOURS = 3
 
 
 def evaluate_digits(
-    tokenizer, generator, network, work: Work, *, num: int, seed: int, settings: dict[str, Any], identity: dict[str, Any]
+    tokenizer, generator, network, work: Work, *, num: int, seed: int, settings: SamplingConfig, identity: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Computes all metrics of a model of the digits.
 
@@ -48,7 +50,7 @@ def evaluate_digits(
         jobs[name] = work.job(name, len(images), identity | {"data": f"digits:{split}"})
         work.make(jobs[name], pieces.reconstruction_pieces(jobs[name], images, tokenizer, network, keep=True))
     labels = balanced_labels(range(NUM_CLASSES), num)
-    generated = work.job("generated", num, identity | settings | {"seed": seed})
+    generated = work.job("generated", num, identity | dataclasses.asdict(settings) | {"seed": seed})
     work.make(
         generated,
         pieces.generation_pieces(generated, tokenizer, generator, network, labels, seed, settings, keep=True),

@@ -216,7 +216,7 @@ def load_lpips(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Callab
 
     def distance(params, images, reconstructions):
         with jax.default_matmul_precision("highest"):
-            return perceptual.distance(params, *map(sharding.constrain_batch, (images, reconstructions)))
+            return perceptual.distance(params, sharding.hint(images, "batch"), sharding.hint(reconstructions, "batch"))
 
     distance = sharding.jit_on(mesh, distance)
     return lambda images, reconstructions: np.asarray(distance(params, images, reconstructions), np.float64)

@@ -3,13 +3,13 @@
 import collections
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
 from titok_jax.data.transforms import to_uint8_round
 from titok_jax.evaluation import metrics
-from titok_jax.inference.many import reconstruct, sample
+from titok_jax.inference.many import filled, reconstruct, sample
+from titok_jax.models.generator import SamplingConfig
 from titok_jax.runtime.shards import Shards
 
 Piece = dict[str, np.ndarray]
@@ -26,11 +26,6 @@ def _ahead(read: Callable[[int], np.ndarray], numbers: Iterable[int]) -> Iterato
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _filled(images: np.ndarray, size: int) -> np.ndarray:
-    """Pads a batch to a fixed size, so that one compiled program serves all batches."""
-    return np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
 
 
 def _features(network, images: np.ndarray, prefix: str = "") -> Piece:
@@ -67,12 +62,12 @@ def reconstruction_pieces(
 
     def pieces(numbers):
         for real in _ahead(lambda number: images.read(shards.items(number)), numbers):
-            ((_, tokens, decoded),) = reconstruct(tokenizer, _filled(real, shards.size), batch_size=shards.size)
+            ((_, tokens, decoded),) = reconstruct(tokenizer, filled(real, shards.size), batch_size=shards.size)
             tokens, fake = tokens[: len(real)], to_uint8_round(decoded)[: len(real)]
             a, b = real / 255.0, fake / 255.0
             piece = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b)}
             if lpips is not None:
-                pair = [_filled(x, shards.size).astype(np.float32) for x in (a, b)]
+                pair = [filled(x, shards.size).astype(np.float32) for x in (a, b)]
                 piece["lpips"] = lpips(*pair)[: len(real)]
             if np.issubdtype(tokens.dtype, np.integer):  # not a VAE's
                 piece["tokens"] = tokens
@@ -90,7 +85,7 @@ def generation_pieces(
     network,
     labels: np.ndarray,
     seed: int,
-    settings: dict[str, Any],
+    settings: SamplingConfig,
     *,
     keep: bool = False,
 ) -> Pieces:
@@ -98,7 +93,7 @@ def generation_pieces(
     of `titok_jax.inference.many.sample`."""
 
     def pieces(numbers):
-        options = {"batch_size": shards.size, "batches": numbers, **settings}
+        options = {"batch_size": shards.size, "numbers": numbers, "sampling": settings}
         for _, tokens, images in sample(tokenizer, generator, labels, seed, **options):
             kept = {"images": images} if keep else {}
             yield {"tokens": tokens} | kept | _features(network, images)

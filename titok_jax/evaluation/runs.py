@@ -9,7 +9,9 @@ import numpy as np
 from titok_jax.evaluation import image_sources, pieces, references, scores
 from titok_jax.evaluation.digits import DIGITS_SIZE, NEIGHBOURS, NUM_CLASSES, evaluate_digits
 from titok_jax.evaluation.jobs import Work, versions
-from titok_jax.inference.many import MATMUL_PRECISION, balanced_labels
+from titok_jax.inference.arguments import precision_settings
+from titok_jax.inference.many import balanced_labels
+from titok_jax.models.generator import SamplingConfig
 from titok_jax.runtime.outputs import sha256
 from titok_jax.runtime.paths import as_path
 from titok_jax.runtime.sharding import local_mesh
@@ -42,7 +44,8 @@ class Evaluation:
         tokenizer = None if mode in ("samples", "reference") else args.tokenizer or args.model
         generator = args.model if mode in ("digits", "generation", "sweep") else None
         weights = weights_sha256(generator, tokenizer, args.revision, tokenizer_revision(args, generator))
-        self.identity = {"features": self.network.name, "dtype": args.dtype, **weights}
+        self.precision = precision_settings(args)
+        self.identity = {"features": self.network.name, **self.precision, **weights}
         digest = sha256(features.DIGITS_WEIGHTS) if digits else features.INCEPTION_SHA256
         self.result: dict[str, Any] = {"mode": mode}
         if tokenizer is not None:
@@ -52,8 +55,7 @@ class Evaluation:
             "features": {"network": self.network.name, "sha256": digest},
             "image_size": image_size,
             "batch_size": args.batch_size,
-            "dtype": args.dtype,
-            "matmul_precision": MATMUL_PRECISION[args.dtype],
+            **self.precision,
             "versions": versions(),
         }
         if mode == "sweep":  # common to all points
@@ -87,11 +89,11 @@ class Evaluation:
 
         args = self.args
         revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
-        return load_pair(args.model, args.tokenizer, dtype=args.dtype, mesh=local_mesh(), **revisions)
+        return load_pair(args.model, args.tokenizer, mesh="local", **self.precision, **revisions)
 
-    def generate(self, name: str, pair, labels: np.ndarray, settings: dict[str, Any]) -> Shards:
+    def generate(self, name: str, pair, labels: np.ndarray, settings: SamplingConfig) -> Shards:
         """Generates images and returns their pieces."""
-        job = self.work.job(name, len(labels), self.identity | settings | {"seed": self.args.seed})
+        job = self.work.job(name, len(labels), self.identity | dataclasses.asdict(settings) | {"seed": self.args.seed})
         options = (self.network, labels, self.args.seed, settings)
         self.work.make(job, pieces.generation_pieces(job, *pair, *options))
         return job
@@ -119,17 +121,17 @@ def check_generator(args: argparse.Namespace, image_size: int, num_classes: int)
         raise ValueError(f"--num is {args.num}, expected a multiple of {num_classes}, so that every class has as many")
 
 
-def run_digits(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] | None:
+def run_digits(run: Evaluation, settings: SamplingConfig) -> dict[str, Any] | None:
     options = {"num": run.args.num, "seed": run.args.seed, "settings": settings, "identity": run.identity}
     figures = evaluate_digits(*run.load_pair(), run.network, run.work, **options)
     if figures is None:
         return None
     classifier = {"kind": "k nearest neighbours of pixels", "k": NEIGHBOURS, "fitted_on": "real training digits"}
-    return {**figures, "classifier": classifier, "sampling": settings, "seed": run.args.seed}
+    return {**figures, "classifier": classifier, "sampling": dataclasses.asdict(settings), "seed": run.args.seed}
 
 
 def run_reconstruction(run: Evaluation) -> dict[str, Any] | None:
-    from titok_jax import inference, models
+    from titok_jax import inference
 
     args = run.args
     images = run.images(args.reconstruct, "torchvision", args.num)
@@ -145,17 +147,12 @@ def run_reconstruction(run: Evaluation) -> dict[str, Any] | None:
         about["lpips_sha256"] = {file.name: sha256(file) for file in files if file.is_file()}
 
     source, revision = args.tokenizer or args.model, tokenizer_revision(args, None)
-    if isinstance(inference.load_image_config(source, revision=revision), models.MaskgitVQGANConfig):
-        tokenizer = inference.load_vqgan(source, dtype=args.dtype, mesh=local_mesh(), revision=revision)
-        is_vae = False
-    else:
-        tokenizer = inference.load_tokenizer(source, dtype=args.dtype, mesh=local_mesh(), revision=revision)
-        is_vae = tokenizer.config.quantize_mode == "vae"
+    tokenizer = inference.load_image_model(source, mesh="local", revision=revision, **run.precision)
     job = run.work.job("reconstruction", len(images), run.identity | about)
     run.work.make(job, pieces.reconstruction_pieces(job, images, tokenizer, run.network, lpips=lpips))
     if not job.first:
         return None
-    codebook_size = None if is_vae else tokenizer.config.codebook_size
+    codebook_size = tokenizer.config.codebook_size if tokenizer.config.has_tokens else None
     figures = scores.reconstruction_figures(job, run.network.name, codebook_size, run.prefix)
     return {**about, "num_images": len(images), "metrics": figures}
 
@@ -177,7 +174,7 @@ def run_samples(run: Evaluation, images: image_sources.NpzImages) -> dict[str, A
     return result
 
 
-def run_generation(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] | None:
+def run_generation(run: Evaluation, settings: SamplingConfig) -> dict[str, Any] | None:
     reference, pair = run.reference(), run.load_pair()
     generator = pair[1].config
     labels = balanced_labels(range(generator.num_classes), run.args.num)
@@ -187,7 +184,7 @@ def run_generation(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any] 
     figures = scores.generation_figures(job, reference, run.prefix)
     figures |= scores.codebook_figures(job, generator.codebook_size)
     return {
-        "sampling": settings,
+        "sampling": dataclasses.asdict(settings),
         "seed": run.args.seed,
         "num_images": run.args.num,
         "reference": reference.about,

@@ -1,6 +1,7 @@
 """Evaluates a grid of sampling settings. Keeps finished points in a JSON file and draws them."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -13,27 +14,28 @@ from titok_jax.evaluation.jobs import versions, write_json
 from titok_jax.evaluation.runs import Evaluation
 from titok_jax.inference.arguments import sampling_settings
 from titok_jax.inference.many import balanced_labels
+from titok_jax.models.generator import SamplingConfig
 from titok_jax.pictures import plots
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
 
 
-def run_sweep(run: Evaluation, grid: Sequence[dict[str, Any]]) -> None:
+def run_sweep(run: Evaluation, grid: Sequence[SamplingConfig]) -> None:
     """Evaluates each setting of a grid, except those already in the JSON file, and writes the JSON file and the plot."""
     args, path = run.args, as_path(run.args.json)
     points = _finished_points(run) if path.exists() else []
-    missing = [settings for settings in grid if all(point["sampling"] != settings for point in points)]
+    missing = [settings for settings in grid if all(point["sampling"] != dataclasses.asdict(settings) for point in points)]
     if missing:
         reference, pair = run.reference(), run.load_pair()
         generator = pair[1].config
         labels = balanced_labels(range(generator.num_classes), args.num)
     for settings in missing:
-        name = "_".join(f"{key.replace('_', '-')}-{settings[key]:g}" for key in ("guidance_scale", "temperature"))
+        name = "_".join(f"{key.replace('_', '-')}-{getattr(settings, key):g}" for key in ("guidance_scale", "temperature"))
         job = run.generate(name, pair, labels, settings)
         if job.first:
             figures = scores.generation_figures(job, reference, run.prefix)
             figures |= scores.codebook_figures(job, generator.codebook_size)
-            points.append({"sampling": settings, "metrics": figures, "versions": versions()})
+            points.append({"sampling": dataclasses.asdict(settings), "metrics": figures, "versions": versions()})
             points.sort(key=lambda point: (point["sampling"]["temperature"], point["sampling"]["guidance_scale"]))
             write_json(args.json, {**run.result, "reference": reference.about, "points": points})
             job.remove()
@@ -96,7 +98,7 @@ def sweep_plot(points: Sequence[dict[str, Any]], title: str) -> Figure:
     return plots.sweep(lines, scales, x_label=score, y_label=fid, title=title, table=table)
 
 
-def settings_grid(args: argparse.Namespace, defaults) -> list[dict[str, Any]]:
+def settings_grid(args: argparse.Namespace, defaults: SamplingConfig) -> list[SamplingConfig]:
     """The sampling settings of every point in the grid."""
     values = [getattr(args, name) or [None] for name in ("guidance_scale", "temperature")]
     points = []

@@ -9,12 +9,14 @@ from typing import Any
 
 _PUBLIC = {
     "Tokenizer": "tokenizer",
-    "VQGAN": "vqgan",
+    "VQGAN": "tokenizer",
     "Generator": "generator",
     "generate": "generator",
+    "GeneratorFunctions": "functions",
+    "TokenizerFunctions": "functions",
     **dict.fromkeys(
         (
-            *("check_pair", "load_generator", "load_image_config", "load_pair", "load_tokenizer"),
+            *("check_pair", "load_generator", "load_image_config", "load_image_model", "load_pair", "load_tokenizer"),
             *("load_tokenizer_config", "load_vqgan", "pair_configs"),
         ),
         "loading",

@@ -1,9 +1,13 @@
 """The sampling options of the commands."""
 
 import argparse
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    from titok_jax.models.generator import SamplingConfig
+
+_OPTIONS = {"num_steps": "steps"}  # fields of SamplingConfig whose options have other names
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -16,8 +20,32 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, several: bool = F
         "--guidance-scale", type=number, help=f"of classifier-free guidance; more: less varied; 0: none{more}"
     )
     group.add_argument("--guidance-schedule", help="how it grows over the steps: constant, linear or power-cosine")
+    group.add_argument("--guidance-scale-pow", type=float, help="exponent of power-cosine; more: later")
     group.add_argument("--temperature", type=number, help=f"of the noise in the first steps; more: more varied{more}")
+    group.add_argument(
+        "--softmax-temperature-annealing",
+        action=argparse.BooleanOptionalAction,
+        help="divide the logits by a temperature that falls from about 1.3 to 0.5",
+    )
     group.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+
+
+def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for the arithmetic of a model, the same in every command."""
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="the model computes in it")
+    parser.add_argument(
+        "--precision",
+        choices=["highest", "high", "default"],
+        help="of matrix products: highest is float32 on every device; default is what TPUs and GPUs do faster, in bfloat16 "
+        "or TF32 (default: highest for float32, default for bfloat16)",
+    )
+
+
+def precision_settings(args: argparse.Namespace) -> dict[str, str]:
+    """{"dtype", "precision"} of a parser with `add_precision_arguments`: arguments of the loaders, and what is recorded."""
+    from titok_jax.inference.functions import default_precision
+
+    return {"dtype": args.dtype, "precision": args.precision or default_precision(args.dtype)}
 
 
 def _numbers(text: str) -> list[float]:
@@ -25,43 +53,31 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def sampling_settings(args: argparse.Namespace, defaults) -> dict[str, Any]:
-    """Checks the options and returns all keyword arguments of `titok_jax.generate`.
+def sampling_settings(args: argparse.Namespace, defaults: "SamplingConfig") -> "SamplingConfig":
+    """Checks the options and returns all sampling settings.
 
     Args:
       args: from a parser with `add_sampling_arguments`.
-      defaults: the model's SamplingConfig, for options that are not given.
+      defaults: the model's settings, for options that are not given.
 
     Raises:
       ValueError: for a value out of range.
     """
-    from titok_jax.models.generator import GUIDANCE_SCHEDULES
-
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps is {args.steps}, expected at least 1")
-    if args.temperature is not None and not 0 <= args.temperature < np.inf:
-        raise ValueError(f"--temperature is {args.temperature}, expected at least 0")
-    if args.guidance_scale is not None and not np.isfinite(args.guidance_scale):
-        raise ValueError(f"--guidance-scale is {args.guidance_scale}, expected a finite number")
-    if args.guidance_schedule not in (None, *GUIDANCE_SCHEDULES):
-        raise ValueError(
-            f"--guidance-schedule is {args.guidance_schedule!r}, expected one of {', '.join(GUIDANCE_SCHEDULES)}"
-        )
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}")
-
-    def either(value, default):
-        return default if value is None else value
-
-    return {
-        "num_steps": either(args.steps, defaults.num_steps),
-        "guidance_scale": either(args.guidance_scale, defaults.guidance_scale),
-        "guidance_schedule": either(args.guidance_schedule, defaults.guidance_schedule),
-        "temperature": either(args.temperature, defaults.temperature),
-        "softmax_temperature_annealing": defaults.softmax_temperature_annealing,
-    }
+    settings = defaults
+    for field in dataclasses.fields(defaults):
+        option = _OPTIONS.get(field.name, field.name)
+        value = getattr(args, option)
+        if value is None:
+            continue
+        try:
+            settings = dataclasses.replace(settings, **{field.name: value})
+        except ValueError as error:
+            raise ValueError(f"--{option.replace('_', '-')}: {error}") from None
+    return settings
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:

@@ -16,7 +16,7 @@ from titok_jax.models.generator import GUIDANCE_SCHEDULES
 
 # (ids int32 [B', N], labels int32 [B']) -> logits [B', N, K]. The label `num_classes` means unconditional.
 LogitsFn = Callable[[jax.Array, jax.Array], jax.Array]
-# (step int32, logits float32 [B, N, K], temperature) -> (sampled tokens int32 [B, N], Gumbel noise [B, N] for the
+# (step int32, logits float32 [B, N, K], temperature [] or [B]) -> (sampled tokens int32 [B, N], Gumbel noise [B, N] for the
 # confidences): `noise_from_keys` or `noise_from_uniforms`.
 Noise = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -33,6 +33,11 @@ class DecodeOutput(NamedTuple):
     mask_len: jax.Array
 
 
+def _per_image(value: jax.Array | float, ndim: int) -> jax.Array:
+    """A number for all images [] or one per image [B] -> an array that broadcasts with [B, ...] of `ndim` axes."""
+    return value if jnp.ndim(value) == 0 else value.reshape(value.shape + (1,) * (ndim - 1))
+
+
 def gumbel(uniforms: jax.Array) -> jax.Array:
     """-log(-log(u)) with the published clamps log(max(., 1e-20)): u = 0 gives -3.83, u = 1 gives 46.05, all finite."""
 
@@ -43,13 +48,14 @@ def gumbel(uniforms: jax.Array) -> jax.Array:
 
 
 def sample_gumbel(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """argmax(logits + temperature * Gumbel noise): logits, uniforms [..., K] -> [...] int32. As published."""
-    return jnp.argmax(logits + temperature * gumbel(uniforms), axis=-1).astype(jnp.int32)
+    """argmax(logits + temperature * Gumbel noise): logits, uniforms [B, ..., K], temperature [] or [B] -> [B, ...] int32. As
+    published."""
+    return jnp.argmax(logits + _per_image(temperature, logits.ndim) * gumbel(uniforms), axis=-1).astype(jnp.int32)
 
 
 def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Samples softmax(logits / temperature) with one uniform per token: logits [..., K], uniforms [...] in [0, 1) ->
-    [...] int32.
+    """Samples softmax(logits / temperature) with one uniform per token: logits [B, ..., K], temperature [] or [B], uniforms
+    [B, ...] in [0, 1) -> [B, ...] int32.
 
     The distribution is that of `sample_gumbel`, but the draws differ. This function does not need K random numbers and 2 K
     logarithms per token. At temperature 0 it returns the argmax, and the lowest index wins a tie. The cumulative sum runs
@@ -60,8 +66,8 @@ def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.
     width = 2 ** math.ceil(math.log2(k) / 2)
     top = logits.max(-1, keepdims=True)
     # 1e-30 stands for temperature 0: only the maxima then have weight, and u = 0 picks the first of them.
-    p = jnp.exp((logits - top) / jnp.maximum(temperature, 1e-30))
-    uniforms = jnp.where(temperature > 0, uniforms, 0.0)
+    p = jnp.exp((logits - top) / _per_image(jnp.maximum(temperature, 1e-30), logits.ndim))
+    uniforms = jnp.where(_per_image(temperature > 0, uniforms.ndim), uniforms, 0.0)
 
     p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -k % width)]).reshape(*p.shape[:-1], -1, width)  # [..., blocks, width]
     mass = p.sum(-1)
@@ -117,13 +123,13 @@ def noise_from_keys(keys: jax.Array) -> Noise:
 
 
 class Steps(NamedTuple):
-    """The constants in which the steps differ: arrays [S] for all steps, scalars for one step."""
+    """The constants in which the steps differ: arrays with a leading axis [S] for all steps, without it for one step."""
 
     step: np.ndarray
     guidance: np.ndarray  # multiplies the guidance scale ("power-cosine": the scale minus 1)
     softmax_temperature: np.ndarray
     noise: np.ndarray  # multiplies the temperature of the Gumbel noise
-    mask_len: np.ndarray
+    mask_len: np.ndarray  # [S, N + 1]: how many of 0, 1, ..., N tokens that are to be made are masked again
 
 
 def steps_plan(num_steps: int, num_tokens: int, schedule: str, power: float, annealing: bool) -> Steps:
@@ -140,13 +146,14 @@ def steps_plan(num_steps: int, num_tokens: int, schedule: str, power: float, ann
         guidance=guidance.astype(np.float32),
         softmax_temperature=(0.5 + 0.8 * (1.0 - ratio) if annealing else np.ones(num_steps)).astype(np.float32),
         noise=(1.0 - ratio).astype(np.float32),
-        mask_len=np.floor(num_tokens * (np.arccos(ratio) / (math.pi * 0.5))).astype(np.int32),
+        mask_len=np.floor(np.arange(num_tokens + 1) * (np.arccos(ratio) / (math.pi * 0.5))[:, None]).astype(np.int32),
     )
 
 
 def decoding_step(
     logits_fn: LogitsFn,
     labels: jax.Array,
+    unknown: jax.Array,
     *,
     codebook_size: int,
     num_classes: int,
@@ -157,7 +164,7 @@ def decoding_step(
     noise: Noise,
 ) -> Callable[[jax.Array, Steps], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
     """Makes the step of the loop for `jax.lax.scan`: (ids [B, N], a row of `steps_plan`) -> (ids, (ids, mask_len [B])).
-    The arguments are those of `parallel_decode`."""
+    `unknown` [B] is the number of tokens to make; the other arguments are those of `parallel_decode`."""
     batch = labels.shape[0]
     from_uncond = guidance_schedule == "power-cosine"
     no_effect = 1.0 if from_uncond else 0.0
@@ -178,23 +185,25 @@ def decoding_step(
         pairs = jnp.stack([labels, jnp.full_like(labels, num_classes)], axis=1).reshape(-1)
         logits = forward(jnp.repeat(ids, 2, axis=0), pairs).reshape(batch, 2, ids.shape[1], codebook_size)
         cond, uncond = logits[:, 0], logits[:, 1]
-        return (uncond if from_uncond else cond) + (cond - uncond) * scale
+        logits = (uncond if from_uncond else cond) + (cond - uncond) * _per_image(scale, 3)
+        # An image without guidance does not depend on whether others in its batch have some.
+        return logits if scale.ndim == 0 else jnp.where(_per_image(scale == no_effect, 3), cond, logits)
 
     def step(ids, plan: Steps):
         scale = 1.0 + (guidance_scale - 1.0) * plan.guidance if from_uncond else guidance_scale * plan.guidance
-        logits = jax.lax.cond(scale == no_effect, conditional, guided, ids, scale)
+        logits = jax.lax.cond(jnp.all(scale == no_effect), conditional, guided, ids, scale)
         logits = logits / plan.softmax_temperature
         noise_scale = temperature * plan.noise
         sampled, confidence_noise = noise(plan.step, logits, noise_scale)
 
         masked = ids == codebook_size
         chosen = jnp.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0]
-        confidence = jnp.where(masked, chosen + noise_scale * confidence_noise, jnp.inf)
+        confidence = jnp.where(masked, chosen + _per_image(noise_scale, 2) * confidence_noise, jnp.inf)
         sampled = jnp.where(masked, sampled, ids)
 
-        mask_len = jnp.maximum(1, jnp.minimum(masked.sum(-1, dtype=jnp.int32) - 1, plan.mask_len))  # [B]
+        mask_len = jnp.maximum(1, jnp.minimum(masked.sum(-1, dtype=jnp.int32) - 1, jnp.asarray(plan.mask_len)[unknown]))
         cut_off = jnp.take_along_axis(jnp.sort(confidence, axis=-1), mask_len[:, None] - 1, axis=-1)
-        again = (confidence <= cut_off) & (plan.step < num_steps - 1)
+        again = masked & (confidence <= cut_off) & (plan.step < num_steps - 1)
         ids = jnp.where(again, codebook_size, sampled)
         return ids, (ids, mask_len)
 
@@ -215,6 +224,7 @@ def parallel_decode(
     temperature: jax.Array | float,
     softmax_temperature_annealing: bool,
     noise: Noise,
+    ids: jax.Array | None = None,
 ) -> DecodeOutput:
     """Generates tokens for labels with the published loop (modeling/maskgit.py, `generate`) as one scan. Jit the caller.
 
@@ -236,11 +246,14 @@ def parallel_decode(
       num_tokens: N.
       codebook_size: K, also the id of the mask.
       num_steps: S, at least 1. With more steps than tokens, one token stays masked until the last step.
+      guidance_scale: one number [], or one per image [B].
       guidance_scale_pow: only for "power-cosine".
-      temperature: scale of the Gumbel noise. It is multiplied by 1 - (step + 1) / num_steps, so it is 0 at the last step
-        (published: randomize_temperature).
+      temperature: scale of the Gumbel noise, one number [] or one per image [B]. It is multiplied by
+        1 - (step + 1) / num_steps, so it is 0 at the last step (published: randomize_temperature).
       softmax_temperature_annealing: divide the logits by 0.5 + 0.8 (1 - (step + 1) / num_steps), as published sampling does.
       noise: `noise_from_keys` or `noise_from_uniforms`.
+      ids: int [B, N] in [0, codebook_size] to start from; None for masks only. Tokens other than the mask are kept. The
+        numbers to mask again are then shares of an image's masks at the start, instead of N (as MaskGIT fills in images).
 
     Raises:
       ValueError: for an unknown schedule, num_steps < 1, or logits of the wrong shape.
@@ -250,9 +263,13 @@ def parallel_decode(
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, expected at least 1")
     labels = labels.astype(jnp.int32)
+    if ids is None:
+        # Made from the labels, so that it varies over the devices as they do, inside a `jax.shard_map`.
+        ids = jnp.broadcast_to(labels[:, None] * 0 + codebook_size, (labels.shape[0], num_tokens))
     step = decoding_step(
         logits_fn,
         labels,
+        (ids == codebook_size).sum(-1, dtype=jnp.int32),
         codebook_size=codebook_size,
         num_classes=num_classes,
         num_steps=num_steps,
@@ -261,7 +278,6 @@ def parallel_decode(
         temperature=jnp.asarray(temperature, jnp.float32),
         noise=noise,
     )
-    start = jnp.full((labels.shape[0], num_tokens), codebook_size, jnp.int32)
     plan = steps_plan(num_steps, num_tokens, guidance_schedule, guidance_scale_pow, softmax_temperature_annealing)
-    ids, (trace, mask_len) = jax.lax.scan(step, start, plan)
+    ids, (trace, mask_len) = jax.lax.scan(step, ids.astype(jnp.int32), plan)
     return DecodeOutput(ids, trace, mask_len)

@@ -1,61 +1,49 @@
 """A generator with its weights: class labels to tokens."""
 
-from collections.abc import Sequence
-from functools import partial
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from titok_jax import models
-from titok_jax.inference import decoding
-from titok_jax.models.generator import GUIDANCE_SCHEDULES, GeneratorConfig
-from titok_jax.runtime import sharding
+from titok_jax.inference import many
+from titok_jax.inference.functions import GeneratorFunctions, image_keys
+from titok_jax.inference.model import Model, as_int32, check_range, on_host
+from titok_jax.models.generator import GeneratorConfig, SamplingConfig
 from titok_jax.weights import convert
 
 
-class Generator:
+class Generator(Model):
     """A generator with its weights.
 
+    Methods take arrays on the host, which they check, and arrays on devices or inside `jax.jit`, `jax.vmap` and `jax.grad`,
+    of which they check shape and dtype only. Traced in another program, they make the weights constants of that program; use
+    `functions` with `params` as an argument there.
+
     Attributes:
+      functions: the model as pure functions of (params, arrays) (`GeneratorFunctions`).
       config: the architecture, with the default sampling settings.
-      params: nested dict of float32 arrays.
+      params: nested dict of arrays.
+      mesh: the mesh that holds them, or None.
     """
 
-    def __init__(self, config: GeneratorConfig, params: convert.Params, *, dtype=jnp.float32, mesh: Mesh | None = None):
-        """
-        Args:
-          dtype: computation dtype, "float32" or "bfloat16"; sampling itself is always float32.
-          mesh: the mesh that holds the parameters; batches are sharded along it. None means one device.
-        """
-        self.config, self.params = config, params
-        graphdef, _ = models.abstract(config, dtype=jnp.dtype(dtype))
+    functions: GeneratorFunctions
 
-        def logits(params, ids, labels):
-            return nnx.merge(graphdef, params).logits(ids, labels)
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        params: convert.Params,
+        *,
+        dtype: Any = "float32",
+        precision: str | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """Arguments and errors are those of Tokenizer. Sampling itself is always float32."""
+        super().__init__(GeneratorFunctions(config, dtype, precision), params, mesh)
 
-        def sample(params, labels, key, first_index, scale, temperature, *, num_steps, schedule, annealing):
-            keys = jax.vmap(partial(jax.random.fold_in, key))(first_index + jnp.arange(labels.shape[0]))
-            return decoding.parallel_decode(
-                partial(logits, params),
-                sharding.constrain_batch(labels),
-                num_tokens=config.num_tokens,
-                codebook_size=config.codebook_size,
-                num_classes=config.num_classes,
-                num_steps=num_steps,
-                guidance_scale=scale,
-                guidance_schedule=schedule,
-                temperature=temperature,
-                softmax_temperature_annealing=annealing,
-                noise=decoding.noise_from_keys(keys),
-            ).ids
-
-        self._logits = sharding.jit_on(mesh, logits)
-        self._sample = sharding.jit_on(mesh, sample, static_argnames=("num_steps", "schedule", "annealing"))
-
-    def logits(self, ids, labels) -> jax.Array:
+    def logits(self, ids: Any, labels: Any) -> jax.Array:
         """One forward pass.
 
         Args:
@@ -66,83 +54,140 @@ class Generator:
           float32 [B, N, codebook_size].
 
         Raises:
-          ValueError: for a wrong shape or range.
+          ValueError: for a wrong shape or dtype, or (numpy arrays and lists only) a wrong range.
         """
-        ids, labels = np.asarray(ids), np.asarray(labels)
-        if ids.ndim != 2 or ids.shape[1] != self.config.num_tokens or ids.dtype.kind not in "iu":
-            raise ValueError(f"ids are {ids.dtype} {list(ids.shape)}, expected integers [batch, {self.config.num_tokens}]")
-        if ids.size and not 0 <= ids.min() <= ids.max() <= self.config.mask_id:
-            raise ValueError(f"ids reach from {ids.min()} to {ids.max()}, expected 0 to {self.config.mask_id}")
-        self._check_labels(labels, self.config.num_classes, ids.shape[0])
-        return self._logits(self.params, ids.astype(np.int32), labels.astype(np.int32))
+        ids = self._checked_ids(ids)
+        return self.run("logits", ids, self._checked_labels(labels, self.config.num_classes, ids.shape[0]))
 
-    def _check_labels(self, labels: np.ndarray, largest: int, batch: int | None = None) -> None:
-        if labels.ndim != 1 or labels.dtype.kind not in "iu" or (batch is not None and len(labels) != batch):
+    def generate(
+        self,
+        labels: Any,
+        key: Any = 0,
+        *,
+        ids: Any = None,
+        first_index: int = 0,
+        return_trace: bool = False,
+        sampling: SamplingConfig | None = None,
+        **settings: Any,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Generates token ids for class labels.
+
+        An image depends only on its label, the key, its index and its given ids, not on the other images. Changing these,
+        the guidance scale or the temperature causes no recompilation.
+
+        Args:
+          labels: int [B], 0 .. num_classes - 1.
+          key: an int seed, a typed or raw threefry key, or one key per image [B].
+          ids: int [B, N] in 0 .. codebook_size to start from. Tokens are kept, and those with the mask id
+            (`config.mask_id`) are made, given the others and the label. None: all are made.
+          first_index: the index of `labels[0]` in a longer list that is generated in several calls. The results are the
+            same as from one call for the whole list.
+          return_trace: also return the ids after each step.
+          sampling: settings; None means `config.sampling`.
+          settings: fields of SamplingConfig to change: `num_steps`, `guidance_scale`, `guidance_schedule`,
+            `guidance_scale_pow`, `temperature`, `softmax_temperature_annealing`. Those that are None do not change.
+            Guidance scale and temperature may be one number per image [B]. A guidance scale of 0 means no guidance under
+            every schedule. (In the published code, "power-cosine" with 0 gives unconditional images.)
+
+        Returns:
+          int32 [B, N], for `Tokenizer.decode`; with `return_trace` also int32 [num_steps, B, N] with the mask id where a
+          token is not made yet.
+
+        Raises:
+          ValueError: for a label, id or setting out of range (of arrays on a device only shape and dtype are checked).
+          TypeError: for an unknown setting.
+        """
+        labels = self._checked_labels(labels, self.config.num_classes - 1)
+        batch = labels.shape[0]
+        ids = None if ids is None else self._checked_ids(ids, batch)
+        sampling, scale, temperature = resolve_sampling(sampling or self.config.sampling, batch, **settings)
+        if batch == 0:
+            none = jnp.zeros((0, self.config.num_tokens), jnp.int32)
+            return (none, jnp.zeros((sampling.num_steps, *none.shape), jnp.int32)) if return_trace else none
+        keys = image_keys(key, batch, first_index)
+        out = self.run(
+            "sample",
+            labels,
+            keys,
+            ids,
+            static=("sampling",),
+            sampling=sampling,
+            guidance_scale=scale,
+            temperature=temperature,
+        )
+        return (out.ids, out.trace) if return_trace else out.ids
+
+    def sample_images(self, tokenizer: Any, labels: Any, seed: int = 0, batch_size: int = 64, **settings: Any) -> np.ndarray:
+        """Generates images for class labels, batch by batch.
+
+        Args:
+          tokenizer: the tokenizer whose tokens this generator makes.
+          labels: int [n], 0 .. num_classes - 1.
+          seed: image i depends on its label, the seed and i. The batch size changes it only by the rounding of sums.
+          batch_size: images at a time.
+          settings: as in `generate`.
+
+        Returns:
+          uint8 [n, H, W, 3] in host memory, truncated to grey levels like the published sampling script's.
+
+        Raises:
+          ValueError: as in `generate`, or if the two models do not fit together.
+        """
+        size = tokenizer.config.image_size
+        none = np.zeros((0, size, size, 3), np.uint8)
+        parts = many.sample(tokenizer, self, np.asarray(labels), seed, batch_size=batch_size, **settings)
+        return many.joined((images for _, _, images in parts), none)
+
+    # Checks
+
+    def _checked_labels(self, labels: Any, largest: int, batch: int | None = None) -> np.ndarray | jax.Array:
+        labels = on_host(labels)
+        if labels.ndim == 1 and labels.size == 0:
+            labels = labels.astype(np.int32)
+        if (
+            labels.ndim != 1
+            or not jnp.issubdtype(labels.dtype, jnp.integer)
+            or labels.shape[0] != (batch or labels.shape[0])
+        ):
             raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}, expected integers [{batch or 'batch'}]")
-        if labels.size and not 0 <= labels.min() <= labels.max() <= largest:
-            raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, expected 0 to {largest}")
+        check_range(labels, largest, "labels")
+        return as_int32(labels)
+
+    def _checked_ids(self, ids: Any, batch: int | None = None) -> np.ndarray | jax.Array:
+        ids, config = on_host(ids), self.config
+        if (
+            ids.ndim != 2
+            or ids.shape[1] != config.num_tokens
+            or ids.shape[0] != (ids.shape[0] if batch is None else batch)
+            or not jnp.issubdtype(ids.dtype, jnp.integer)
+        ):
+            expected = f"expected integers [{'batch' if batch is None else batch}, {config.num_tokens}]"
+            raise ValueError(f"ids are {ids.dtype} {list(ids.shape)}, {expected}")
+        check_range(ids, config.mask_id, "ids")
+        return as_int32(ids)
 
 
-def generate(
-    generator: Generator,
-    labels: Sequence[int] | np.ndarray,
-    key: jax.Array,
-    *,
-    first_index: int = 0,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    guidance_schedule: str | None = None,
-    temperature: float | None = None,
-    softmax_temperature_annealing: bool | None = None,
-) -> jax.Array:
-    """Generates token ids for class labels. Settings that are None come from `generator.config.sampling`.
-
-    An image depends only on its label, the key and its position in `labels`, not on the other images. Changing labels, key,
-    first index, scale or temperature causes no recompilation.
-
-    Args:
-      labels: [B], 0 .. num_classes - 1.
-      key: from `jax.random.key`.
-      first_index: the position of `labels[0]` in a longer list that is generated in several calls. The results are the
-        same as from one call for the whole list.
-      num_steps: decoding steps, at least 1.
-      guidance_scale: 0 means no guidance under every schedule. (In the published code, "power-cosine" with 0 gives
-        unconditional images.)
-      guidance_schedule: "constant", "linear" or "power-cosine".
-      temperature: scale of the noise in the first step, at least 0. Higher values give more diverse images.
-      softmax_temperature_annealing: divide the logits by a temperature that falls from about 1.3 to 0.5.
-
-    Returns:
-      int32 [B, N], for `Tokenizer.decode`.
+def resolve_sampling(base: SamplingConfig, batch: int, **settings: Any) -> tuple[SamplingConfig, Any, Any]:
+    """Returns (settings that decide the compiled program, guidance scale, temperature); see `Generator.generate`.
 
     Raises:
-      ValueError: for a label or setting out of range.
+      ValueError: for a setting out of range, or another number of scales or temperatures than `batch`.
+      TypeError: for an unknown setting.
     """
-    defaults, config = generator.config.sampling, generator.config
-    labels = np.asarray(labels)
-    generator._check_labels(labels, config.num_classes - 1)
-    num_steps = defaults.num_steps if num_steps is None else num_steps
-    guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    schedule = guidance_schedule or defaults.guidance_schedule
-    temperature = defaults.temperature if temperature is None else temperature
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}, expected at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, expected at least 0")
-    if schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {GUIDANCE_SCHEDULES}")
-    if schedule == "power-cosine" and guidance_scale == 0:
-        guidance_scale = 1.0  # in this formula, 1 means no guidance
-    return generator._sample(
-        generator.params,
-        labels.astype(np.int32),
-        key,
-        np.int32(first_index),
-        np.float32(guidance_scale),
-        np.float32(temperature),
-        num_steps=num_steps,
-        schedule=schedule,
-        annealing=defaults.softmax_temperature_annealing
-        if softmax_temperature_annealing is None
-        else softmax_temperature_annealing,
-    )
+    settings = {name: value for name, value in settings.items() if value is not None}
+    numbers = {}
+    for name in ("guidance_scale", "temperature"):
+        value = on_host(settings.pop(name, getattr(base, name)))
+        if value.ndim and value.shape != (batch,):
+            raise ValueError(f"{name} has shape {list(value.shape)}, expected one number, or one per image [{batch}]")
+        if isinstance(value, np.ndarray):
+            for number in value.reshape(-1).tolist():
+                dataclasses.replace(base, **{name: number})  # raises for a number out of range
+        numbers[name] = value.astype(np.float32)
+    fixed = dataclasses.replace(base, guidance_scale=0.0, temperature=0.0, **settings)
+    return fixed, numbers["guidance_scale"], numbers["temperature"]
+
+
+def generate(generator: Generator, labels: Any, key: Any = 0, **options: Any) -> Any:
+    """`generator.generate(labels, key, ...)`."""
+    return generator.generate(labels, key, **options)

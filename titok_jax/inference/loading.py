@@ -1,13 +1,17 @@
 """Loads models by name, from a folder or from a file."""
 
 import os
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from titok_jax.inference.functions import DTYPES, ModelFunctions
 from titok_jax.inference.generator import Generator
-from titok_jax.inference.tokenizer import Tokenizer
-from titok_jax.inference.vqgan import VQGAN
+from titok_jax.inference.tokenizer import VQGAN, Tokenizer
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig
@@ -18,8 +22,10 @@ from titok_jax.weights import pretrained, published_models
 def load_tokenizer(
     source: str | os.PathLike,
     *,
-    dtype="float32",
-    mesh: Mesh | None = None,
+    dtype: Any = "float32",
+    precision: str | None = None,
+    param_dtype: Any = "float32",
+    mesh: Mesh | str | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> Tokenizer:
@@ -30,8 +36,13 @@ def load_tokenizer(
         ("hf://owner/name", optionally with "@revision"), a folder, or a file of weights. A generator's folder stands for the
         tokenizer in it.
       dtype: computation dtype, "float32" or "bfloat16".
-      mesh: from `titok_jax.runtime.sharding.make_mesh`. Parameters are read directly onto their shards, and batches are
-        sharded; their size must be a multiple of data x fsdp. None means one device.
+      precision: of matrix products: "highest", "high" or "default" (what TPUs and GPUs compute fastest: bfloat16 or TF32).
+        None means "highest" for float32, so that tokens and images are the same on every kind of device, and "default" for
+        bfloat16.
+      param_dtype: of the weights in memory, "float32" or "bfloat16" (half the memory; each weight is rounded once).
+      mesh: "local" (all devices of this process), or from `titok_jax.runtime.sharding.make_mesh`. Parameters are read
+        directly onto their shards, and batches are sharded; their size must be a multiple of data x fsdp. None means one
+        device.
       revision: branch, tag or commit on the hub.
       token: for the hub, if it is not the one of `hf auth login` or HF_TOKEN.
 
@@ -40,7 +51,7 @@ def load_tokenizer(
       FileNotFoundError: if a folder holds no model.
       DownloadError (an OSError): if the download from the hub fails.
     """
-    return Tokenizer(*_load(source, TiTokConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
+    return _load(Tokenizer, source, TiTokConfig, dtype, precision, param_dtype, mesh, revision, token)
 
 
 def load_tokenizer_config(
@@ -53,27 +64,49 @@ def load_tokenizer_config(
 def load_generator(
     source: str | os.PathLike,
     *,
-    dtype="float32",
-    mesh: Mesh | None = None,
+    dtype: Any = "float32",
+    precision: str | None = None,
+    param_dtype: Any = "float32",
+    mesh: Mesh | str | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> Generator:
     """Loads a generator. Arguments and errors are those of `load_tokenizer`. Published generators have the names of their
     tokenizers."""
-    return Generator(*_load(source, GeneratorConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
+    return _load(Generator, source, GeneratorConfig, dtype, precision, param_dtype, mesh, revision, token)
 
 
 def load_vqgan(
     source: str | os.PathLike,
     *,
-    dtype="float32",
-    mesh: Mesh | None = None,
+    dtype: Any = "float32",
+    precision: str | None = None,
+    param_dtype: Any = "float32",
+    mesh: Mesh | str | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> VQGAN:
     """Loads a MaskGIT-VQGAN: "maskgit_vqgan", a folder, or a file. The file may be a PyTorch file, a safetensors file or the
     original JAX checkpoint (Flax msgpack). Other arguments and errors are those of `load_tokenizer`."""
-    return VQGAN(*_load(source, MaskgitVQGANConfig, mesh, revision, token), dtype=dtype, mesh=mesh)
+    return _load(VQGAN, source, MaskgitVQGANConfig, dtype, precision, param_dtype, mesh, revision, token)
+
+
+def load_image_model(
+    source: str | os.PathLike,
+    *,
+    dtype: Any = "float32",
+    precision: str | None = None,
+    param_dtype: Any = "float32",
+    mesh: Mesh | str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Tokenizer:
+    """Loads what turns images into tokens: a TiTok or a MaskGIT-VQGAN, whichever `source` is. Arguments and errors are those
+    of `load_tokenizer`."""
+    kind = pretrained.tokenizer_kind(source, revision=revision, token=token)
+    load = load_vqgan if kind is MaskgitVQGANConfig else load_tokenizer
+    options = {"precision": precision, "param_dtype": param_dtype, "mesh": mesh, "revision": revision, "token": token}
+    return load(source, dtype=dtype, **options)
 
 
 def load_image_config(
@@ -85,17 +118,31 @@ def load_image_config(
     return pretrained.load_config(source, kind, revision=revision, token=token)
 
 
-def _load(source, kind: type, mesh: Mesh | None, revision: str | None, token: str | None):
-    place = {} if mesh is None else {"place": sharding.placer(mesh)}
-    return pretrained.load(source, kind, revision=revision, token=token, **place)
+def _load(cls: type, source, kind: type, dtype, precision, param_dtype, mesh, revision, token):
+    ModelFunctions(None, dtype, precision)  # reports bad values before weights are read
+    if jnp.dtype(param_dtype).name not in DTYPES:
+        raise ValueError(f"param_dtype is {param_dtype!r}, expected 'float32' or 'bfloat16'")
+    if isinstance(mesh, str):
+        if mesh != "local":
+            raise ValueError(f"mesh is {mesh!r}, expected a mesh, 'local' or None")
+        mesh = sharding.local_mesh()
+    put = (lambda path, array: jax.device_put(array)) if mesh is None else sharding.placer(mesh)
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        return put(path, array.astype(jnp.dtype(param_dtype)))
+
+    config, params = pretrained.load(source, kind, revision=revision, token=token, place=place)
+    return cls(config, params, dtype=dtype, precision=precision, mesh=mesh)
 
 
 def load_pair(
     source: str | os.PathLike,
     tokenizer: str | os.PathLike | None = None,
     *,
-    dtype="float32",
-    mesh: Mesh | None = None,
+    dtype: Any = "float32",
+    precision: str | None = None,
+    param_dtype: Any = "float32",
+    mesh: Mesh | str | None = None,
     revision: str | None = None,
     tokenizer_revision: str | None = None,
     token: str | None = None,
@@ -111,9 +158,10 @@ def load_pair(
     """
     revisions = {"revision": revision, "tokenizer_revision": tokenizer_revision, "token": token}
     pair_configs(source, tokenizer, **revisions)  # reports a mismatch before weights are read
-    generator = load_generator(source, dtype=dtype, mesh=mesh, revision=revision, token=token)
+    options = {"dtype": dtype, "precision": precision, "param_dtype": param_dtype, "mesh": mesh, "token": token}
+    generator = load_generator(source, revision=revision, **options)
     source = source if tokenizer is None else tokenizer
-    return load_tokenizer(source, dtype=dtype, mesh=mesh, revision=tokenizer_revision, token=token), generator
+    return load_tokenizer(source, revision=tokenizer_revision, **options), generator
 
 
 def pair_configs(
@@ -140,7 +188,7 @@ def pair_configs(
 
 def check_pair(tokenizer: TiTokConfig, generator: GeneratorConfig) -> None:
     """Raises ValueError unless the generator was made for the tokens of this tokenizer."""
-    if tokenizer.quantize_mode != "vq":
+    if not tokenizer.has_tokens:
         raise ValueError("the tokenizer is a VAE, which has no token ids; the generator needs a vq tokenizer")
     for what, ours, theirs in (
         ("tokens per image", tokenizer.num_latent_tokens, generator.num_tokens),

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax.runtime.sharding import any_mesh
+
 IMAGE_SIZE = 32
 FEATURES = 64
 NUM_CLASSES = 10
@@ -39,6 +41,7 @@ class DigitsNet(nnx.Module):
             features = self.features(x.reshape(x.shape[0], -1))
             return features, self.head(jax.nn.gelu(features, approximate=False))
 
+    @any_mesh
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 [B, 32, 32, 3] -> features [B, 64] and logits [B, 10]. The network sees the mean over the channels."""
         return self.from_grey(images.astype(jnp.float32).mean(-1) / 255.0)

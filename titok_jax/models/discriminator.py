@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from titok_jax.models.layers import GroupNorm
+from titok_jax.models import published
+from titok_jax.models.layers import GroupNorm, float_images
 from titok_jax.models.maskgit_vqgan import conv
+from titok_jax.runtime.sharding import any_mesh
 
 BLUR_TAPS = (1.0, 3.0, 3.0, 1.0)  # the blur kernel is the outer product of these with themselves, divided by its sum
 
@@ -34,6 +36,11 @@ class DiscriminatorConfig:
     hidden_channels: int = 128
     num_stages: int = 3
     logits_size: int = 16
+
+    def __post_init__(self):
+        published.check_fields(self)
+        if self.hidden_channels % 32:
+            raise ValueError(f"hidden_channels is {self.hidden_channels}, expected a multiple of 32")
 
 
 def _leaky_relu(x: jax.Array) -> jax.Array:
@@ -103,8 +110,6 @@ class NLayerDiscriminator(nnx.Module):
     `DiscriminatorConfig(hidden_channels=32, num_stages=2, logits_size=8)` for 32 x 32."""
 
     def __init__(self, config: DiscriminatorConfig = DiscriminatorConfig(), *, dtype=jnp.float32, rngs: nnx.Rngs):
-        if config.num_stages < 1:
-            raise ValueError(f"num_stages is {config.num_stages}, expected at least 1")
         self.config = config
         hidden = config.hidden_channels
         widths = [hidden, *(hidden * 2**i for i in range(config.num_stages))]
@@ -115,9 +120,10 @@ class NLayerDiscriminator(nnx.Module):
         self.to_logits_0 = conv(widths[-1], widths[-1], 1, use_bias=True, dtype=dtype, rngs=rngs)
         self.to_logits_2 = conv(widths[-1], 1, 5, use_bias=True, dtype=dtype, rngs=rngs)
 
+    @any_mesh
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images [B, H, W, 3] in [0, 1] -> logits [B, logits_size, logits_size, 1] float32."""
-        x = _leaky_relu(self.block_in(images))
+        """images [B, H, W, 3], uint8 or float in [0, 1] -> logits [B, logits_size, logits_size, 1] float32."""
+        x = _leaky_relu(self.block_in(float_images(images)))
         for i in range(len(self.blocks)):
             x = self.blocks[str(i)](x)
         x = adaptive_max_pool(x, self.config.logits_size)

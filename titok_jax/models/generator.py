@@ -18,7 +18,7 @@ from flax import nnx
 
 from titok_jax.models import published
 from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, run_stack, trunc_normal
-from titok_jax.runtime.sharding import constrain_batch
+from titok_jax.runtime.sharding import any_mesh, hint
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 
@@ -30,6 +30,7 @@ class SamplingConfig:
     Attributes:
       num_steps: decoding steps.
       guidance_scale, guidance_schedule: strength of classifier-free guidance, and how it changes over the steps.
+      guidance_scale_pow: exponent of the schedule "power-cosine"; others ignore it.
       temperature: scale of the Gumbel noise in the first step; it falls to 0 (published name: randomize_temperature).
       softmax_temperature_annealing: divide the logits by 0.5 + 0.8 (1 - ratio), as the published sampling script does.
     """
@@ -37,6 +38,7 @@ class SamplingConfig:
     num_steps: int = 8
     guidance_scale: float = 3.0
     guidance_schedule: str = "linear"
+    guidance_scale_pow: float = 3.0
     temperature: float = 2.0
     softmax_temperature_annealing: bool = True
 
@@ -45,8 +47,7 @@ class SamplingConfig:
             raise ValueError(
                 f"guidance_schedule (guidance_decay) is {self.guidance_schedule!r}, expected one of {GUIDANCE_SCHEDULES}"
             )
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}, expected at least 1")
+        published.check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,11 @@ class GeneratorConfig:
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
+        published.check_fields(self)
         if self.model_type not in ("ViT", "UViT"):
             raise ValueError(f"model_type is {self.model_type!r}, expected 'ViT' or 'UViT'")
+        if self.model_type == "UViT" and self.num_layers < 2:
+            raise ValueError(f"num_layers is {self.num_layers}, a UViT has at least 2")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
@@ -101,7 +105,7 @@ class GeneratorConfig:
         vq = published.section(config, "model.vq_model", "generator")
         if "codebook_size" not in vq:
             raise ValueError("generator configuration lacks model.vq_model.codebook_size")
-        sampling = published.take(generator, _SAMPLING_KEYS, SamplingConfig, "model.generator")
+        sampling = published.take(generator, SAMPLING_KEYS, SamplingConfig, "model.generator")
         fields = published.take(generator, _GENERATOR_KEYS, cls, "model.generator")
         fields |= published.take(vq, {"codebook_size": "codebook_size"}, cls, "model.vq_model")
         if generator:
@@ -118,7 +122,7 @@ class GeneratorConfig:
     def to_published(self) -> dict[str, Any]:
         """The configuration in the published format of `config.json`. `from_published` reads it back unchanged."""
         generator = {key: getattr(self, ours) for key, ours in _GENERATOR_KEYS.items()}
-        generator |= {key: getattr(self.sampling, ours) for key, ours in _SAMPLING_KEYS.items()}
+        generator |= {key: getattr(self.sampling, ours) for key, ours in SAMPLING_KEYS.items()}
         vq = {"codebook_size": self.codebook_size, "num_latent_tokens": self.num_tokens}
         return {"model": {"vq_model": vq, "generator": generator}}
 
@@ -135,11 +139,12 @@ _GENERATOR_KEYS = {
     "image_seq_len": "num_tokens",
     "condition_num_classes": "num_classes",
 }
-_SAMPLING_KEYS = {
+SAMPLING_KEYS = {  # of `model.generator` in config.json; they do not decide the network
     "num_steps": "num_steps",
     "randomize_temperature": "temperature",
     "guidance_scale": "guidance_scale",
     "guidance_decay": "guidance_schedule",
+    "guidance_scale_pow": "guidance_scale_pow",
     "softmax_temperature_annealing": "softmax_temperature_annealing",
 }
 
@@ -198,13 +203,14 @@ class ViTGenerator(nnx.Module):
         self.layers = make_stack(lambda rngs: PostNormBlock(config, dtype=dtype, rngs=rngs), config.num_layers, rngs)
         self.lm_head = nnx.Linear(config.hidden_size, config.codebook_size, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
 
+    @any_mesh
     def logits(self, ids: jax.Array, labels: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """See `make_generator`."""
         keys = (None, None) if key is None else jax.random.split(key)
         x = self.embeddings(with_class(ids, labels, self.config))
         x = dropout(x, self.config.dropout, keys[0])
         x, _ = run_stack(self.layers, x, key=keys[1], remat=self.remat)
-        return constrain_batch(self.lm_head(x[:, 1:]), "tensor").astype(jnp.float32)
+        return hint(self.lm_head(x[:, 1:]), "batch", None, "vocabulary").astype(jnp.float32)
 
 
 class UViTGenerator(nnx.Module):
@@ -238,6 +244,7 @@ class UViTGenerator(nnx.Module):
         """ids [B, L] -> [B, L, D], with positions added."""
         return (self.embeddings[...][ids] + self.pos_embed[...]).astype(self.dtype)
 
+    @any_mesh
     def logits(self, ids: jax.Array, labels: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """See `make_generator`. The U-ViT has no dropout."""
         del key
@@ -245,7 +252,7 @@ class UViTGenerator(nnx.Module):
         x, skips = run_stack(self.in_blocks, x, remat=self.remat)
         x = self.mid_block(x)
         x, _ = run_stack(self.out_blocks, x, skips=jnp.flip(skips, 0), remat=self.remat)
-        return constrain_batch(self.lm_head(self.norm(x[:, 1:])), "tensor").astype(jnp.float32)
+        return hint(self.lm_head(self.norm(x[:, 1:])), "batch", None, "vocabulary").astype(jnp.float32)
 
 
 def with_class(ids: jax.Array, labels: jax.Array, config: GeneratorConfig) -> jax.Array:

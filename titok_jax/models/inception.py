@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from titok_jax.runtime.sharding import any_mesh
+
 IMAGE_SIZE = 299  # pixels per side; every image is resized to this
 NUM_CLASSES = 1008
 BATCH_NORM_EPSILON = 1e-3
@@ -235,6 +237,7 @@ class InceptionV3(nnx.Module):
                 outputs[name] = x = jnp.concatenate(parts, axis=-1)
             return outputs
 
+    @any_mesh
     def __call__(self, images: jax.Array) -> InceptionOutputs:
         """uint8 [B, H, W, 3], of any size -> what FID, sFID and the Inception score need."""
         found = self.activations(images)

@@ -26,8 +26,16 @@ def target_platform() -> str:
 
 
 def float_images(images: jax.Array) -> jax.Array:
-    """[..., 3] uint8, or float in [0, 1] -> float32 in [0, 1]."""
-    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+    """[..., 3] uint8, or float in [0, 1] -> float32 in [0, 1].
+
+    Raises:
+      ValueError: for another dtype.
+    """
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255.0
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images have dtype {images.dtype}, expected uint8, or float in [0, 1]")
+    return images.astype(jnp.float32)
 
 
 def normal_init(std: float) -> Callable:
@@ -217,7 +225,7 @@ def run_stack(
 
     def body(x, layer):
         params, key, skip = layer
-        x = sharding.constrain_batch(nnx.merge(graphdef, params)(sharding.constrain_batch(x), skip, key=key))
+        x = sharding.hint(nnx.merge(graphdef, params)(sharding.hint(x, "batch"), skip, key=key), "batch")
         return x, x
 
     if remat:
@@ -262,6 +270,6 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         form = group_norm_affine if target_platform() == "cpu" else group_norm_two_pass
         # In the networks that use GroupNorm, every convolution comes before or after one.
-        x = sharding.constrain_batch(x)
+        x = sharding.hint(x, "batch")
         x = form(x, self.scale[...], self.bias[...], groups=self.groups, epsilon=self.epsilon)
-        return sharding.constrain_batch(x)
+        return sharding.hint(x, "batch")

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from titok_jax.models import published
-from titok_jax.models.layers import GroupNorm
+from titok_jax.models.layers import GroupNorm, float_images
 from titok_jax.models.quantizer import codebook_distances
+from titok_jax.runtime.sharding import any_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,11 @@ class MaskgitVQGANConfig:
     resolution: int = 256
 
     def __post_init__(self):
+        published.check_fields(self)
         if self.hidden_channels % 32:
             raise ValueError(f"hidden_channels is {self.hidden_channels}, expected a multiple of 32")
+        if self.resolution % self.downsampling:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of {self.downsampling}, as channel_mult wants")
 
     @property
     def image_size(self) -> int:
@@ -61,6 +65,20 @@ class MaskgitVQGANConfig:
     def downsampling(self) -> int:
         """Pixels per side of the square that one code represents."""
         return 2 ** (len(self.channel_mult) - 1)
+
+    # The names under which every image tokenizer tells what it makes; see TiTokConfig.
+    has_tokens = has_codebook = True
+    predicts_codes = False
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of one image's codes, at `resolution`."""
+        return (self.resolution // self.downsampling,) * 2
+
+    @property
+    def num_latent_tokens(self) -> int:
+        """Codes per image, at `resolution`."""
+        return self.token_shape[0] ** 2
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -238,7 +256,7 @@ class VQGANQuantizerOutput:
 
     Attributes:
       quantized: [B, h, w, C] float32, the chosen code vectors. Their gradient passes straight through to z.
-      codes: [B, h, w] int32.
+      tokens: [B, h, w] int32.
       commitment_loss: mean((sg(q) - z)^2), which pulls latents to their codes.
       codebook_loss: mean((q - sg(z))^2), the same number, which pulls codes to their latents.
 
@@ -247,7 +265,7 @@ class VQGANQuantizerOutput:
     """
 
     quantized: jax.Array
-    codes: jax.Array
+    tokens: jax.Array
     commitment_loss: jax.Array
     codebook_loss: jax.Array
 
@@ -260,22 +278,27 @@ class VQGANQuantizer(nnx.Module):
         init = jax.random.uniform(rngs.params(), (codebook_size, channels), jnp.float32, -bound, bound)
         self.embedding = nnx.Param(init)
 
+    @any_mesh
     def distances(self, z: jax.Array) -> jax.Array:
         """z [..., C] -> squared distances to every code [..., K] float32."""
         return codebook_distances(z, self.embedding[...])
 
+    @any_mesh
     def codes(self, z: jax.Array) -> jax.Array:
         """z [..., C] -> [...] int32, the nearest codes; the lowest index wins a tie."""
         return jnp.argmin(self.distances(z), axis=-1).astype(jnp.int32)
 
+    @any_mesh
     def lookup(self, codes: jax.Array) -> jax.Array:
         """codes [...] int -> code vectors [..., C] float32."""
         return self.embedding[...][codes]
 
+    @any_mesh
     def soft_code(self, z: jax.Array) -> jax.Array:
         """z [..., C] -> a distribution over the codes [..., K] float32: the softmax of the negative squared distances."""
         return jax.nn.softmax(-self.distances(z), axis=-1)
 
+    @any_mesh
     def __call__(self, z: jax.Array) -> VQGANQuantizerOutput:
         """z [B, h, w, C] -> VQGANQuantizerOutput."""
         z = z.astype(jnp.float32)
@@ -296,18 +319,22 @@ class MaskgitVQGAN(nnx.Module):
         self.quantize = VQGANQuantizer(config.codebook_size, config.z_channels, rngs=rngs)
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
 
+    @any_mesh
     def encode(self, images: jax.Array) -> jax.Array:
-        """images [B, H, W, 3] in [0, 1] -> latents z [B, h, w, C] float32, before quantization."""
-        return self.encoder(images).astype(jnp.float32)
+        """images [B, H, W, 3], uint8 or float in [0, 1] -> latents z [B, h, w, C] float32, before quantization."""
+        return self.encoder(float_images(images)).astype(jnp.float32)
 
+    @any_mesh
     def get_codes(self, images: jax.Array) -> jax.Array:
         """images [B, H, W, 3] in [0, 1] -> codes [B, h, w] int32."""
         return self.quantize.codes(self.encode(images))
 
+    @any_mesh
     def decode(self, z_q: jax.Array) -> jax.Array:
         """Code vectors [B, h, w, C] -> pixels [B, H, W, 3] float32, not clamped, so that losses can use them."""
         return self.decoder(z_q).astype(jnp.float32)
 
+    @any_mesh
     def decode_codes(self, codes: jax.Array) -> jax.Array:
         """codes [B, h, w] int -> images [B, H, W, 3] float32, clamped to [0, 1].
 

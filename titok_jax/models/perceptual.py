@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from titok_jax.models.layers import MLP, LayerNorm, make_stack, run_stack, target_platform, trunc_normal
+from titok_jax.models.layers import MLP, LayerNorm, float_images, make_stack, run_stack, target_platform, trunc_normal
 from titok_jax.models.maskgit_vqgan import conv
 from titok_jax.runtime import sharding
 
@@ -159,8 +159,8 @@ class ConvNeXt(nnx.Module):
         """images [B, H, W, 3] in [0, 1], of any size -> logits [B, 1000] float32."""
         x = resize(images.astype(jnp.float32), CONVNEXT_SIZE)
         x = (x - np.asarray(IMAGENET_MEAN, np.float32)) / np.asarray(IMAGENET_STD, np.float32)
-        x = sharding.constrain_batch(self.norm(self.features(x)[-1].mean((1, 2))))
-        return sharding.constrain_batch(self.head(x))
+        x = sharding.hint(self.norm(self.features(x)[-1].mean((1, 2))), "batch")
+        return sharding.hint(self.head(x), "batch")
 
 
 def _halve(x: jax.Array) -> jax.Array:
@@ -196,7 +196,7 @@ class LPIPS(nnx.Module):
         for level, numbers in enumerate(VGG_LEVELS):
             x = _halve(x) if level else x
             for number in numbers:
-                x = sharding.constrain_batch(jax.nn.relu(self.net[f"slice{level + 1}"][str(number)](x)))
+                x = sharding.hint(jax.nn.relu(self.net[f"slice{level + 1}"][str(number)](x)), "batch")
             outputs.append(x)
         return outputs
 
@@ -224,10 +224,12 @@ class PerceptualLoss(nnx.Module):
         if convnext:
             self.convnext = ConvNeXt(rngs=rngs)
 
+    @sharding.any_mesh
     def __call__(self, images: jax.Array, reconstructions: jax.Array) -> jax.Array:
-        """Two [B, H, W, 3] in [0, 1] -> distances [B]. ConvNeXt alone gives one scalar: the mean squared difference of the
-        logits over images and classes. Reconstructions may lie outside [0, 1]."""
+        """Two [B, H, W, 3], uint8 or float in [0, 1] -> distances [B]. ConvNeXt alone gives one scalar: the
+        mean squared difference of the logits over images and classes. Reconstructions may lie outside [0, 1]."""
         lpips, convnext = self.config.weights
+        images, reconstructions = float_images(images), float_images(reconstructions)
         total = jnp.zeros((), jnp.float32)
         if lpips:
             total += lpips * self.lpips(images, reconstructions)

@@ -3,6 +3,7 @@ its key."""
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +74,28 @@ def check(key: str, value: Any, field: str, kind: Any) -> Any:
     if not good:
         raise ValueError(f"{key} is {_shown(value)}, expected {expected}")
     return tuple(value) if isinstance(value, list) else value
+
+
+def check_fields(config: Any) -> None:
+    """Checks the numbers of a configuration when it is made: whole numbers are at least 1, other numbers finite and at least
+    0, probabilities below 1.
+
+    Raises:
+      ValueError: for the first one that is not.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name
+        if field.type is int or field.type == tuple[int, ...]:
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, bool) or not hasattr(number, "__index__") or number < 1:
+                    raise ValueError(f"{name} is {_shown(value)}, expected whole numbers of at least 1")
+            if value == ():
+                raise ValueError(f"{name} is empty")
+        elif field.type is float:
+            if not isinstance(value, numbers.Real) or not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {_shown(value)}, expected a finite number of at least 0")
+            if name in _RATES and value > 1:
+                raise ValueError(f"{name} is {_shown(value)}, expected 0 to 1")
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax.runtime.sharding import any_mesh
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -70,10 +72,12 @@ class VectorQuantizer(nnx.Module):
         z = z.astype(jnp.float32)
         return l2_normalize(z) if self.use_l2_norm else z
 
+    @any_mesh
     def distances(self, z: jax.Array) -> jax.Array:
         """z [..., C] -> squared distances to the codes [..., K]."""
         return codebook_distances(self.normalized(z), self.codebook())
 
+    @any_mesh
     def __call__(self, z: jax.Array) -> QuantizerOutput:
         """z [B, N, C] -> QuantizerOutput. The lowest index wins a tie."""
         latents = z.astype(jnp.float32)
@@ -85,6 +89,7 @@ class VectorQuantizer(nnx.Module):
         quantized = z + jax.lax.stop_gradient(codes - z)
         return QuantizerOutput(quantized, tokens, latents, commitment, codebook_loss, commitment + codebook_loss)
 
+    @any_mesh
     def lookup(self, tokens: jax.Array) -> jax.Array:
         """tokens int [B, N] -> code vectors [B, N, C]."""
         return self.codebook()[tokens]

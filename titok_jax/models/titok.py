@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from titok_jax.models import published
-from titok_jax.models.layers import LayerNorm, PreNormBlock, make_stack, normal_init, run_stack, trunc_normal
+from titok_jax.models.layers import LayerNorm, PreNormBlock, float_images, make_stack, normal_init, run_stack, trunc_normal
 from titok_jax.models.maskgit_vqgan import Decoder as PixelDecoder
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.quantizer import DiagonalGaussian, QuantizerOutput, VectorQuantizer
-from titok_jax.runtime.sharding import constrain_batch
+from titok_jax.runtime.sharding import any_mesh, hint
 
 PROXY_CODES = 1024  # codebook size of the MaskGIT-VQGAN whose codes legacy decoders predict
 
@@ -31,6 +31,7 @@ class TransformerSize:
     num_heads: int
 
     def __post_init__(self):
+        published.check_fields(self)
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
 
@@ -76,17 +77,44 @@ class TiTokConfig:
     pixel_decoder: MaskgitVQGANConfig = dataclasses.field(default_factory=MaskgitVQGANConfig)
 
     def __post_init__(self):
+        published.check_fields(self)
         if self.quantize_mode not in ("vq", "vae"):
             raise ValueError(f"quantize_mode is {self.quantize_mode!r}, expected 'vq' or 'vae'")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.is_legacy and self.quantize_mode == "vae":
             raise ValueError("a legacy TiTok is a vq model; a vae needs is_legacy False")
+        pixel = self.pixel_decoder
+        if (
+            self.is_legacy
+            and self.finetune_decoder
+            and (pixel.downsampling != self.patch_size or pixel.codebook_size != PROXY_CODES or pixel.num_channels != 3)
+        ):
+            raise ValueError(
+                f"the pixel decoder (the VQGAN) has {pixel.codebook_size} codes, one per {pixel.downsampling} x "
+                f"{pixel.downsampling} pixels, and {pixel.num_channels} channels; stage 2 takes {PROXY_CODES}, one per "
+                f"{self.patch_size} x {self.patch_size} (patch_size), and 3"
+            )
 
     @property
     def grid_size(self) -> int:
         """Patches per side."""
         return self.image_size // self.patch_size
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether an image becomes token ids; False if it becomes continuous latents."""
+        return self.quantize_mode == "vq"
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether the token ids are rows of a codebook that is trained (the parameter `quantize/embedding`)."""
+        return self.has_tokens
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of one image's tokens."""
+        return (self.num_latent_tokens,) if self.has_tokens else (self.num_latent_tokens, self.token_size)
 
     @property
     def predicts_codes(self) -> bool:
@@ -233,7 +261,7 @@ class Encoder(nnx.Module):
             rngs,
         )
         self.ln_post = LayerNorm(size.width, dtype=dtype, rngs=rngs)
-        channels = config.token_size * (2 if config.quantize_mode == "vae" else 1)
+        channels = config.token_size * (1 if config.has_tokens else 2)
         self.conv_out = nnx.Linear(size.width, channels, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
 
     def embed(self, images: jax.Array, latent_tokens: jax.Array) -> jax.Array:
@@ -309,8 +337,8 @@ class Decoder(nnx.Module):
     def ffn(self, x: jax.Array) -> jax.Array:
         """Grid [B, h, w, D] -> logits [B, h, w, 1024] (legacy) or pixels [B, H, W, 3] before the last convolution."""
         if self.config.is_legacy:
-            return constrain_batch(self.ffn_2(constrain_batch(jnp.tanh(self.ffn_0(x)))))
-        return unpatchify(constrain_batch(self.ffn_0(x)), self.config.patch_size)
+            return hint(self.ffn_2(hint(jnp.tanh(self.ffn_0(x)), "batch")), "batch")
+        return unpatchify(hint(self.ffn_0(x), "batch"), self.config.patch_size)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Returns float32 logits [B, h, w, 1024] (legacy) or float32 images [B, H, W, 3], not clamped."""
@@ -343,35 +371,41 @@ class TiTok(nnx.Module):
         self.decoder = Decoder(config, dtype=dtype, remat=remat, rngs=rngs)
         width = config.encoder.width
         self.latent_tokens = nnx.Param(normal_init(width**-0.5)(rngs.params(), (config.num_latent_tokens, width)))
-        if config.quantize_mode == "vq":
-            self.quantize = VectorQuantizer(
-                config.codebook_size,
-                config.token_size,
-                commitment_cost=config.commitment_cost,
-                use_l2_norm=config.use_l2_norm,
-                rngs=rngs,
-            )
+        if config.has_tokens:
+            self.quantize = self.make_quantizer(rngs)
         if config.is_legacy and config.finetune_decoder:
             self.pixel_quantize = _Embedding(config.pixel_decoder.codebook_size, config.pixel_decoder.z_channels, rngs)
             self.pixel_decoder = PixelDecoder(config.pixel_decoder, dtype=dtype, rngs=rngs)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """images [B, H, W, 3] -> input of the bottleneck [B, N, token_size] (VAE: [B, N, 2 token_size])."""
-        return self.encoder(images, self.latent_tokens[...])
+    def make_quantizer(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The quantizer. A model with another one overrides this; what it returns has the methods of VectorQuantizer."""
+        config = self.config
+        options = {"commitment_cost": config.commitment_cost, "use_l2_norm": config.use_l2_norm, "rngs": rngs}
+        return VectorQuantizer(config.codebook_size, config.token_size, **options)
 
+    @any_mesh
+    def encode(self, images: jax.Array) -> jax.Array:
+        """images [B, H, W, 3], uint8 or float in [0, 1] -> input of the bottleneck [B, N, token_size] (VAE: [B, N, 2
+        token_size])."""
+        return self.encoder(float_images(images), self.latent_tokens[...])
+
+    @any_mesh
     def quantized(self, images: jax.Array) -> QuantizerOutput:
         """Encodes and quantizes images. For vq models only."""
         return self.quantize(self.encode(images))
 
+    @any_mesh
     def posterior(self, images: jax.Array) -> DiagonalGaussian:
         """Encodes images. For VAEs only."""
         return DiagonalGaussian.from_moments(self.encode(images))
 
+    @any_mesh
     def soft_codes(self, logits: jax.Array) -> jax.Array:
         """Stage 2: logits [B, h, w, 1024] -> mixture of VQGAN code vectors [B, h, w, 256]."""
         weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
         return jnp.einsum("bhwk,kc->bhwc", weights, self.pixel_quantize.embedding[...])
 
+    @any_mesh
     def decode(self, z: jax.Array) -> jax.Array:
         """Latents [B, N, token_size] after the bottleneck -> images [B, H, W, 3], not clamped. A stage 1 model returns
         logits [B, h, w, 1024] instead."""
@@ -380,6 +414,7 @@ class TiTok(nnx.Module):
             return self.pixel_decoder(self.soft_codes(x)).astype(jnp.float32)
         return x
 
+    @any_mesh
     def decode_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens int [B, N] -> the output of `decode`. For vq models only."""
         return self.decode(self.quantize.lookup(tokens))

@@ -6,9 +6,8 @@
     tensor  attention heads and MLP columns are sharded (Megatron), for layers that are too large for one device
 
 All axes are "Auto": XLA's partitioner (GSPMD) derives every sharding between parameters, batch and results. The models
-contain one annotation, `constrain_batch`, around each transformer block, each GroupNorm, each VGG convolution, and on the
-outputs of the heads. It needs `jax.set_mesh` around a step, or `jit_on`. The same program runs on one device, where all
-axes are 1.
+contain one annotation, `hint`, around each transformer block, each GroupNorm, each VGG convolution, and on the outputs of
+the heads. It needs `on_mesh` around a step, or `jit_on`. The same program runs on one device, where all axes are 1.
 
 The devices exchange this in a training step (tests/test_sharding.py reads it from the compiled programs):
 
@@ -22,18 +21,24 @@ The devices exchange this in a training step (tests/test_sharding.py reads it fr
             logit and the target's (all-reduce; all-gather of one candidate per device for the argmax)
 """
 
+import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules, logical_axis_rules
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+
+# The mesh axes of the logical axis names in `hint`.
+RULES = (("batch", ("data", "fsdp")), ("vocabulary", "tensor"))
 
 # Smaller parameters are replicated: gathering them costs more than sharding saves.
 SMALLEST_SHARDED = 2**16
@@ -115,25 +120,85 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def constrain_batch(x: jax.Array, last: str | None = None) -> jax.Array:
-    """Constrains the batch axis of x [B, ..., D] to `batch_sharding`. Returns x unchanged if `jax.set_mesh` has set no mesh.
+def hint(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrains the sharding of an array in terms of logical axis names: the only thing that the models say about meshes.
+
+    `flax.nnx.logical_axis_rules` maps the names to mesh axes; `on_mesh` sets ours (`RULES`). Without rules, without a mesh,
+    and for mesh axes that are not of type Auto (Explicit ones, or those of an enclosing `jax.shard_map`), nothing is
+    constrained. So a module runs unchanged in a program with any mesh.
 
     If a layer's input is sharded along the batch and its kernel along fsdp, the partitioner could also gather the batch and
     shard the features. This constraint makes it gather the kernel.
 
     Args:
-      last: the mesh axis along which the last axis of x is sharded. All other axes are replicated.
+      names: one per axis, from the first; axes without a name are replicated.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    rules = dict(get_logical_axis_rules())
+    mesh = jax.sharding.get_abstract_mesh()
+    if not rules or mesh.empty:
         return x
-    spec = PartitionSpec(("data", "fsdp"), *[None] * (x.ndim - 2), last) if last else PartitionSpec(("data", "fsdp"))
-    return jax.lax.with_sharding_constraint(x, spec)
+    auto = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    if not auto:
+        return x
+
+    def axes(name: str | None) -> tuple[str, ...]:
+        mapped = rules.get(name) or ()
+        return tuple(axis for axis in ((mapped,) if isinstance(mapped, str) else mapped) if axis in auto)
+
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes(name) or None for name in names)))
+
+
+def any_mesh(method: Callable) -> Callable:
+    """Decorator for methods that compute on batches: lets them run under mesh axes of type Explicit.
+
+    Under Explicit axes, which `jax.make_mesh` gives by default, JAX wants the sharding of each reshape and gather to be
+    written down. Inside the method these axes are Auto instead, so the partitioner derives the shardings. An output that has
+    the batch axis in front is sharded along it; other outputs are replicated. Elsewhere the method is unchanged.
+
+    The method belongs to a module, whose parameters may be sharded in any way, and its first argument has a leading batch
+    axis; or it belongs to a plain object, its first argument holds parameters, and its second has the batch axis.
+    """
+
+    @functools.wraps(method)
+    def call(self, *arguments, **named):
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.explicit_axes:
+            return method(self, *arguments, **named)
+        graphdef, params = nnx.split(self) if isinstance(self, nnx.Module) else (None, ())
+        batch = jax.tree.leaves(arguments[1 if graphdef is None else 0])[0]
+        spec = PartitionSpec(jax.typeof(batch).sharding.spec[0])
+
+        def free(x):
+            return jax.sharding.reshard(x, PartitionSpec()) if hasattr(x, "shape") else x
+
+        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
+            params, arguments, named = jax.tree.map(free, (params, arguments, named))
+            outputs = method(self if graphdef is None else nnx.merge(graphdef, params), *arguments, **named)
+
+        def placed(x):
+            is_batch = x.ndim > 0 and x.shape[0] == batch.shape[0]
+            return jax.sharding.reshard(x, spec if is_batch else PartitionSpec())
+
+        return jax.tree.map(placed, outputs)
+
+    return call
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Sets the mesh and our `RULES` for it, so that `hint` constrains what is traced inside. Does nothing for None."""
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh), logical_axis_rules(RULES):
+        yield
 
 
 def jit_on(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
-    """Returns `jax.jit(function, **options)`. With a mesh, the function is traced and run under `jax.set_mesh(mesh)`.
+    """Returns `jax.jit(function, **options)`, which is traced and run under `on_mesh(mesh)`.
 
-    `constrain_batch` needs that mesh. With a mesh, the attribute `__wrapped__` of the result is the jitted function.
+    The attribute `__wrapped__` of the result is the jitted function. If an argument is traced (inside another program's jit,
+    grad or vmap), it is called without `on_mesh`: the mesh is then the other program's.
     """
     jitted = jax.jit(function, **options)
     if mesh is None:
@@ -141,7 +206,8 @@ def jit_on(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
 
     @functools.wraps(jitted)
     def call(*arguments, **named):
-        with jax.set_mesh(mesh):
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arguments, named)))
+        with on_mesh(None if traced else mesh):
             return jitted(*arguments, **named)
 
     return call

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from titok_jax import models
-from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.perceptual import PerceptualConfig
 from titok_jax.models.titok import TiTokConfig
@@ -39,11 +38,12 @@ def build_task(settings: Settings, *, abstract: bool = False) -> Task:
         "start": None if abstract else _start(settings),
     }
     model, loss = settings.model, settings.loss
-    if isinstance(model, GeneratorConfig):
+    if settings.task == "generator":
         tokenizer = _load(settings.tokenizer, TiTokConfig, abstract) if settings.tokenizer else None
-        return generator.make_task(model, loss, tokenizer=tokenizer, **options)
+        return generator.make_task(model, loss, tokenizer=tokenizer, token_precision=settings.token_precision, **options)
     if settings.task == "stage1":
-        return stage1.make_task(model, loss, vqgan=_vqgan(settings, abstract), **options)
+        vqgan = _vqgan(settings, abstract)
+        return stage1.make_task(model, loss, vqgan=vqgan, token_precision=settings.token_precision, **options)
     options |= {
         "perceptual": _perceptual(settings, abstract),
         "discriminator": settings.discriminator,

@@ -52,7 +52,7 @@ FREE_FIELDS = (
 )
 
 # Fields added to the recipes later, each with the value that was in effect before. Older checkpoints can then be resumed.
-LATER_FIELDS: dict[str, Any] = {}
+LATER_FIELDS: dict[str, Any] = {"token_precision": "default"}
 
 
 def train(settings: Settings, workdir: epath.PathLike) -> State | None:
@@ -274,7 +274,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
             began = time.perf_counter()
             batch = next(loader)
             log.waited(time.perf_counter() - began)
-            with jax.set_mesh(run.mesh):
+            with sharding.on_mesh(run.mesh):
                 state, metrics = step_fn(state, started.frozen, sharding.put_batch(run.mesh, batch), step_key)
             done = step + 1
             if step == start:  # the first step includes compilation

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from titok_jax import models
 from titok_jax.inference import check_pair
+from titok_jax.inference.functions import PRECISIONS
 from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.generator import GeneratorConfig, SamplingConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
@@ -80,6 +81,8 @@ class Settings:
       ema_decay, ema_ramp: decay of the parameter averages. With ema_ramp, it follows the published ramp up to ema_decay;
         otherwise it is ema_decay at every step.
       compute_dtype, remat, gradient_accumulation, restart_codes: as in `TaskOptions`.
+      token_precision: precision of the matrix products of the frozen network that makes tokens or codes from images, as in
+        `titok_jax.inference.functions`.
       log_every, checkpoint_every, eval_every, preview_every: intervals in steps. eval_every and preview_every may be 0 for
         never.
       keep_checkpoints: how many of the newest checkpoints are kept.
@@ -125,11 +128,14 @@ class Settings:
     perceptual_weights: str = ""
     init_from: str = ""
     restart_codes: bool = False
+    token_precision: str = "highest"
 
     def __post_init__(self):
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps", "max_nonfinite_steps", "eval_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.{name} is {getattr(self, name)}, expected at least 1")
+        if self.token_precision not in PRECISIONS:
+            raise ValueError(f"config.token_precision is {self.token_precision!r}, expected one of {PRECISIONS}")
 
     @property
     def ema_schedule(self) -> float | Callable[[jax.Array], jax.Array]:
@@ -223,24 +229,40 @@ def vqgan_config(settings: Settings, *, abstract: bool = False) -> MaskgitVQGANC
 
 def _model(settings: Settings, fields: dict[str, Any], abstract: bool) -> tuple[models.Config, int | None]:
     """Returns (the complete model configuration, the side of the training images or None if there are only tokens)."""
+    name = fields.pop("family", None)
+    cls = _model_class(settings.task, name)
     if settings.task == "maskgit_vqgan":
-        vqgan = section(MaskgitVQGANConfig, fields, "model")
-        return vqgan, vqgan.resolution
+        vqgan = section(cls, fields, "model")
+        return vqgan, vqgan.image_size
     if settings.task == "generator":
         tokenizer = None
         if settings.tokenizer:
             tokenizer = load_model_config(settings.tokenizer, TiTokConfig, abstract=abstract)
             fields |= {"num_tokens": tokenizer.num_latent_tokens, "codebook_size": tokenizer.codebook_size}
         fields["sampling"] = section(SamplingConfig, fields.get("sampling", {}), "model.sampling")
-        model = section(GeneratorConfig, fields, "model")
+        model = section(cls, fields, "model")
         if tokenizer:
             check_pair(tokenizer, model)
         return model, tokenizer.image_size if tokenizer else None
     fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder") if tower in fields}
     if settings.task == "stage2":
         fields["pixel_decoder"] = _pixel_decoder(settings, abstract)
-    model = section(TiTokConfig, fields, "model")
+    model = section(cls, fields, "model")
     return model, model.image_size
+
+
+def _model_class(task: str, family: str | None) -> type:
+    """The class of the model's configuration: the published one, or that of the family that `config.model.family` names."""
+    published = {"generator": GeneratorConfig, "maskgit_vqgan": MaskgitVQGANConfig}.get(task, TiTokConfig)
+    if family is None:
+        return published
+    try:
+        cls = models.family_named(family).config
+    except ValueError as error:
+        raise ValueError(f"config.model.family: {error}") from None
+    if not issubclass(cls, published):
+        raise ValueError(f"config.model.family is {family!r}, but the task {task!r} trains a {published.__name__}")
+    return cls
 
 
 def _pixel_decoder(settings: Settings, abstract: bool) -> MaskgitVQGANConfig:
@@ -270,7 +292,7 @@ def _check_sizes(settings: Settings) -> None:
 def check_batch(batch: Mapping[str, np.ndarray], settings: Settings) -> None:
     """Raises ValueError if a batch lacks what the task reads, or if its shapes, tokens or labels do not fit the model."""
     model = settings.model
-    if isinstance(model, GeneratorConfig) and "tokens" in batch:
+    if settings.task == "generator" and "tokens" in batch:
         shape, name, expected = batch["tokens"].shape[1:], "tokens", (model.num_tokens,)
         if batch["tokens"].max(initial=0) >= model.codebook_size:
             raise ValueError(f"a token of the data is {batch['tokens'].max()}, the codebook has {model.codebook_size} codes")
@@ -282,7 +304,7 @@ def check_batch(batch: Mapping[str, np.ndarray], settings: Settings) -> None:
         shape, name, expected = batch["image"].shape[1:], "images", (settings.image_size, settings.image_size, 3)
     if tuple(shape) != tuple(expected):
         raise ValueError(f"the data's {name} have shape {list(shape)}, the model takes {list(expected)}: see config.data")
-    if isinstance(model, GeneratorConfig) and not 0 <= batch["label"].min() <= batch["label"].max() < model.num_classes:
+    if settings.task == "generator" and not 0 <= batch["label"].min() <= batch["label"].max() < model.num_classes:
         raise ValueError(
             f"labels of the data reach from {batch['label'].min()} to {batch['label'].max()}, "
             f"the model takes 0 to {model.num_classes - 1}"

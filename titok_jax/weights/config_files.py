@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from titok_jax import models
+from titok_jax.models.generator import SAMPLING_KEYS
 from titok_jax.weights.convert import WeightsError
 
 # The files of a model folder.
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINER_FILE = "pytorch_model.bin"  # the weights file of the published trainer
+
+FAMILY_KEY = "family"  # in a config.json: the name of a model family that the published code does not have
 
 
 def read_config_as(path: Path, kind: type) -> models.Config:
@@ -42,16 +45,53 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def kind_from_json(config: Mapping[str, Any], kind: type, *, source: str) -> models.Config:
-    """Makes a configuration dataclass from the published JSON format. Errors name `source` as its origin."""
+    """Makes a configuration from the JSON of `config.json`.
+
+    Args:
+      config: the JSON. Its entry "family" names a family that was registered (`models.register`); without it, the family is
+        the published one of `kind`.
+      kind: class of the configuration, or a class that it is derived from.
+      source: its origin, for errors.
+
+    Raises:
+      WeightsError: it is the configuration of another kind of model, or has invalid values.
+    """
     try:
-        return kind.from_published(config)
+        if FAMILY_KEY not in config:
+            return kind.from_published(config)
+        config = dict(config)
+        name = config.pop(FAMILY_KEY)
+        family = models.family_named(name if isinstance(name, str) else repr(name))
+        if not issubclass(family.config, kind):
+            raise ValueError(f"a model of the family {family.name!r}, expected a {models.family_for(kind).name}")
+        return family.config.from_published(config)
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from None
 
 
 def config_checksum(config: Mapping[str, Any]) -> str:
-    """The CRC-32 of a configuration, independent of the order and the formatting of its JSON."""
+    """The CRC-32 of a configuration's JSON, independent of its order and formatting."""
     return f"{zlib.crc32(json.dumps(config, sort_keys=True).encode()):08x}"
+
+
+def network_checksum(config: Mapping[str, Any]) -> str:
+    """The CRC-32 of what decides the network in a configuration's JSON: of all but the default sampling settings."""
+    model = config.get("model")
+    generator = model.get("generator") if isinstance(model, Mapping) else None
+    if isinstance(generator, Mapping):
+        kept = {key: value for key, value in generator.items() if key not in SAMPLING_KEYS}
+        config = {**config, "model": {**model, "generator": kept}}
+    return config_checksum(config)
+
+
+# Keys in the metadata of weights saved here -> the checksum of their configuration. The second is of older files.
+NETWORK_CHECKSUM = "network_crc32"
+CHECKSUMS = {NETWORK_CHECKSUM: network_checksum, "config_crc32": config_checksum}
+
+
+def is_config_of(metadata: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    """Whether weights with this metadata were saved with this configuration (JSON). True if the metadata does not tell."""
+    return all(checksum(config) == metadata[key] for key, checksum in CHECKSUMS.items() if key in metadata)
 
 
 def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, Any]:
@@ -81,9 +121,15 @@ def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, 
     return resolve(config)
 
 
+def config_json(config: models.Config) -> dict[str, Any]:
+    """A configuration as the JSON of `config.json`, which `kind_from_json` reads."""
+    family = models.family_of(config)
+    return config.to_published() if family.published else {FAMILY_KEY: family.name, **config.to_published()}
+
+
 def write_config(path: Path, config: models.Config) -> None:
-    """Writes a configuration in the published format. Returns when it is on the disk."""
+    """Writes a configuration file. Returns when it is on the disk."""
     with open(path, "wb") as file:
-        file.write(json.dumps(config.to_published(), indent=4).encode() + b"\n")
+        file.write(json.dumps(config_json(config), indent=4).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -5,43 +5,17 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from titok_jax import models
-from titok_jax.models import DiscriminatorConfig, GeneratorConfig, InceptionConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.models import DiscriminatorConfig, InceptionConfig, TiTokConfig
 from titok_jax.weights import convert, published_models
 from titok_jax.weights.config_files import CONFIG_FILE, TRAINER_FILE, WEIGHTS_FILE
 from titok_jax.weights.convert import WeightsError
-
-KINDS = {
-    TiTokConfig: "tokenizer",
-    GeneratorConfig: "generator",
-    MaskgitVQGANConfig: "vqgan",
-    DiscriminatorConfig: "discriminator",
-    InceptionConfig: "inception",
-}
-
-
-def buffers(config: models.Config) -> dict[str, np.ndarray]:
-    """The constants that a published file may hold beside the parameters, as {published name: constant}."""
-    if isinstance(config, DiscriminatorConfig):
-        return convert.discriminator_buffers(config.num_stages)
-    if isinstance(config, GeneratorConfig) and config.model_type == "ViT":
-        # Only transformers 4.30 and older saved it; newer versions do not load it.
-        return {"model.embeddings.position_ids": np.arange(config.num_tokens + 1)[None]}
-    return {}
 
 
 @functools.lru_cache(maxsize=64)
 def published_shapes(config: models.Config) -> dict[str, tuple[int, ...]]:
     """Returns {published name: shape} for a model's parameters."""
-    return convert.published_shapes(convert.table_for(config), abstract_params(config))
-
-
-@functools.lru_cache(maxsize=64)
-def abstract_params(config: models.Config) -> convert.Params:
-    """A model's parameters as ShapeDtypeStructs."""
-    return models.abstract(config)[1]
+    return convert.published_shapes(convert.table_for(config), models.abstract(config)[1])
 
 
 def known_configs(kind: type | None = None) -> dict[tuple[str, str], models.Config]:
@@ -50,14 +24,13 @@ def known_configs(kind: type | None = None) -> dict[tuple[str, str], models.Conf
     for model in published_models.MODELS:
         if model.architecture is None:
             continue
-        cls = next(cls for cls, name in KINDS.items() if name == model.kind)
-        config = cls.from_published(model.published_config)
+        config = models.family_named(model.kind).config.from_published(model.published_config)
         configs[model.kind, model.name] = config
-        if cls is TiTokConfig and config.is_legacy:
+        if isinstance(config, TiTokConfig) and config.is_legacy:
             configs[model.kind, f"{model.name}, stage 1"] = dataclasses.replace(config, finetune_decoder=False)
     configs["discriminator", "discriminator"] = DiscriminatorConfig()
     configs["inception", "inception-2015-12-05"] = InceptionConfig()
-    return {key: config for key, config in configs.items() if kind is None or key[0] == KINDS[kind]}
+    return {key: config for key, config in configs.items() if kind is None or isinstance(config, kind)}
 
 
 def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> models.Config:
@@ -70,11 +43,11 @@ def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> mode
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = {}
     for (kind_name, name), config in known_configs().items():
-        expected, optional = published_shapes(config), buffers(config)
+        expected, optional = published_shapes(config), models.family_of(config).buffers(config)
         given = {n: shape for n, shape in found.items() if n not in optional}
         if given == expected:
             if kind is not None and not isinstance(config, kind):
-                raise WeightsError(f"{source} is the {kind_name} {name}, expected a {KINDS[kind]}")
+                raise WeightsError(f"{source} is the {kind_name} {name}, expected a {models.family_for(kind).name}")
             return config
         differing = [n for n in given.keys() | expected.keys() if given.get(n) != expected.get(n)]
         differences[f"{kind_name} {name}"] = len(differing), min(differing)

@@ -19,24 +19,25 @@ import numpy as np
 from etils import epath
 
 from titok_jax import models
-from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
+from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig, tables
 from titok_jax.runtime.outputs import new_folder, sha256
 from titok_jax.runtime.paths import as_path, is_remote, local_copy
 from titok_jax.weights import convert, published_models, safetensors_file, tensor_files
 from titok_jax.weights.config_files import (
     CONFIG_FILE,
+    NETWORK_CHECKSUM,
     TRAINER_FILE,
     WEIGHTS_FILE,
-    config_checksum,
+    config_json,
+    is_config_of,
+    network_checksum,
     read_config,
     read_config_as,
     write_config,
 )
 from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.hub import check_download, download_file
-from titok_jax.weights.known_models import KINDS, abstract_params, buffers, match, published_shapes
-
-_CONFIG_CHECKSUM = "config_crc32"  # metadata key of the weights: checksum of the configuration they were saved with
+from titok_jax.weights.known_models import match, published_shapes
 
 
 class Source(NamedTuple):
@@ -78,7 +79,7 @@ def locate(
     """
     if is_remote(source):
         source = _local_model(as_path(source))
-    found = published_models.find(source, KINDS.get(kind)) if isinstance(source, str) else Path(source)
+    found = published_models.find(source, _kind_name(kind)) if isinstance(source, str) else Path(source)
     on_hub = isinstance(found, str) or (isinstance(found, published_models.Model) and found.folder is None)
     if on_hub:
         known = isinstance(found, published_models.Model)
@@ -113,6 +114,12 @@ def locate(
     if not files and not config_only:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS_FILE} or {TRAINER_FILE}")
     return Source(files[0] if files else None, config if config.is_file() else None)
+
+
+def _kind_name(kind: type | None) -> str | None:
+    """The kind under which a class of configurations has names; None for others, whose models have no names."""
+    name = None if kind is None else models.family_for(kind).name
+    return name if name in published_models.KINDS else None
 
 
 def _local_model(source: epath.Path) -> Path:
@@ -160,7 +167,7 @@ def load(
     with ThreadPoolExecutor(1) as pool, open_model(files.weights, kind, config) as (config, tensors):
         intact = pool.submit(check_download, files.weights)  # takes as long as reading, so both run in parallel
         table, source = convert.table_for(config), str(files.weights)
-        params = convert.from_published(table, abstract_params(config), tensors, source=source, place=place)
+        params = convert.from_published(table, models.abstract(config)[1], tensors, source=source, place=place)
         intact.result()
         return config, params
 
@@ -186,7 +193,7 @@ def tokenizer_kind(source: str | os.PathLike, *, revision: str | None = None, to
     """
     found = published_models.find(source) if isinstance(source, str) else None
     if isinstance(found, published_models.Model):
-        return MaskgitVQGANConfig if found.kind == KINDS[MaskgitVQGANConfig] else TiTokConfig
+        return MaskgitVQGANConfig if found.kind == models.family_for(MaskgitVQGANConfig).name else TiTokConfig
     files = locate(source, TiTokConfig, revision=revision, token=token, config_only=True)
     if files.config is not None:
         model = read_config(files.config).get("model")
@@ -221,10 +228,9 @@ def open_model(
             tensors = _from_jax_vqgan(tensors, config, str(path))
         if config is None:
             config = match(tensors, kind, source=str(path))
-            saved_with = tensor_files.safetensors_metadata(path).get(_CONFIG_CHECKSUM)
-            if saved_with is not None and config_checksum(config.to_published()) != saved_with:
+            if not is_config_of(tensor_files.safetensors_metadata(path), config_json(config)):
                 raise WeightsError(f"{path} was saved with a configuration that is not beside it: put it there")
-        optional = buffers(config)
+        optional = models.family_of(config).buffers(config)
         for name in optional.keys() & tensors.keys():
             if not np.array_equal(np.asarray(tensors[name]), optional[name]):
                 raise WeightsError(f"{path}: {name} is not the constant that it is in the published models")
@@ -250,7 +256,7 @@ class _Transposed:
 def _from_jax_vqgan(tensors: Mapping[str, Any], config: MaskgitVQGANConfig, source: str) -> dict[str, Any]:
     """Renames the tensors of the original JAX MaskGIT-VQGAN to the published PyTorch names, without reading them."""
     tensors = {path.removeprefix("params/"): tensor for path, tensor in tensors.items()}
-    names = convert.jax_vqgan_names(config)
+    names = tables.jax_vqgan_names(config)
     problems = [f"missing: {path}" for path in names if path not in tensors]
     problems += [f"surplus: {path}" for path in tensors if path not in names]
     if problems:
@@ -267,10 +273,10 @@ def check_config(files: Source) -> None:
     Weights saved here hold the configuration's checksum, because tensor shapes show little of a configuration. Weights
     without a checksum pass.
     """
-    saved_with = tensor_files.safetensors_metadata(files.weights).get(_CONFIG_CHECKSUM)
-    if None in (saved_with, files.config):
+    if files.config is None:
         return
-    if config_checksum(json.loads(files.config.read_text(encoding="utf-8"))) != saved_with:
+    metadata = tensor_files.safetensors_metadata(files.weights)
+    if not is_config_of(metadata, json.loads(files.config.read_text(encoding="utf-8"))):
         raise WeightsError(
             f"{files.config} is not the configuration that {files.weights.name} was saved with: restore it (for other "
             "settings, save the model with them)"
@@ -325,7 +331,7 @@ def _write(folder: Path, config: models.Config, params: convert.Params) -> None:
 
 def write_weights(path: Path, tensors: Mapping[str, Any], config: models.Config) -> None:
     """Writes {published name: tensor} as safetensors with the checksum of `config`. Returns when the file is on the disk."""
-    safetensors_file.write_safetensors(path, tensors, {_CONFIG_CHECKSUM: config_checksum(config.to_published())})
+    safetensors_file.write_safetensors(path, tensors, {NETWORK_CHECKSUM: network_checksum(config_json(config))})
 
 
 def weights_sha256(

@@ -10,12 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from titok_jax import models
-from titok_jax.inference import decoding
+from titok_jax.inference.functions import GeneratorFunctions, TokenizerFunctions
 from titok_jax.models.generator import GeneratorConfig
-from titok_jax.models.layers import float_images
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.training import losses, masking
 from titok_jax.training.accumulation import accumulate
@@ -42,11 +39,11 @@ class GeneratorTask(Task):
 
     Attributes:
       weights: weights of the loss terms.
-      tokenizer: configuration and graphdef of the tokenizer that makes tokens from images; None for batches of tokens.
+      tokenizer: makes tokens from images; None for batches of tokens.
     """
 
     weights: LossConfig
-    tokenizer: tuple[TiTokConfig, nnx.GraphDef] | None
+    tokenizer: TokenizerFunctions | None
 
     model = "generator"
     loss = "loss"
@@ -95,7 +92,7 @@ class GeneratorTask(Task):
         if "tokens" in batch:
             tokens = batch["tokens"]
         else:
-            tokens = nnx.merge(self.tokenizer[1], frozen).quantized(float_images(batch["image"])).tokens
+            tokens = self.tokenizer.encode(frozen, batch["image"])
         return tokens, *masking.mask_tokens(tokens, draws["timesteps"], draws["order_uniforms"], self.config.mask_id)
 
     def token_loss(self, params: convert.Params, rows: Batch) -> tuple[jax.Array, tuple[Metrics, None]]:
@@ -116,22 +113,14 @@ class GeneratorTask(Task):
 
     def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Returns samples of classes 0, 1, 2, ... in turn, with the model's sampling settings."""
-        config, sampling = self.config, self.config.sampling
-        labels = jnp.arange(batch["label"].shape[0]) % config.num_classes
-        ids = decoding.parallel_decode(
-            self.networks["generator"].module(state["ema"]["generator"]).logits,
-            labels,
-            num_tokens=config.num_tokens,
-            codebook_size=config.codebook_size,
-            num_classes=config.num_classes,
-            noise=decoding.noise_from_keys(jax.random.split(key, labels.shape[0])),
-            **dataclasses.asdict(sampling),
-        ).ids
-        return {"sample": jnp.clip(nnx.merge(self.tokenizer[1], frozen).decode_tokens(ids), 0.0, 1.0)}
+        labels = jnp.arange(batch["label"].shape[0]) % self.config.num_classes
+        functions = GeneratorFunctions(self.config, self.options.compute_dtype)
+        out = functions.sample(state["ema"]["generator"], labels, jax.random.split(key, labels.shape[0]))
+        return {"sample": self.tokenizer.decode(frozen, out.ids)}
 
     def export(self, state: State, folder: Path) -> None:
         """Writes the averaged generator as a pretrained folder, together with the tokenizer if it made the tokens."""
-        tokenizer = (self.tokenizer[0], self.frozen) if self.tokenizer else None
+        tokenizer = (self.tokenizer.config, self.frozen) if self.tokenizer else None
         pretrained.save(folder, self.config, state["ema"]["generator"], tokenizer=tokenizer, overwrite=True)
 
 
@@ -140,12 +129,15 @@ def make_task(
     loss: LossConfig,
     *,
     tokenizer: tuple[TiTokConfig, convert.Params] | None = None,
+    token_precision: str = "highest",
     **options: Any,
 ) -> GeneratorTask:
     """Makes the task.
 
     Args:
-      tokenizer: turns the batch's images into tokens, and the previews' tokens into images; None for batches of tokens.
+      tokenizer: turns the batch's images into tokens, and the previews' tokens into images; None for batches of tokens. It
+        computes in float32.
+      token_precision: precision of the tokenizer's matrix products, see `titok_jax.inference.functions`.
       options: as in `TaskOptions`. With `gradient_accumulation`, the gradient is that of the full batch except for the
         dropout draws.
     """
@@ -155,5 +147,5 @@ def make_task(
         options=given,
         frozen=tokenizer[1] if tokenizer else None,
         weights=loss,
-        tokenizer=(tokenizer[0], models.abstract(tokenizer[0])[0]) if tokenizer else None,
+        tokenizer=TokenizerFunctions(tokenizer[0], "float32", token_precision) if tokenizer else None,
     )

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from titok_jax.inference.functions import TokenizerFunctions
 from titok_jax.models.layers import float_images
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.training import losses
@@ -113,14 +114,15 @@ class MaskgitVQGANTask(AdversarialTask):
             entropy_weight=weights.entropy_weight,
             discriminator_weight=weights.discriminator_weight,
         )
-        metrics |= losses.codebook_metrics(bottleneck.codes, self.config.codebook_size)
+        metrics |= losses.codebook_metrics(bottleneck.tokens, self.config.codebook_size)
         return total, (metrics, reconstructions)
 
     def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Returns images and their reconstructions."""
         del frozen, key
-        model, images = self.networks["vqgan"].module(state["ema"]["vqgan"]), float_images(batch["image"])
-        return {"image": images, "reconstruction": model.decode_codes(model.get_codes(images))}
+        functions, params = TokenizerFunctions(self.config, self.options.compute_dtype), state["ema"]["vqgan"]
+        reconstructions = functions.decode(params, functions.encode(params, batch["image"]))
+        return {"image": float_images(batch["image"]), "reconstruction": reconstructions}
 
 
 def make_task(config: MaskgitVQGANConfig, loss: LossConfig, **options: Any) -> MaskgitVQGANTask:

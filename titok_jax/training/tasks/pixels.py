@@ -9,8 +9,8 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from titok_jax.inference.functions import TokenizerFunctions
 from titok_jax.models.layers import float_images
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.training import losses
@@ -59,11 +59,11 @@ class PixelTask(AdversarialTask):
     def trains_codebook(self) -> bool:
         """Whether the tokenizer has a codebook that is trained."""
         trained = self.networks["tokenizer"].trained
-        return self.config.quantize_mode == "vq" and (trained is None or "quantize" in trained)
+        return self.config.has_codebook and (trained is None or "quantize" in trained)
 
     def draw(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Draws the noise for a VAE's posterior. A VQ tokenizer needs none."""
-        if self.config.quantize_mode == "vq":
+        if self.config.has_tokens:
             return {}
         shape = (batch["image"].shape[0], self.config.num_latent_tokens, self.config.token_size)
         return {"noise": jax.random.normal(key, shape)}
@@ -91,7 +91,7 @@ class PixelTask(AdversarialTask):
         model = self.networks["tokenizer"].module({**state["params"]["tokenizer"], **trainable})
         images, weights = rows["images"], self.weights
         bottleneck = posterior = None
-        if self.config.quantize_mode == "vq":
+        if self.config.has_tokens:
             bottleneck = model.quantized(images)
             reconstructions = model.decode(bottleneck.quantized)
         else:
@@ -127,10 +127,9 @@ class PixelTask(AdversarialTask):
     def preview(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Returns images and their reconstructions. A VAE reconstructs from the mean of the posterior."""
         del frozen, key
-        model, images = self.networks["tokenizer"].module(state["ema"]["tokenizer"]), float_images(batch["image"])
-        vq = self.config.quantize_mode == "vq"
-        z = model.quantized(images).quantized if vq else model.posterior(images).mean
-        return {"image": images, "reconstruction": jnp.clip(model.decode(z), 0.0, 1.0)}
+        functions, params = TokenizerFunctions(self.config, self.options.compute_dtype), state["ema"]["tokenizer"]
+        reconstructions = functions.decode(params, functions.encode(params, batch["image"]))
+        return {"image": float_images(batch["image"]), "reconstruction": reconstructions}
 
 
 def make_task(config: TiTokConfig, loss: LossConfig, *, trained: tuple[str, ...] | None = None, **options: Any) -> PixelTask:

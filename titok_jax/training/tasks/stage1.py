@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from titok_jax import models
+from titok_jax.inference.functions import TokenizerFunctions
 from titok_jax.models.layers import float_images
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import PROXY_CODES, TiTokConfig
@@ -39,12 +38,10 @@ class Stage1(Task):
     Attributes:
       weights: weights of the loss terms.
       vqgan: the frozen network that computes the target codes; None if the batches contain them.
-      vqgan_codes: number of codes of the VQGAN.
     """
 
     weights: LossConfig
-    vqgan: nnx.GraphDef | None
-    vqgan_codes: int = PROXY_CODES
+    vqgan: TokenizerFunctions | None
 
     @property
     def shows_pictures(self) -> bool:
@@ -66,7 +63,7 @@ class Stage1(Task):
 
     def target_codes(self, frozen: Any, batch: Batch, images: jax.Array) -> jax.Array:
         """Returns the codes to predict, int [B, h, w] or [B, h w]."""
-        return batch["codes"] if "codes" in batch else nnx.merge(self.vqgan, frozen).get_codes(images)
+        return batch["codes"] if "codes" in batch else self.vqgan.encode(frozen, images)
 
     def code_loss(self, params: convert.Params, rows: Batch) -> tuple[jax.Array, tuple[Metrics, dict[str, jax.Array]]]:
         """Returns (loss, (metrics, {"tokens", "latents"})) of some rows of a batch."""
@@ -87,22 +84,27 @@ class Stage1(Task):
         VQGAN ("reconstruction")."""
         del key
         model, images = self.networks["tokenizer"].module(state["ema"]["tokenizer"]), float_images(batch["image"])
-        vqgan = nnx.merge(self.vqgan, frozen)
-        logits = model.decode(model.quantized(images).quantized)[..., : self.vqgan_codes]
+        logits = model.decode(model.quantized(images).quantized)[..., : self.vqgan.config.codebook_size]
         return {
             "image": images,
-            "target": vqgan.decode_codes(vqgan.get_codes(images)),
-            "reconstruction": vqgan.decode_codes(jnp.argmax(logits, axis=-1)),
+            "target": self.vqgan.decode(frozen, self.vqgan.encode(frozen, images)),
+            "reconstruction": self.vqgan.decode(frozen, jnp.argmax(logits, axis=-1)),
         }
 
 
 def make_task(
-    config: TiTokConfig, loss: LossConfig, *, vqgan: tuple[MaskgitVQGANConfig, convert.Params] | None, **options: Any
+    config: TiTokConfig,
+    loss: LossConfig,
+    *,
+    vqgan: tuple[MaskgitVQGANConfig, convert.Params] | None,
+    token_precision: str = "highest",
+    **options: Any,
 ) -> Stage1:
     """Makes the task.
 
     Args:
       vqgan: computes the target codes in float32; None for batches that contain them as "codes" [B, h w].
+      token_precision: precision of the VQGAN's matrix products, see `titok_jax.inference.functions`.
       options: as in `TaskOptions`.
 
     Raises:
@@ -121,6 +123,5 @@ def make_task(
         options=given,
         frozen=vqgan[1] if vqgan else None,
         weights=loss,
-        vqgan=models.abstract(vqgan[0])[0] if vqgan else None,
-        vqgan_codes=vqgan[0].codebook_size if vqgan else PROXY_CODES,
+        vqgan=TokenizerFunctions(vqgan[0], "float32", token_precision) if vqgan else None,
     )

@@ -1,0 +1,72 @@
+"""What Tokenizer, VQGAN and Generator share: parameters, compiled functions, and checks of arrays on the host."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from titok_jax import models
+from titok_jax.inference.functions import ModelFunctions
+from titok_jax.runtime import sharding
+from titok_jax.weights import convert
+
+
+class Model:
+    """A model with its weights.
+
+    Attributes:
+      functions: the model as pure functions of (params, arrays), for use inside other programs.
+      params: nested dict of arrays on the device or the mesh.
+      mesh: the mesh that holds them, or None.
+    """
+
+    def __init__(self, functions: ModelFunctions, params: convert.Params, mesh: Mesh | None = None):
+        check_params(functions.config, params)
+        if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+            params = jax.device_put(params, None if mesh is None else sharding.state_shardings(mesh, params))
+        self.functions, self.params, self.mesh = functions, params, mesh
+
+    @property
+    def config(self) -> Any:
+        """The architecture."""
+        return self.functions.config
+
+    @functools.cached_property
+    def _compiled(self) -> dict[str, Any]:
+        return {}
+
+    def run(self, name: str, *arguments: Any, static: tuple[str, ...] = (), **options: Any) -> Any:
+        """Calls a function of `functions` with the parameters, compiled, on the mesh."""
+        if name not in self._compiled:
+            self._compiled[name] = sharding.jit_on(self.mesh, getattr(self.functions, name), static_argnames=static)
+        return self._compiled[name](self.params, *arguments, **options)
+
+
+def check_params(config: models.Config, params: convert.Params) -> None:
+    """Raises WeightsError unless the parameters are those of the model: names, shapes, float32 or bfloat16."""
+    wanted, given = (convert.flatten(tree) for tree in (models.abstract(config)[1], params))
+    shapes = [{name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (wanted, given)]
+    convert.check_shapes(*shapes, "params")
+    for name, leaf in given.items():
+        if leaf.dtype not in (jnp.float32, jnp.bfloat16):
+            raise convert.WeightsError(f"params: {name} is {leaf.dtype}, expected float32 or bfloat16")
+
+
+def on_host(value: Any) -> np.ndarray | jax.Array:
+    """Returns arrays as they are, and anything else (lists, numbers) as a numpy array."""
+    return value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
+
+
+def check_range(array: np.ndarray | jax.Array, largest: int, what: str) -> None:
+    """Raises ValueError unless integers are in 0 .. largest. Looks at numpy arrays only: arrays on a device would have to be
+    fetched, and traced ones have no values."""
+    if isinstance(array, np.ndarray) and array.size and not 0 <= array.min() <= array.max() <= largest:
+        raise ValueError(f"{what} reach from {array.min()} to {array.max()}, expected 0 to {largest}")
+
+
+def as_int32(array: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """The same integers as int32."""
+    return array if array.dtype == np.int32 else array.astype(np.int32)
