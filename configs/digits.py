@@ -90,7 +90,7 @@ def tokenizer() -> ConfigDict:
 def generator() -> ConfigDict:
     config = base()
     config.task = "generator"
-    config.tokenizer = "digits"
+    config.tokenizer, config.token_precision = "digits", "highest"
     config.num_steps = 2500
     config.model = ConfigDict(
         {
@@ -103,7 +103,14 @@ def generator() -> ConfigDict:
             "dropout": 0.1,
             "attn_dropout": 0.1,
             "class_label_dropout": 0.1,
-            "sampling": {"num_steps": 8, "guidance_scale": 3.0, "guidance_schedule": "linear", "temperature": 1.0},
+            "sampling": {
+                "num_steps": 8,
+                "guidance_scale": 3.0,
+                "guidance_schedule": "linear",
+                "guidance_scale_pow": 3.0,
+                "temperature": 1.0,
+                "softmax_temperature_annealing": True,
+            },
         }
     )
     config.loss = ConfigDict({"label_smoothing": 0.1, "unmasked_weight": 0.1})

@@ -39,7 +39,7 @@ def get_config(variant: str = "l32") -> ConfigDict:
     model_type, num_tokens, (width, layers, heads, mlp), sampling = common.pick(VARIANTS, variant.removesuffix("_images"))
     config = common.base("generator")
     config.num_steps = 500_000
-    config.tokenizer = ""
+    config.tokenizer, config.token_precision = "", "highest"
     if images:
         config.data.transform = ConfigDict({"name": "center_crop_flip", "size": 512 if "512" in variant else 256})
         config.data.eval_transform.size = config.data.transform.size
@@ -62,7 +62,9 @@ def get_config(variant: str = "l32") -> ConfigDict:
             "attn_dropout": 0.1,
             "class_label_dropout": 0.1,
             "sampling": dict(
-                zip(("num_steps", "temperature", "guidance_scale", "guidance_schedule"), sampling, strict=True)
+                zip(("num_steps", "temperature", "guidance_scale", "guidance_schedule"), sampling, strict=True),
+                guidance_scale_pow=3.0,
+                softmax_temperature_annealing=True,
             ),
         }
     )

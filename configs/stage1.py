@@ -25,6 +25,7 @@ def get_config(variant: str = "l32") -> ConfigDict:
     config = common.base("stage1")
     config.num_steps = 1_000_000
     config.vqgan = "maskgit_vqgan" if pixels == 256 else ""
+    config.token_precision = "highest"
     config.model = common.two_stage_model(size, num_tokens, pixels, finetune_decoder=False)
     config.restart_codes = False
     config.loss = ConfigDict({"quantizer_weight": 1.0})

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import golden_data as gd
-import jax
 import numpy as np
 import pytest
 import tiny_models as tiny
@@ -177,7 +176,7 @@ def test_published_tokens_and_reconstruction(models, images, monkeypatch, capsys
     assert parity.main(arguments) == 0
     out = capsys.readouterr().out
     assert "on cpu" in out
-    assert "matmul precision highest" in out
+    assert "float32, precision highest" in out
     row = next(line for line in out.splitlines() if "published tokens" in line)
     assert " ".join(row.split()) == f"{STEM}.png published tokens 2 of 8 differ at most 2 pass"
     assert sum("given reconstruction" in line for line in out.splitlines()) == 2
@@ -255,9 +254,9 @@ def test_precision(precision, models, images, monkeypatch):
     seen = []
     real = comparison.run
 
-    def spy(*args):
-        seen.append(jax.config.jax_default_matmul_precision)
-        return real(*args)
+    def spy(tokenizer, *args):
+        seen.append(tokenizer.functions.precision)
+        return real(tokenizer, *args)
 
     monkeypatch.setattr(parity, "run", spy)
     know(monkeypatch, range(8))

@@ -29,7 +29,7 @@ def tokenizer():
         assert images.dtype == np.uint8
         return (images.reshape(len(images), 8, -1).astype(np.int64) * np.arange(1, 385)).sum(-1) % 50_000
 
-    return SimpleNamespace(config=tiny_models.TOKENIZER, encode=encode)
+    return SimpleNamespace(config=tiny_models.TOKENIZER, encode_all=lambda images, batch_size: encode(images), encode=encode)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_crash_loses_and_doubles_nothing(tokenizer, photos, tmp_path):
         config = tokenizer.config
 
         @staticmethod
-        def encode(images):
+        def encode_all(images, batch_size):
             calls.append(1)
             if len(calls) == 2:
                 raise KeyboardInterrupt

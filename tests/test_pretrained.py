@@ -21,7 +21,7 @@ from titok_jax.weights import convert, pretrained
 STAGE_2 = dataclasses.replace(
     tiny.STAGE_1,
     finetune_decoder=True,
-    pixel_decoder=MaskgitVQGANConfig(channel_mult=(1, 1), hidden_channels=32, num_res_blocks=1, z_channels=16),
+    pixel_decoder=MaskgitVQGANConfig(channel_mult=(1, 1, 1, 1), hidden_channels=32, num_res_blocks=1, z_channels=16),
 )
 UVIT = dataclasses.replace(tiny.GENERATOR, model_type="UViT", num_layers=4)
 CONFIGS = {

@@ -76,7 +76,7 @@ def sampling_settings(args: argparse.Namespace, defaults: "SamplingConfig") -> "
         try:
             settings = dataclasses.replace(settings, **{field.name: value})
         except ValueError as error:
-            raise ValueError(f"--{option.replace('_', '-')}: {error}") from None
+            raise ValueError(f"--{option.replace('_', '-')}{str(error).removeprefix(field.name)}") from None
     return settings
 
 

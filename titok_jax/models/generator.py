@@ -44,9 +44,8 @@ class SamplingConfig:
 
     def __post_init__(self):
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise ValueError(
-                f"guidance_schedule (guidance_decay) is {self.guidance_schedule!r}, expected one of {GUIDANCE_SCHEDULES}"
-            )
+            known = ", ".join(GUIDANCE_SCHEDULES)
+            raise ValueError(f"guidance_schedule is {self.guidance_schedule!r}, expected one of {known}")
         published.check_fields(self)
 
 

@@ -86,11 +86,13 @@ def check_fields(config: Any) -> None:
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name
         if field.type is int or field.type == tuple[int, ...]:
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, bool) or not hasattr(number, "__index__") or number < 1:
-                    raise ValueError(f"{name} is {_shown(value)}, expected whole numbers of at least 1")
-            if value == ():
-                raise ValueError(f"{name} is empty")
+            several = isinstance(value, tuple)
+            whole = [
+                not isinstance(number, bool) and hasattr(number, "__index__") for number in (value if several else [value])
+            ]
+            if not whole or not all(whole) or min(value if several else [value]) < 1:
+                expected = "whole numbers" if several else "a whole number"
+                raise ValueError(f"{name} is {_shown(value)}, expected {expected} of at least 1")
         elif field.type is float:
             if not isinstance(value, numbers.Real) or not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {_shown(value)}, expected a finite number of at least 0")

@@ -49,6 +49,7 @@ FREE_FIELDS = (
     "data.num_threads",
     "data.eval_source",
     "data.eval_transform",
+    "model.sampling",  # of previews, and the default of the exported model
 )
 
 # Fields added to the recipes later, each with the value that was in effect before. Older checkpoints can then be resumed.
