@@ -134,6 +134,7 @@ ON_EIGHT_DEVICES = """
 import json
 import jax, numpy as np, titok_jax
 import on_meshes
+from titok_jax.inference import model
 from titok_jax.runtime import sharding
 results = []
 for shape in ((2, 2, 2), (1, 8, 1)):
@@ -142,16 +143,16 @@ for shape in ((2, 2, 2), (1, 8, 1)):
     assert kernel.shape == (4, 128, 512), kernel.shape
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(4, 128 // shape[1], 512 // shape[2])}
     found = []
-    calls = {"encode": (tokenizer, "_encode"), "decode": (tokenizer, "_decode"), "generate": (generator, "_sample")}
-    for owner, name in calls.values():
-        def recorded(*arguments, real=getattr(owner, name), **options):
-            result = real(*arguments, **options)
+    def record(function, arguments, options):
+        result = function(*arguments, **options)
+        if function.__name__ in ("encode", "decode", "sample"):
             with sharding.on_mesh(sharding.make_mesh(*shape)):
-                text = real.__wrapped__.lower(*arguments, **options).compile().as_text()
-            parts = {part.data.shape[0] for part in result.addressable_shards}
-            found.append([on_meshes.collectives(text), [len(result), *parts]])
-            return result
-        setattr(owner, name, recorded)
+                text = function.__wrapped__.lower(*arguments, **options).compile().as_text()
+            batch = result[0] if isinstance(result, tuple) else result
+            parts = {part.data.shape[0] for part in batch.addressable_shards}
+            found.append([on_meshes.collectives(text), [len(batch), *parts]])
+        return result
+    model.call = record
     labels = np.arange(56) % 10
     ids = np.asarray(titok_jax.generate(generator, labels, jax.random.key(0, impl="threefry2x32"), num_steps=3))
     images = np.asarray(tokenizer.decode(ids))

@@ -65,9 +65,7 @@ def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.
     k = logits.shape[-1]
     width = 2 ** math.ceil(math.log2(k) / 2)
     top = logits.max(-1, keepdims=True)
-    # 1e-30 stands for temperature 0: only the maxima then have weight, and u = 0 picks the first of them.
-    p = jnp.exp((logits - top) / _per_image(jnp.maximum(temperature, 1e-30), logits.ndim))
-    uniforms = jnp.where(_per_image(temperature > 0, uniforms.ndim), uniforms, 0.0)
+    p = jnp.exp((logits - top) / _per_image(jnp.where(temperature > 0, temperature, 1.0), logits.ndim))
 
     p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -k % width)]).reshape(*p.shape[:-1], -1, width)  # [..., blocks, width]
     mass = p.sum(-1)
@@ -77,7 +75,10 @@ def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.
     before = jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[..., None], axis=-1)
     before = jnp.where(block[..., None] > 0, before, 0.0)
     within = jnp.take_along_axis(p, block[..., None, None], axis=-2)[..., 0, :]  # [..., width]
-    return block * width + _first_beyond(jnp.cumsum(within, axis=-1), within, target - before)
+    drawn = block * width + _first_beyond(jnp.cumsum(within, axis=-1), within, target - before)
+    # Not the limit of small temperatures: the compiler may compute `logits` and `top` apart, so that none equals the maximum.
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(_per_image(temperature > 0, best.ndim), drawn, best)
 
 
 def _first_beyond(cumulative: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:

@@ -42,7 +42,12 @@ class Model:
         """Calls a function of `functions` with the parameters, compiled, on the mesh."""
         if name not in self._compiled:
             self._compiled[name] = sharding.jit_on(self.mesh, getattr(self.functions, name), static_argnames=static)
-        return self._compiled[name](self.params, *arguments, **options)
+        return call(self._compiled[name], (self.params, *arguments), options)
+
+
+def call(function: Any, arguments: tuple, options: dict[str, Any]) -> Any:
+    """`function(*arguments, **options)`. Every compiled program of a model is run here."""
+    return function(*arguments, **options)
 
 
 def check_params(config: models.Config, params: convert.Params) -> None:

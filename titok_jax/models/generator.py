@@ -116,7 +116,10 @@ class GeneratorConfig:
         ]
         if missing:
             raise ValueError(f"generator configuration lacks model.generator.{{{', '.join(missing)}}}")
-        return cls(sampling=SamplingConfig(**sampling), **fields)
+        try:
+            return cls(sampling=SamplingConfig(**sampling), **fields)
+        except ValueError as error:
+            raise ValueError(str(error).replace("guidance_schedule", "model.generator.guidance_decay")) from None
 
     def to_published(self) -> dict[str, Any]:
         """The configuration in the published format of `config.json`. `from_published` reads it back unchanged."""

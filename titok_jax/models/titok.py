@@ -60,6 +60,12 @@ class TiTokConfig:
       finetune_decoder: for legacy models only. True is stage 2, with the VQGAN's pixel decoder. False is stage 1, which
         outputs logits.
       pixel_decoder: the VQGAN whose decoder stage 2 uses.
+
+    A model with another quantizer derives its configuration from this class (`titok_jax.models.register`). Fields that it
+    adds are numbers, strings, booleans or tuples of whole numbers.
+
+    Raises:
+      ValueError: for numbers that contradict each other.
     """
 
     image_size: int = 256
@@ -161,6 +167,9 @@ class TiTokConfig:
         decoder = published.take(vq, {"vit_dec_patch_size": "patch_size"}, cls, "model.vq_model")
         if decoder.get("patch_size", fields["patch_size"]) != fields["patch_size"]:
             raise ValueError("vit_enc_patch_size and vit_dec_patch_size differ; one size for both is supported")
+        # Fields that a derived configuration adds have the same names in the file.
+        own = {field.name for field in dataclasses.fields(cls)} - {field.name for field in dataclasses.fields(TiTokConfig)}
+        fields |= published.take(vq, {name: name for name in own}, cls, "model.vq_model")
         if "pixel_decoder" in vq:
             where = "model.vq_model.pixel_decoder"
             fields["pixel_decoder"] = published.take_all(vq.pop("pixel_decoder"), MaskgitVQGANConfig, where)
@@ -181,7 +190,7 @@ class TiTokConfig:
             "finetune_decoder": self.finetune_decoder,
             "is_legacy": self.is_legacy,
         }
-        if self.quantize_mode == "vq":
+        if self.has_tokens:
             vq |= {
                 "codebook_size": self.codebook_size,
                 "use_l2_norm": self.use_l2_norm,
@@ -190,6 +199,9 @@ class TiTokConfig:
         if self.pixel_decoder != MaskgitVQGANConfig():
             pixel = dataclasses.asdict(self.pixel_decoder)
             vq["pixel_decoder"] = {k: list(v) if isinstance(v, tuple) else v for k, v in pixel.items()}
+        known = {field.name for field in dataclasses.fields(TiTokConfig)}
+        own = {name: value for name, value in vars(self).items() if name not in known}
+        vq |= {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
         return {"model": {"vq_model": vq}, "dataset": {"preprocessing": {"crop_size": self.image_size}}}
 
 

@@ -24,6 +24,7 @@ from titok_jax.runtime.outputs import new_folder, sha256
 from titok_jax.runtime.paths import as_path, is_remote, local_copy
 from titok_jax.weights import convert, published_models, safetensors_file, tensor_files
 from titok_jax.weights.config_files import (
+    CHECKSUMS,
     CONFIG_FILE,
     NETWORK_CHECKSUM,
     TRAINER_FILE,
@@ -228,7 +229,8 @@ def open_model(
             tensors = _from_jax_vqgan(tensors, config, str(path))
         if config is None:
             config = match(tensors, kind, source=str(path))
-            if not is_config_of(tensor_files.safetensors_metadata(path), config_json(config)):
+            metadata = tensor_files.safetensors_metadata(path)
+            if metadata.keys() & CHECKSUMS.keys() and not is_config_of(metadata, config_json(config)):
                 raise WeightsError(f"{path} was saved with a configuration that is not beside it: put it there")
         optional = models.family_of(config).buffers(config)
         for name in optional.keys() & tensors.keys():
