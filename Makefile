@@ -69,9 +69,9 @@ clean:
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/installed: .venv/python setup.py constraints.txt
+.venv/installed: .venv/python pyproject.toml constraints.txt
 	@echo "Installing into .venv: about a minute, about 1 GB"
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e ".[train]"
 	@touch $@
 
 # The TPU compiler lies beside the other packages: in one environment with it JAX would look for a TPU at every start.
@@ -94,5 +94,5 @@ clean:
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP_INSTALL) -e ".[test]"
+	$(PIP_INSTALL) -e ".[train,test]"
 	@touch $@
