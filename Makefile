@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-machines parity soak lint digits digits-features tpu-check clean
+.PHONY: demo test test-all test-versions test-machines parity soak lint digits digits-features tpu-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m titok_jax.sample --overwrite
@@ -29,6 +29,12 @@ soak: .venv/installed-test
 # minutes on 2 CPU cores.
 test-machines: .venv/installed-test
 	$(BIN)/python tests/machines.py
+
+# The library and a short training with the lowest and the newest jax and flax that pyproject.toml allows, in .venv-lowest and
+# .venv-newest. Later versions of jax need a newer Python: PYTHON_NEWEST, or python3.13 or python3.12 if one is there. 12 minutes
+# on 2 busy CPU cores.
+test-versions: .venv/python
+	$(BIN)/python tests/versions.py
 
 # Every test, in an environment that also has PyTorch and the TPU compiler, so that none is left out. Two hours on 2 CPU cores.
 test-all: .venv-all/installed
@@ -60,7 +66,7 @@ tpu-check: .venv-tpu/installed
 	.venv-tpu/bin/python -m titok_jax.compile --all --results runs/tpu_check.json
 
 clean:
-	rm -rf .venv .venv-tpu .venv-all .cache build dist *.egg-info
+	rm -rf .venv .venv-tpu .venv-all .venv-lowest .venv-newest .cache build dist *.egg-info
 
 .venv/python:
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 on the PATH; set PYTHON=/path/to/python" >&2; exit 1; }
@@ -69,9 +75,9 @@ clean:
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/installed: .venv/python setup.py constraints.txt
+.venv/installed: .venv/python pyproject.toml constraints.txt
 	@echo "Installing into .venv: about a minute, about 1 GB"
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e ".[train]"
 	@touch $@
 
 # The TPU compiler lies beside the other packages: in one environment with it JAX would look for a TPU at every start.
@@ -94,5 +100,5 @@ clean:
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP_INSTALL) -e ".[test]"
+	$(PIP_INSTALL) -e ".[train,test]"
 	@touch $@

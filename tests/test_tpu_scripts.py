@@ -166,7 +166,7 @@ def test_a_preempted_run_is_resumed_and_nothing_is_created_twice(cloud, monkeypa
         assert (cloud / "bucket" / f"{worker}.saved").exists()  # it got SIGTERM and time to save
         starts = [json.loads(line) for line in (cloud / "bucket" / f"{worker}.started").read_text().splitlines()]
         assert starts == [[WORDS, "a b", "a secret", "tpu,cpu"]] * 2  # once in each life, word for word
-        assert "[tpu]" in (cloud / worker / "installed").read_text()
+        assert "[train,tpu]" in (cloud / worker / "installed").read_text()
     # The secret is only in a file.
     assert "a secret" not in (cloud / "calls.jsonl").read_text() + done.stdout + done.stderr
     assert not (cloud / "slice.json").read_text().count("states")  # deleted in the end

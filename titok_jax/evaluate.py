@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from titok_jax.evaluation import image_sources
 from titok_jax.inference.arguments import add_precision_arguments, add_sampling_arguments
-from titok_jax.runtime.command import command
+from titok_jax.runtime.command import command, require
 from titok_jax.runtime.outputs import check_output
 from titok_jax.runtime.paths import as_path
 from titok_jax.weights import published_models
@@ -202,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     mode = _check(args)
     _check_outputs(args, mode)
+    require("scipy", "matplotlib")  # now, not after an hour of sampling
     samples = image_sources.NpzImages(args.samples) if args.samples else None
     if samples is None:  # before JAX is imported
         kind = "tokenizer" if mode in ("reconstruction", "reference") else "generator"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from titok_jax.data.sources import make_source, parse_source
 from titok_jax.data.token_shards import CROPS, pretokenize
 from titok_jax.inference.arguments import add_precision_arguments, precision_settings
-from titok_jax.runtime.command import command
+from titok_jax.runtime.command import command, require
 from titok_jax.runtime.paths import as_path
 from titok_jax.weights import published_models
 
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f'--passes is {args.passes}, but --crops {crops} gives the same in every pass; use "random"')
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, expected a folder")
+    if args.format == "array_record":
+        require("array_record")
     source = make_source(described)
     if args.shards > args.passes * len(source):
         raise ValueError(f"--shards is {args.shards}, more than the {args.passes * len(source)} images")

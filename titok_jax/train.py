@@ -15,12 +15,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from titok_jax.runtime import processes
 from titok_jax.runtime.command import command
-from titok_jax.training.checkpoint import quiet_checkpointing
-from titok_jax.training.loop import train
 from titok_jax.training.recipes import read_config, recipe_names
-from titok_jax.training.settings import parse_settings
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args, changes = _parser().parse_known_args(argv)
     config = read_config(args.config, changes)
+
+    from titok_jax.runtime import processes
+    from titok_jax.training.checkpoint import quiet_checkpointing
+    from titok_jax.training.loop import train
+    from titok_jax.training.settings import parse_settings
+
     quiet_checkpointing()
     processes.initialize_distributed()
     train(parse_settings(config), args.workdir)

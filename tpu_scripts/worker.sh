@@ -30,7 +30,7 @@ setup() {
       python3 -m uv venv --quiet --seed --python 3.11 "$VENV"
     fi
   fi
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$CODE/constraints.txt" -e "${CODE}[tpu]"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$CODE/constraints.txt" -e "${CODE}[train,tpu]"
   mkdir -p "$RUN"
   touch "$RUN/ready"
   echo "worker $(hostname) ready"

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from titok_jax.data.transforms import Example, decode_image
 from titok_jax.runtime.outputs import new_file
@@ -121,6 +120,8 @@ def _encode_json_tokens(tokens: np.ndarray, label: int) -> str:
 
 @contextlib.contextmanager
 def _array_record_writer(path: str | os.PathLike, compression: str) -> Iterator[Callable[[bytes], None]]:
+    from array_record.python.array_record_module import ArrayRecordWriter  # JSON lines do not need it
+
     def checked(function: Callable, *record: bytes) -> None:
         try:
             function(*record)

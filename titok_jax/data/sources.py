@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
 from titok_jax.data.digits import load_digits
@@ -251,6 +250,8 @@ class ArrayRecordSource:
             if is_remote(path):
                 raise needs_mount(path, "ArrayRecord")
         self._paths = find_files(paths, "ArrayRecord files")
+        import grain  # of the packages that only some sources need
+
         try:
             self._records = grain.sources.ArrayRecordDataSource(self._paths)
         except RuntimeError as error:

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-import scipy.linalg
 
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
@@ -314,6 +313,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def _matrix_root(matrix: np.ndarray) -> np.ndarray:
+    import scipy.linalg  # only this needs it; PSNR, for one, does not
+
     with warnings.catch_warnings():
         # Features that are always 0 make the product singular. The caller checks the values, so no warning is needed.
         warnings.simplefilter("ignore")

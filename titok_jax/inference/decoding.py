@@ -76,7 +76,7 @@ def sample_inverse_cdf(logits: jax.Array, temperature: jax.Array, uniforms: jax.
     before = jnp.where(block[..., None] > 0, before, 0.0)
     within = jnp.take_along_axis(p, block[..., None, None], axis=-2)[..., 0, :]  # [..., width]
     drawn = block * width + _first_beyond(jnp.cumsum(within, axis=-1), within, target - before)
-    # Not the limit of small temperatures: the compiler may compute `logits` and `top` apart, so that none equals the maximum.
+    # Not as the limit of small temperatures: the compiler may compute `logits` and `top` apart, and then none is equal.
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jnp.where(_per_image(temperature > 0, best.ndim), drawn, best)
 
