@@ -33,7 +33,7 @@ setup(
         "pillow>=11",
         "matplotlib>=3.9",
         "safetensors>=0.5",
-        "huggingface_hub>=1.0,<3",
+        "huggingface_hub>=1.1,<3",
         "tensorboardX>=2.6.2,<3",
         "tqdm>=4.66",
     ],

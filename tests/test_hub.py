@@ -5,20 +5,29 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import types
+import urllib.parse
 
+import huggingface_hub
+import huggingface_hub.constants
+import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_models as tiny
 
 from titok_jax import inference
+from titok_jax.inference import loading
 from titok_jax.weights import convert
+from titok_jax.weights.hub import DownloadError
 
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
 PUBLIC, PRIVATE = "yucornetto/tokenizer_titok_l32_imagenet", "someone/private"
 GENERATOR = "yucornetto/generator_titok_l32_imagenet"
+PAIR = "someone/pair"  # a generator with its tokenizer
 
 # Each argument (JSON) is a step: what to load. The program prints the result of each.
 CLIENT = """
@@ -54,6 +63,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.requests = []  # (method, path, requested Range)
         self.break_after = None  # bytes after which the next download ends
         self.truncated = None  # a large file that is announced and sent too short
+        self.headers = {}  # headers of the answers about a file that are other than they should be
+        self.pushes = {}  # {(method, path): function to call when the next answer to it is ready}
 
     @property
     def url(self):
@@ -90,28 +101,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         match = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
         if match is None:
             return self.answer(404, {})
-        repository, revision, file = match.groups()
+        repository, revision, file = map(urllib.parse.unquote, match.groups())
         allowed = repository != PRIVATE or self.headers.get("Authorization") == "Bearer good"
         if repository not in hub.repositories or not allowed:
             return self.answer(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
-        if revision not in hub.repositories[repository]:
+        commits = {commit: (commit, files) for commit, files in hub.repositories[repository].values()}
+        revisions = commits | hub.repositories[repository]
+        if revision not in revisions:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
-        commit, files = hub.repositories[repository][revision]
+        commit, files = revisions[revision]
+        hub.pushes.pop((self.command, self.path), lambda: None)()
         if file not in files:
             return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
         data = files[file]
         digest = hashlib.sha256(data).hexdigest()
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        forged = {name: value for name, value in hub.headers.items() if self.command == "HEAD"}
         if file.endswith(".json"):
             digest = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's checksum identifies a small file
-            return self.answer(200, {**headers, "ETag": f'"{digest}"'}, data)
+            return self.answer(200, {**headers, "ETag": f'"{digest}"'} | forged, data)
         hub.blobs[digest] = data
         linked = {
             "X-Linked-Etag": f'"{digest}"',
             "X-Linked-Size": str(len(data)),
             "Location": f"{hub.other_url}/large/{digest}",
         }
-        return self.answer(302, {**headers, **linked})
+        return self.answer(302, {**headers, **linked} | forged)
 
     def large(self, data):
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-")).group(1))
@@ -130,14 +145,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def files_of(folder):
     """The files as the published code writes them, without the checksums that our files have."""
     weights = safetensors.numpy.load_file(folder / "model.safetensors")
-    return {"config.json": (folder / "config.json").read_bytes(), "model.safetensors": safetensors.numpy.save(weights)}
+    files = {"config.json": (folder / "config.json").read_bytes(), "model.safetensors": safetensors.numpy.save(weights)}
+    if (folder / "tokenizer").is_dir():
+        files |= {f"tokenizer/{name}": data for name, data in files_of(folder / "tokenizer").items()}
+    return files
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("models")
     models = {"tokenizer": tiny.TOKENIZER, "vae": tiny.VAE, "generator": tiny.GENERATOR}
-    return {name: tiny.save(tmp / name, config, tokenizer=None) for name, config in models.items()}
+    saved = {name: tiny.save(tmp / name, config, tokenizer=None) for name, config in models.items()}
+    return {**saved, "pair": tiny.save(tmp / "pair")}
 
 
 @pytest.fixture
@@ -145,9 +164,10 @@ def hub(folders):
     tokenizer = files_of(folders["tokenizer"])
     hub = Hub(
         {
-            PUBLIC: {"main": (COMMIT, tokenizer), COMMIT: (COMMIT, tokenizer), "v0": (OLD_COMMIT, files_of(folders["vae"]))},
+            PUBLIC: {"main": (COMMIT, tokenizer), "v0": (OLD_COMMIT, files_of(folders["vae"]))},
             GENERATOR: {"main": (COMMIT, files_of(folders["generator"]))},
             PRIVATE: {"main": (COMMIT, files_of(folders["generator"]))},
+            PAIR: {"main": (COMMIT, files_of(folders["pair"])), "v0": (OLD_COMMIT, files_of(folders["generator"]))},
             "someone/empty": {"main": (COMMIT, {"README.md": b"nothing"})},
         }
     )
@@ -162,17 +182,24 @@ def hub(folders):
 def run(url, home, *steps, **settings):
     """The result of each step, from a separate process, because the hub's address and cache are settings of a process."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment |= {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "notes"),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     arguments = [sys.executable, "-c", CLIENT, *map(json.dumps, steps)]
     result = subprocess.run(arguments, capture_output=True, text=True, env={**environment, **settings}, timeout=900)
     assert result.returncode == 0, result.stderr
     return [tuple(json.loads(line)) for line in result.stdout.splitlines()]
 
 
-def digest_of(folder, load=inference.load_tokenizer):
-    import numpy as np
+def digest_of(source, load=inference.load_tokenizer):
+    return digest(load(source))
 
-    params = convert.flatten(load(folder).params)
+
+def digest(model):
+    params = convert.flatten(model.params)
     return hashlib.sha256(b"".join(np.asarray(params[path]).tobytes() for path in sorted(params))).hexdigest()
 
 
@@ -222,16 +249,8 @@ def test_a_broken_download_goes_on_and_the_cache_needs_no_network(hub, folders, 
     ranges = [asked for method, path, asked in hub.requests if method == "GET" and path.startswith("/large/")]
     assert ranges == [None, "bytes=20480-"]
 
-    # The name of a pair loads both models.
+    # In another process, for a pair of which one model is in the cache.
     assert run(hub.url, tmp_path, {**step, "kind": "pair"}) == [("loaded", ["TiTokConfig", "GeneratorConfig"])]
-
-    # Each has its own revision: v0 of the tokenizer is another model.
-    ((kind, message),) = run(hub.url, tmp_path, {**step, "kind": "pair", "tokenizer_revision": "v0"})
-    assert kind == "ValueError"
-    assert "is a VAE" in message
-    ((kind, message),) = run(hub.url, tmp_path, {**step, "kind": "pair", "revision": "v9"})
-    assert kind == "DownloadError"
-    assert message.startswith(f"cannot download hf://{GENERATOR}/config.json: there is no revision 'v9' of it")
 
     # Offline, and with a hub that cannot be reached.
     asked = len(hub.requests)
@@ -270,3 +289,64 @@ def test_a_hub_that_breaks_off_for_good_or_holds_a_damaged_file(hub, tmp_path):
     ((kind, message),) = run(hub.url, tmp_path, {"source": "titok_l32"})
     assert kind == "WeightsError"
     assert re.search(r"model.safetensors is not a whole safetensors file: it should have \d+ bytes, it has \d+", message)
+
+
+@pytest.fixture
+def cache(hub, tmp_path, monkeypatch):
+    """This process reads from the fake hub into an empty cache, which is returned. No networks are made of what it reads."""
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "notes"))
+    for name in ("Tokenizer", "Generator"):
+        monkeypatch.setattr(loading, name, lambda config, params, **_: types.SimpleNamespace(config=config, params=params))
+    return tmp_path / "hub"
+
+
+OUTSIDE = {"ETag": '"../../../outside"', "X-Linked-Etag": '"../../../outside"'}
+
+
+@pytest.mark.parametrize(
+    "forged", [OUTSIDE, {"ETag": "a" * 41, "X-Linked-Etag": "a" * 63}, {"X-Repo-Commit": "../../outside"}, {"ETag": '""'}]
+)
+def test_an_endpoint_does_not_choose_where_a_file_is_written(forged, hub, cache, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    hub.headers = forged
+    with pytest.raises(DownloadError, match=r"cannot download \S+/config.json: the endpoint names the (file|commit) '"):
+        inference.load_tokenizer("titok_l32")
+    assert set(tmp_path.rglob("*")) == before
+    hub.headers = {}
+    inference.load_tokenizer_config("titok_l32")
+    if forged != {"ETag": '""'}:  # for a large file the other header counts
+        hub.headers = forged
+        before = set(tmp_path.rglob("*"))
+        with pytest.raises(DownloadError, match=r"cannot download \S+/model.safetensors: the endpoint names the "):
+            inference.load_tokenizer("titok_l32", revision=COMMIT)
+        assert set(tmp_path.rglob("*")) == before
+    hub.headers = {}
+    inference.load_tokenizer("titok_l32")
+
+
+def test_answers_to_a_new_session_are_checked_too(hub, cache, tmp_path, monkeypatch):
+    """huggingface_hub opens a new session when a connection failed. What that was answered is not used."""
+    download, calls = huggingface_hub.hf_hub_download, []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if hub.headers or len(calls) % 2:
+            huggingface_hub.close_session()
+        return download(*args, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing)
+    inference.load_tokenizer("titok_l32")
+    assert len(calls) == 4
+    shutil.rmtree(cache)
+    hub.headers = OUTSIDE
+    with pytest.raises(DownloadError, match=r"config.json: the connection was opened anew during the download; try again"):
+        inference.load_tokenizer("titok_l32")
+    assert len(calls) == 7
+    assert not (tmp_path / "outside").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from titok_jax.runtime.paths import HUB_PREFIX
 from titok_jax.weights.convert import WeightsError
+from titok_jax.weights.hub_answers import watched_download
 
 
 class DownloadError(OSError):
@@ -15,12 +16,11 @@ class DownloadError(OSError):
 
 def download_file(repository: str, file: str, *, revision: str | None, token: str | None) -> Path:
     """Returns the path of a hub file in the cache. Downloads the file if it is not there."""
-    import huggingface_hub
     from huggingface_hub import constants, errors
 
     what = f"{HUB_PREFIX}{repository}/{file}"
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, token=token))
+        return Path(watched_download(repository, file, revision=revision, token=token))
     except errors.RevisionNotFoundError:
         message = f"there is no revision {revision!r} of it; give a branch, a tag or a commit of that repository"
     except errors.RemoteEntryNotFoundError:
