@@ -1,5 +1,6 @@
 """Reading from the Hugging Face hub, against a server on loopback that speaks its protocol."""
 
+import functools
 import hashlib
 import http.server
 import json
@@ -11,6 +12,7 @@ import sys
 import threading
 import types
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -21,7 +23,7 @@ import tiny_models as tiny
 
 from titok_jax import inference
 from titok_jax.inference import loading
-from titok_jax.weights import convert
+from titok_jax.weights import convert, pretrained
 from titok_jax.weights.hub import DownloadError
 
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
@@ -305,6 +307,63 @@ def cache(hub, tmp_path, monkeypatch):
     for name in ("Tokenizer", "Generator"):
         monkeypatch.setattr(loading, name, lambda config, params, **_: types.SimpleNamespace(config=config, params=params))
     return tmp_path / "hub"
+
+
+def hashed(monkeypatch):
+    """A list that gets the name of each file that is hashed from now on."""
+    files, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: files.append(file.name) or digest(file, name))
+    return files
+
+
+def test_an_intact_file_is_hashed_once(hub, cache, monkeypatch):
+    files = hashed(monkeypatch)
+    load = functools.partial(inference.load_tokenizer, "titok_l32")
+    load()
+    (weights,) = cache.glob("*/snapshots/*/model.safetensors")
+    blob = weights.resolve()
+    assert files == [str(blob)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: load(), range(8)))
+    assert pretrained.weights_sha256(None, "titok_l32") == {"tokenizer": blob.name}
+    assert len(files) == 1
+    os.utime(blob, ns=(0, 1))
+    load()
+    load()
+    assert len(files) == 2
+
+    # Of two threads that hash a file at once, both write the note.
+    os.utime(blob, ns=(0, 2))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: load(), range(8)))
+    count = len(files)
+    load()
+    assert len(files) == count
+
+    # A change is noticed, and a note of a file that has come back intact is written again.
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for _ in range(2):
+        with pytest.raises(convert.WeightsError, match=f"{weights} is damaged: .*; remove {blob} to download it again"):
+            load()
+    # The cache may keep the file elsewhere, and have a link in its place.
+    shared = cache / "shared"
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    with pytest.raises(convert.WeightsError, match=f"{weights} is damaged: .*; remove {shared} to download it again"):
+        load()
+    shared.unlink()
+    load()
+    assert blob.read_bytes() == data
+
+    # Without a place for notes a file is hashed each time.
+    (cache / "file").touch()
+    for place in (str(cache / "file"), "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", place)
+        files.clear()
+        load()
+        load()
+        assert len(files) == 2
 
 
 OUTSIDE = {"ETag": '"../../../outside"', "X-Linked-Etag": '"../../../outside"'}

@@ -20,7 +20,7 @@ from etils import epath
 
 from titok_jax import models
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig
-from titok_jax.runtime.outputs import new_folder, sha256
+from titok_jax.runtime.outputs import new_folder
 from titok_jax.runtime.paths import as_path, is_remote, local_copy
 from titok_jax.weights import convert, published_models, safetensors_file, tensor_files
 from titok_jax.weights.config_files import (
@@ -33,7 +33,7 @@ from titok_jax.weights.config_files import (
     write_config,
 )
 from titok_jax.weights.convert import WeightsError
-from titok_jax.weights.hub import check_download, download_file
+from titok_jax.weights.hub import check_download, download_file, weights_checksum
 from titok_jax.weights.known_models import KINDS, abstract_params, buffers, match, published_shapes
 
 _CONFIG_CHECKSUM = "config_crc32"  # metadata key of the weights: checksum of the configuration they were saved with
@@ -345,8 +345,8 @@ def weights_sha256(
     """
     result = {}
     if generator is not None:
-        result["generator"] = sha256(locate(generator, GeneratorConfig, revision=revision).weights)
+        result["generator"] = weights_checksum(locate(generator, GeneratorConfig, revision=revision).weights)
     if tokenizer is not None:
         kind = tokenizer_kind(tokenizer, revision=tokenizer_revision) if generator is None else TiTokConfig
-        result["tokenizer"] = sha256(locate(tokenizer, kind, revision=tokenizer_revision).weights)
+        result["tokenizer"] = weights_checksum(locate(tokenizer, kind, revision=tokenizer_revision).weights)
     return result
