@@ -309,6 +309,88 @@ def cache(hub, tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
+def fetched(hub):
+    """The files of which a body was sent, by name; a large one by the name with which it was asked for."""
+    names = {hashlib.sha256(data).hexdigest(): name for name, data in hub.repositories[PAIR]["main"][1].items()}
+    paths = [p.removeprefix("/large/") for method, p, _ in hub.requests if method == "GET" and not p.startswith("/api/")]
+    hub.requests.clear()
+    return [names.get(path, path.partition("/resolve/")[2].partition("/")[2]) for path in paths]
+
+
+def test_a_repository_of_a_generator_brings_its_tokenizer(hub, cache, folders, monkeypatch):
+    source = f"hf://{PAIR}"
+    assert inference.load_tokenizer_config(source) == tiny.TOKENIZER
+    assert fetched(hub) == ["config.json", "tokenizer/config.json"]
+    assert inference.pair_configs(source) == (tiny.TOKENIZER, tiny.GENERATOR)
+    assert inference.load_image_config(source) == tiny.TOKENIZER
+    assert fetched(hub) == []
+    assert digest_of(source) == digest_of(folders["pair"])
+    assert fetched(hub) == ["tokenizer/model.safetensors"]
+    tokenizer, generator = inference.load_pair(source)
+    assert fetched(hub) == ["model.safetensors"]
+    expected = [digest(model) for model in inference.load_pair(folders["pair"])]
+    assert [digest(tokenizer), digest(generator)] == expected
+    names, revisions = pretrained.pin_pair(source)
+    assert names == (f"{source}@{COMMIT}",) * 2
+    sums = pretrained.weights_sha256(*names, **revisions)
+    files = hub.repositories[PAIR]["main"][1]
+    assert list(sums.values()) == [
+        hashlib.sha256(files[name]).hexdigest() for name in ("model.safetensors", "tokenizer/model.safetensors")
+    ]
+
+    # A generator alone, and a revision that the tokenizer cannot have.
+    for load in (inference.load_pair, inference.load_tokenizer):
+        with pytest.raises(FileNotFoundError, match=f"{source}@(v0|{OLD_COMMIT}) holds no sub-folder tokenizer: name the"):
+            load(f"{source}@v0")
+    assert inference.load_generator(source, revision="v0").config == tiny.GENERATOR
+    assert inference.load_pair(source, f"hf://{PUBLIC}", revision="v0")[0].config == tiny.TOKENIZER
+    with pytest.raises(ValueError, match="tokenizer revision 'v0' given, but the tokenizer is in the repository of its gen"):
+        inference.load_pair(source, tokenizer_revision="v0")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert [digest(model) for model in inference.load_pair(source)] == expected
+    assert not hub.requests
+
+
+def test_the_name_of_a_pair_names_two_repositories(hub, cache):
+    tokenizer, generator = inference.load_pair("titok_l32", revision=COMMIT)
+    assert (tokenizer.config, generator.config) == (tiny.TOKENIZER, tiny.GENERATOR)
+    commits = {"revision": COMMIT, "tokenizer_revision": OLD_COMMIT}
+    assert pretrained.pin_pair("titok_l32", tokenizer_revision="v0") == (("titok_l32", None), commits)
+    assert pretrained.pin_pair("titok_l32", **commits) == (("titok_l32", None), commits)
+    with pytest.raises(ValueError, match="is a VAE"):  # v0 of the tokenizer is another model
+        inference.load_pair("titok_l32", tokenizer_revision="v0")
+    message = f"cannot download hf://{GENERATOR}/config.json: there is no revision 'v9' of it"
+    with pytest.raises(DownloadError, match=message):
+        inference.load_pair("titok_l32", revision="v9")
+
+
+def test_files_of_a_load_are_of_one_commit(hub, cache, folders, tmp_path):
+    """A push at any moment of a load: all files are those from before. The next load has all of the new ones."""
+    params = tiny.params(tiny.TOKENIZER, 6), tiny.params(tiny.GENERATOR, 5)
+    folder = pretrained.save(tmp_path / "new", tiny.GENERATOR, params[1], tokenizer=(tiny.TOKENIZER, params[0]))
+    old, new = hub.repositories[PAIR]["main"][1], files_of(folder)
+    before, after = ([digest(model) for model in inference.load_pair(path)] for path in (folders["pair"], folder))
+    moments = (
+        ("GET", "main", "config.json"),
+        ("GET", "{}", "tokenizer/config.json"),
+        ("HEAD", "{}", "model.safetensors"),
+    )
+    for number, (method, revision, file) in enumerate(moments):
+        commits = f"{2 * number:040x}", f"{2 * number + 1:040x}"
+        hub.repositories[PAIR] = {"main": (commits[0], old)}
+
+        def push(commits=commits):
+            hub.repositories[PAIR] = {"before": (commits[0], old), "main": (commits[1], new)}
+
+        hub.pushes = {(method, f"/{PAIR}/resolve/{revision.format(commits[0])}/{file}"): push}
+        shutil.rmtree(cache, ignore_errors=True)
+        assert [digest(model) for model in inference.load_pair(f"hf://{PAIR}")] == before
+        assert not hub.pushes
+    assert [digest(model) for model in inference.load_pair(f"hf://{PAIR}")] == after
+
+
 def hashed(monkeypatch):
     """A list that gets the name of each file that is hashed from now on."""
     files, digest = [], hashlib.file_digest
@@ -409,3 +491,17 @@ def test_answers_to_a_new_session_are_checked_too(hub, cache, tmp_path, monkeypa
         inference.load_tokenizer("titok_l32")
     assert len(calls) == 7
     assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("revision", ["", "../x", "a/../b", "/x", "x/", "-x", "a b", ".x"])
+def test_a_revision_is_checked_however_it_is_given(revision, hub, cache):
+    for source, options in ((f"hf://{PAIR}@{revision}", {}), (f"hf://{PAIR}", {"revision": revision})):
+        with pytest.raises(ValueError, match=r"revision '\S*.*': expected the name of a branch, a tag or a commit"):
+            inference.load_pair(source, **options)
+    assert not hub.requests
+
+
+def test_a_revision_may_be_a_path(hub, cache):
+    hub.repositories[PAIR]["refs/pr/1"] = hub.repositories[PAIR]["main"]
+    for source, options in ((f"hf://{PAIR}@refs/pr/1", {}), (f"hf://{PAIR}", {"revision": "refs/pr/1"})):
+        assert inference.pair_configs(source, **options) == (tiny.TOKENIZER, tiny.GENERATOR)

@@ -15,6 +15,7 @@ from titok_jax.weights.convert import WeightsError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINER_FILE = "pytorch_model.bin"  # the weights file of the published trainer
+TOKENIZER_FOLDER = "tokenizer"  # of a generator's folder
 
 
 def read_config_as(path: Path, kind: type) -> models.Config:

@@ -1,6 +1,7 @@
 """Downloads files from the Hugging Face hub into its cache, and checks cached files."""
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -15,7 +16,38 @@ _CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's checksum of a smal
 
 
 class DownloadError(OSError):
-    """The hub did not provide a file; the message says what to do."""
+    """The hub did not provide a file; the message says what to do.
+
+    Attributes:
+      not_held: whether the reason is that the repository does not hold the file.
+    """
+
+    def __init__(self, message: str, *, not_held: bool = False):
+        super().__init__(message)
+        self.not_held = not_held
+
+
+@dataclasses.dataclass
+class Repository:
+    """A repository on the hub. All files that one object downloads are of one commit.
+
+    Attributes:
+      name: "owner/name".
+      revision: branch, tag or commit; None for the default branch. After the first download it is the commit.
+      token: access token; None for the one set by `hf auth login` or HF_TOKEN.
+    """
+
+    name: str
+    revision: str | None = None
+    token: str | None = None
+
+    def download(self, file: str) -> Path:
+        """Returns the path of a file in the cache. Downloads the file if it is not there. Errors as in `download_file`."""
+        path = download_file(self.name, file, revision=self.revision, token=self.token)
+        commit = path.parents[file.count("/")].name  # the cache has it at snapshots/COMMIT/FILE
+        if re.fullmatch(r"[0-9a-f]{40}", commit):
+            self.revision = commit
+        return path
 
 
 def download_file(repository: str, file: str, *, revision: str | None, token: str | None) -> Path:
@@ -33,6 +65,7 @@ def download_file(repository: str, file: str, *, revision: str | None, token: st
         message = f"there is no revision {revision!r} of it; give a branch, a tag or a commit of that repository"
     except errors.RemoteEntryNotFoundError:
         message = "the repository does not hold this file; is it a model of another kind?"
+        raise DownloadError(f"cannot download {what}: {message}", not_held=True) from None
     except errors.RepositoryNotFoundError as error:
         status = error.response.status_code
         message = (
