@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a model (default: digits)")
     parser.add_argument("--tokenizer", help="name or folder, if not the one in the generator's folder")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (HF_TOKEN: a token for it)")
-    parser.add_argument("--tokenizer-revision", help="the same of the tokenizer, which is in a repository of its own")
+    parser.add_argument("--tokenizer-revision", help="the same of the tokenizer, if that is in a repository of its own")
     what = parser.add_argument_group("what is measured", "without these: every figure of a model of the digits")
     what.add_argument("--reconstruct", metavar="DATA", help="images against their reconstructions by the tokenizer")
     what.add_argument(
@@ -162,7 +162,9 @@ def _check_outputs(args: argparse.Namespace, mode: str) -> None:
 
 
 def _models(args: argparse.Namespace, mode: str) -> "tuple[int, list[SamplingConfig]]":
-    """Returns (side of the model's images in pixels, sampling settings of every point). Sets `args.num` for a generator.
+    """Returns (side of the model's images in pixels, sampling settings of every point).
+
+    For a generator it sets `args.num`, and in the names and revisions of models on the hub the commits that they have now.
 
     Raises:
       ValueError: if the model cannot be evaluated in this mode.
@@ -170,12 +172,15 @@ def _models(args: argparse.Namespace, mode: str) -> "tuple[int, list[SamplingCon
     from titok_jax import inference
     from titok_jax.evaluation.runs import check_generator, tokenizer_revision
     from titok_jax.evaluation.sweep import settings_grid
+    from titok_jax.weights.pretrained import pin_pair
 
     if mode in ("reconstruction", "reference"):
         revision = tokenizer_revision(args, None)
         tokenizer, grid = inference.load_image_config(args.tokenizer or args.model, revision=revision), []
     else:
         revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
+        (args.model, args.tokenizer), revisions = pin_pair(args.model, args.tokenizer, **revisions)
+        vars(args).update(revisions)
         tokenizer, generator = inference.pair_configs(args.model, args.tokenizer, **revisions)
         grid = settings_grid(args, generator.sampling)
         check_generator(args, tokenizer.image_size, generator.num_classes)

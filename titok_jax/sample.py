@@ -44,10 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = ", ".join(published_models.names("generator"))
-    parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a generator (default: digits)")
-    parser.add_argument("--tokenizer", help="name or folder, if not the one in the generator's folder")
+    parser.add_argument(
+        "--model", default="digits", help=f"name ({known}), hf://owner/name or folder of a generator (default: digits)"
+    )
+    parser.add_argument("--tokenizer", help="name or folder, if not the one in the generator's folder or repository")
     parser.add_argument("--revision", help="branch, tag or commit of a generator on the hub (HF_TOKEN: a token for it)")
-    parser.add_argument("--tokenizer-revision", help="the same of its tokenizer, which is in a repository of its own")
+    parser.add_argument("--tokenizer-revision", help="the same of its tokenizer, if that is in a repository of its own")
     parser.add_argument("--labels", default="all", help="classes: numbers separated by commas, or all (default: all)")
     parser.add_argument("--num", type=int, default=64, help="how many images, shared among the labels (default: 64)")
     parser.add_argument(
@@ -71,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     published_models.find(args.model, "generator")  # before JAX is imported
 
     from titok_jax import inference
+    from titok_jax.weights.pretrained import pin_pair, weights_sha256
 
     revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
-    tokenizer_config, config = inference.pair_configs(args.model, args.tokenizer, **revisions)
+    (model, tokenizer), revisions = pin_pair(args.model, args.tokenizer, **revisions)
+    tokenizer_config, config = inference.pair_configs(model, tokenizer, **revisions)
     if tokenizer_config.predicts_codes:
         raise ValueError("the tokenizer is a stage 1 model, which predicts codes, not images; name one of stage 2")
     settings = sampling_settings(args, config.sampling)
@@ -85,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
     from titok_jax.runtime import processes
-    from titok_jax.weights.pretrained import weights_sha256
 
     processes.initialize_distributed()
     batch_size = min(args.batch_size, args.num)
@@ -95,14 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         {"labels": args.labels, "seed": args.seed}
         | precision
         | dataclasses.asdict(settings)
-        | weights_sha256(args.model, args.tokenizer or args.model, **revisions),
+        | weights_sha256(model, tokenizer or model, **revisions),
         args.num,
         batch_size,
         restart=args.overwrite,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    tokenizer, generator = inference.load_pair(args.model, args.tokenizer, mesh="local", **precision, **revisions)
+    tokenizer, generator = inference.load_pair(model, tokenizer, mesh="local", **precision, **revisions)
 
     def pieces(numbers):
         options = {"batch_size": batch_size, "numbers": numbers, "sampling": settings}

@@ -33,8 +33,8 @@ def load_tokenizer(
 
     Args:
       source: a name ("digits", "titok_l32", ...: `python -m titok_jax.zoo` lists them), a Hugging Face repository
-        ("hf://owner/name", optionally with "@revision"), a folder, or a file of weights. A generator's folder stands for the
-        tokenizer in it.
+        ("hf://owner/name", optionally with "@revision"), a folder, or a file of weights. A generator's folder or repository
+        stands for the tokenizer in it.
       dtype: computation dtype, "float32" or "bfloat16".
       precision: of matrix products: "highest", "high" or "default" (what TPUs and GPUs compute fastest: bfloat16 or TF32).
         None means "highest" for float32, so that tokens and images are the same on every kind of device, and "default" for
@@ -149,19 +149,21 @@ def load_pair(
 ) -> tuple[Tokenizer, Generator]:
     """Loads a generator and the tokenizer for its tokens.
 
-    If `tokenizer` is None, the tokenizer has the same name as the generator or is in the generator's folder. On the hub the
-    two are in different repositories, so each has its own revision.
+    If `tokenizer` is None, the tokenizer has the same name as the generator, or is in the generator's folder or repository.
+    The published tokenizers are in repositories of their own, which have their own revisions. All files of a repository are
+    read from one commit.
 
     Raises:
       ValueError: as `load_tokenizer`, and if the two do not fit together.
       FileNotFoundError: as `load_tokenizer`, and if no tokenizer is named and none belongs to the generator.
     """
-    revisions = {"revision": revision, "tokenizer_revision": tokenizer_revision, "token": token}
-    pair_configs(source, tokenizer, **revisions)  # reports a mismatch before weights are read
+    revisions = {"revision": revision, "tokenizer_revision": tokenizer_revision}
+    (source, tokenizer), revisions = pretrained.pin_pair(source, tokenizer, **revisions, token=token)
+    pair_configs(source, tokenizer, **revisions, token=token)  # reports a mismatch before weights are read
     options = {"dtype": dtype, "precision": precision, "param_dtype": param_dtype, "mesh": mesh, "token": token}
-    generator = load_generator(source, revision=revision, **options)
+    generator = load_generator(source, revision=revisions["revision"], **options)
     source = source if tokenizer is None else tokenizer
-    return load_tokenizer(source, revision=tokenizer_revision, **options), generator
+    return load_tokenizer(source, revision=revisions["tokenizer_revision"], **options), generator
 
 
 def pair_configs(
@@ -173,7 +175,9 @@ def pair_configs(
     token: str | None = None,
 ) -> tuple[TiTokConfig, GeneratorConfig]:
     """Loads only the configurations of a pair and checks that they fit together. Errors are those of `load_pair`."""
-    generator = pretrained.load_config(source, GeneratorConfig, revision=revision, token=token)
+    revisions = {"revision": revision, "tokenizer_revision": tokenizer_revision}
+    (source, tokenizer), revisions = pretrained.pin_pair(source, tokenizer, **revisions, token=token)
+    generator = pretrained.load_config(source, GeneratorConfig, revision=revisions["revision"], token=token)
     if (
         tokenizer is None
         and source not in published_models.names("tokenizer")
@@ -181,7 +185,7 @@ def pair_configs(
     ):
         raise FileNotFoundError(f"{source} holds no sub-folder tokenizer: name the tokenizer of this generator")
     source = source if tokenizer is None else tokenizer
-    pair = load_tokenizer_config(source, revision=tokenizer_revision, token=token), generator
+    pair = load_tokenizer_config(source, revision=revisions["tokenizer_revision"], token=token), generator
     check_pair(*pair)
     return pair
 

@@ -112,6 +112,12 @@ def local_copy(path: str | os.PathLike) -> Path:
     return _copied(os.fspath(path), found.length, found.mtime)
 
 
+def cache_folder() -> Path | None:
+    """The folder of what this package may remember between processes; it need not exist. None without a home folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "titok_jax" if os.path.isabs(base) else None
+
+
 def needs_mount(path: str | os.PathLike, what: str) -> ValueError:
     """The error for formats that can only be read from local files."""
     return ValueError(

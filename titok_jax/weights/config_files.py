@@ -16,6 +16,7 @@ from titok_jax.weights.convert import WeightsError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINER_FILE = "pytorch_model.bin"  # the weights file of the published trainer
+TOKENIZER_FOLDER = "tokenizer"  # of a generator's folder
 
 FAMILY_KEY = "family"  # in a config.json: the name of a model family that the published code does not have
 

@@ -6,7 +6,6 @@ its tokenizer in the sub-folder `tokenizer`. The generators that we train have o
 """
 
 import contextlib
-import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,13 +19,14 @@ from etils import epath
 
 from titok_jax import models
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig, tables
-from titok_jax.runtime.outputs import new_folder, sha256
-from titok_jax.runtime.paths import as_path, is_remote, local_copy
+from titok_jax.runtime.outputs import new_folder
+from titok_jax.runtime.paths import HUB_PREFIX, as_path, is_remote, local_copy
 from titok_jax.weights import convert, published_models, safetensors_file, tensor_files
 from titok_jax.weights.config_files import (
     CHECKSUMS,
     CONFIG_FILE,
     NETWORK_CHECKSUM,
+    TOKENIZER_FOLDER,
     TRAINER_FILE,
     WEIGHTS_FILE,
     config_json,
@@ -37,7 +37,7 @@ from titok_jax.weights.config_files import (
     write_config,
 )
 from titok_jax.weights.convert import WeightsError
-from titok_jax.weights.hub import check_download, download_file
+from titok_jax.weights.hub import DownloadError, Repository, check_download, weights_checksum
 from titok_jax.weights.known_models import match, published_shapes
 
 
@@ -64,36 +64,29 @@ def locate(
 ) -> Source:
     """Finds a model's files. Downloads them if they are on the hub and not in its cache.
 
+    All files from the hub are of one commit.
+
     Args:
       source: a name in `titok_jax.zoo`, "hf://owner/name", "hf://owner/name@revision", a model folder or a weights file.
         Files in a bucket are copied once per process. A `Path` is always a path.
-      kind: configuration class of the wanted model. With TiTokConfig, a generator's folder gives the tokenizer inside it.
+      kind: configuration class of the wanted model. With TiTokConfig, a generator's folder or repository gives the tokenizer
+        inside it.
       revision: branch, tag or commit of a model on the hub.
       token: access token for the hub (default: the one set by `hf auth login` or HF_TOKEN).
       config_only: download no weights.
 
     Raises:
-      ValueError: an unknown name, a revision for a model that is not on the hub, or two different revisions.
-      FileNotFoundError: a folder that holds no model.
+      ValueError: an unknown name, a revision for a model that is not on the hub, two different revisions, or a text that
+        cannot be a revision.
+      FileNotFoundError: a folder that holds no model, or a generator's repository that holds no tokenizer.
       DownloadError: the hub does not provide the files, and they are not in its cache.
       WeightsError: the configuration in the cache is damaged.
     """
     if is_remote(source):
         source = _local_model(as_path(source))
     found = published_models.find(source, _kind_name(kind)) if isinstance(source, str) else Path(source)
-    on_hub = isinstance(found, str) or (isinstance(found, published_models.Model) and found.folder is None)
-    if on_hub:
-        known = isinstance(found, published_models.Model)
-        repository, file = (found.repository, found.file) if known else (found, WEIGHTS_FILE)
-        repository, _, named = repository.partition("@")
-        if named and revision not in (None, named):
-            raise ValueError(f"revision {revision!r} given, but {source} names another")
-        revision = named or revision
-        download = functools.partial(download_file, repository, revision=revision, token=token)
-        config = download(CONFIG_FILE) if file == WEIGHTS_FILE else None
-        if config is not None:
-            check_download(config)
-        return Source(None if config_only and config else download(file), config)
+    if _on_hub(found):
+        return _locate_on_hub(found, kind, str(source), revision, token, config_only)[0]
     if revision is not None:
         raise ValueError(f"revision {revision!r} given, but {source} is not on the hub")
     path = found.folder if isinstance(found, published_models.Model) else found
@@ -104,8 +97,8 @@ def locate(
         kept = next(path.absolute().parent.glob(f".{path.name}.old-*"), None) if path.name else None
         hint = f"; a save was killed; what was there before is {kept}" if kept else ""
         raise FileNotFoundError(f"{path} is not a folder or file{hint}")
-    if kind is TiTokConfig and (path / "tokenizer").is_dir():
-        path = path / "tokenizer"
+    if kind is TiTokConfig and (path / TOKENIZER_FOLDER).is_dir():
+        path = path / TOKENIZER_FOLDER
     config = path / CONFIG_FILE
     files = [path / name for name in (WEIGHTS_FILE, TRAINER_FILE) if (path / name).is_file()]
     if not files and not config.is_file():
@@ -123,6 +116,111 @@ def _kind_name(kind: type | None) -> str | None:
     return name if name in published_models.KINDS else None
 
 
+def _on_hub(found: published_models.Model | os.PathLike | str) -> bool:
+    """Whether what `published_models.find` returned is on the hub."""
+    return found.folder is None if isinstance(found, published_models.Model) else isinstance(found, str)
+
+
+def _locate_on_hub(
+    found: published_models.Model | str,
+    kind: type | None,
+    source: str,
+    revision: str | None,
+    token: str | None,
+    config_only: bool,
+) -> tuple[Source, str | None]:
+    """The part of `locate` that reads from the hub: the files, all of one commit, and that commit.
+
+    The configuration comes first. It says whether the repository holds a generator, with its tokenizer in a sub-folder.
+    """
+    known = isinstance(found, published_models.Model)
+    name, _, named = (found.repository if known else found).partition("@")
+    if revision is not None:
+        published_models.check_revision(revision)
+        if named and revision != named:
+            raise ValueError(f"revision {revision!r} given, but {source} names another")
+    repository = Repository(name, named or revision, token)
+    if known and found.file != WEIGHTS_FILE:
+        return Source(repository.download(found.file), None), repository.revision
+    folder, config = "", repository.download(CONFIG_FILE)
+    check_download(config)
+    if kind is TiTokConfig and not known and "generator" in _model_section(config):
+        folder = f"{TOKENIZER_FOLDER}/"
+        try:
+            config = repository.download(folder + CONFIG_FILE)
+        except DownloadError as error:
+            if not error.not_held:
+                raise
+            raise FileNotFoundError(
+                f"{source} holds no sub-folder {TOKENIZER_FOLDER}: name the tokenizer of this generator"
+            ) from None
+        check_download(config)
+    weights = None if config_only else repository.download(folder + WEIGHTS_FILE)
+    return Source(weights, config), repository.revision
+
+
+def pin(
+    source: str | os.PathLike, kind: type, *, revision: str | None = None, token: str | None = None
+) -> tuple[str | os.PathLike, str | None]:
+    """Fixes the commit of a model on the hub, so that several calls read the files of one commit.
+
+    Args:
+      As in `locate`. Downloads the configuration.
+
+    Returns:
+      (source, revision) with the commit in place of a branch, of a tag or of no revision. The arguments if the model is not
+      on the hub. Errors as in `locate`.
+    """
+    if (
+        is_remote(source)
+        or not isinstance(source, str)
+        or not _on_hub(found := published_models.find(source, _kind_name(kind)))
+    ):
+        return source, revision
+    _, commit = _locate_on_hub(found, kind, str(source), revision, token, config_only=True)
+    if isinstance(found, published_models.Model):
+        return source, commit
+    return HUB_PREFIX + found.partition("@")[0] + (f"@{commit}" if commit else ""), None
+
+
+def pin_pair(
+    source: str | os.PathLike,
+    tokenizer: str | os.PathLike | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer_revision: str | None = None,
+    token: str | None = None,
+) -> tuple[tuple[str | os.PathLike, str | os.PathLike | None], dict[str, str | None]]:
+    """`pin` for a generator and its tokenizer.
+
+    Returns:
+      (source, tokenizer) and the two revisions by name. If a generator's repository brings the tokenizer, that is named too.
+
+    Raises:
+      ValueError: as `locate`, and for another revision of a tokenizer that is in its generator's repository.
+      DownloadError, WeightsError: as `locate`.
+    """
+    named = tokenizer_revision in (None, revision)
+    source, revision = pin(source, GeneratorConfig, revision=revision, token=token)
+    if tokenizer is None and isinstance(source, str) and source.startswith(HUB_PREFIX):
+        if not named:
+            raise ValueError(
+                f"tokenizer revision {tokenizer_revision!r} given, but the tokenizer is in the repository of its generator"
+            )
+        tokenizer, tokenizer_revision = source, None
+    elif tokenizer is not None:
+        tokenizer, tokenizer_revision = pin(tokenizer, TiTokConfig, revision=tokenizer_revision, token=token)
+    elif source in published_models.names("tokenizer"):
+        _, tokenizer_revision = pin(source, TiTokConfig, revision=tokenizer_revision, token=token)
+    return (source, tokenizer), {"revision": revision, "tokenizer_revision": tokenizer_revision}
+
+
+def _model_section(path: Path) -> Mapping[str, Any]:
+    """The section `model` of a configuration file; empty if there is none. Errors as in `read_config`."""
+    section = read_config(path).get("model")
+    return section if isinstance(section, dict) else {}
+
+
 def _local_model(source: epath.Path) -> Path:
     """Copies the files that `locate` may read from a model folder or weights file in a bucket. Returns the local path."""
     if source.is_file():
@@ -133,7 +231,7 @@ def _local_model(source: epath.Path) -> Path:
         return local_copy(source)
     if not (source / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{source} is no model folder: it has no {CONFIG_FILE}")
-    for path in (source / "tokenizer" / WEIGHTS_FILE, source / "tokenizer" / CONFIG_FILE, source / WEIGHTS_FILE):
+    for path in (source / TOKENIZER_FOLDER / WEIGHTS_FILE, source / TOKENIZER_FOLDER / CONFIG_FILE, source / WEIGHTS_FILE):
         if path.is_file():
             local_copy(path)
     return local_copy(source / CONFIG_FILE).parent
@@ -197,8 +295,7 @@ def tokenizer_kind(source: str | os.PathLike, *, revision: str | None = None, to
         return MaskgitVQGANConfig if found.kind == models.family_for(MaskgitVQGANConfig).name else TiTokConfig
     files = locate(source, TiTokConfig, revision=revision, token=token, config_only=True)
     if files.config is not None:
-        model = read_config(files.config).get("model")
-        return MaskgitVQGANConfig if isinstance(model, dict) and "maskgit_vqgan" in model else TiTokConfig
+        return MaskgitVQGANConfig if "maskgit_vqgan" in _model_section(files.config) else TiTokConfig
     with open_model(files.weights, None, None) as (config, _):
         return MaskgitVQGANConfig if isinstance(config, MaskgitVQGANConfig) else TiTokConfig
 
@@ -312,15 +409,15 @@ def save(
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; remove it, choose another, or allow overwriting")
     if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE, "tokenizer"})
+        foreign = sorted({path.name for path in folder.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER})
         if foreign:
             raise FileExistsError(f"{folder} holds other files ({foreign[0]}) and is not replaced; move them away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder, last=CONFIG_FILE) as partial:
         _write(partial, config, params)
         if tokenizer is not None:
-            (partial / "tokenizer").mkdir()
-            _write(partial / "tokenizer", *tokenizer)
+            (partial / TOKENIZER_FOLDER).mkdir()
+            _write(partial / TOKENIZER_FOLDER, *tokenizer)
     return folder
 
 
@@ -353,8 +450,8 @@ def weights_sha256(
     """
     result = {}
     if generator is not None:
-        result["generator"] = sha256(locate(generator, GeneratorConfig, revision=revision).weights)
+        result["generator"] = weights_checksum(locate(generator, GeneratorConfig, revision=revision).weights)
     if tokenizer is not None:
         kind = tokenizer_kind(tokenizer, revision=tokenizer_revision) if generator is None else TiTokConfig
-        result["tokenizer"] = sha256(locate(tokenizer, kind, revision=tokenizer_revision).weights)
+        result["tokenizer"] = weights_checksum(locate(tokenizer, kind, revision=tokenizer_revision).weights)
     return result

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -300,17 +301,20 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
       repository.
 
     Raises:
-      ValueError: it is none of these; the message lists the known names.
+      ValueError: it is none of these (the message lists the known names), or the revision cannot be one.
     """
     text = os.fspath(name_or_path)
     for model in MODELS:
         if model.name == text and kind in (None, model.kind):
             return model
     if text.startswith(HUB_PREFIX):
-        repository = text.removeprefix(HUB_PREFIX).strip("/")
+        repository, at, revision = text.removeprefix(HUB_PREFIX).partition("@")
+        repository = repository.strip("/")
         if repository.count("/") != 1:
-            raise ValueError(f"{text!r}: expected {HUB_PREFIX}owner/name")
-        return repository
+            raise ValueError(f"{text!r}: expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name@revision")
+        if at:
+            check_revision(revision)
+        return repository + at + revision
     if as_path(text).exists():
         return as_path(text)
     others = [model.kind for model in MODELS if model.name == text]
@@ -318,6 +322,12 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
         raise ValueError(f"{text!r} is a {others[0]}, not a {kind}; of this kind there are: {', '.join(names(kind))}")
     known = "".join(f"\n  {name}: {what(name)}" for name in names(kind))
     raise ValueError(f"unknown model {text!r}: neither a folder or file, nor {HUB_PREFIX}owner/name, nor one of{known}")
+
+
+def check_revision(revision: str) -> None:
+    """Raises ValueError unless the text can be the name of a branch, a tag or a commit. It becomes a part of file paths."""
+    if ".." in revision or not all(re.fullmatch(r"\w[\w.+=#@-]*", part) for part in revision.split("/")):
+        raise ValueError(f"revision {revision!r}: expected the name of a branch, a tag or a commit")
 
 
 def what(name: str) -> str:
