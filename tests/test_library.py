@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from titok_jax import models
 from titok_jax.inference.functions import TokenizerFunctions, as_key, image_keys
 from titok_jax.inference.generator import Generator
 from titok_jax.inference.tokenizer import Tokenizer
+from titok_jax.runtime import sharding
 from titok_jax.weights import convert, pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -339,6 +343,62 @@ def test_edited_sampling_defaults_load_and_other_edits_do_not(tmp_path):
         titok_jax.load_generator(folder)
 
 
+def test_the_published_training_configurations_are_read():
+    """Files as `save_pretrained` of the published code writes them during training."""
+    config = tiny_models.TOKENIZER.to_published()
+    config["model"]["vq_model"] |= {
+        "pretrained_tokenizer_weight": "maskgit-vqgan-imagenet-f16-256.bin",
+        "clustering_vq": True,
+    }
+    assert models.TiTokConfig.from_published(config | {"losses": {}, "training": {"seed": 42}}) == tiny_models.TOKENIZER
+    config["model"]["vq_model"]["clustering_vq"] = 3
+    with pytest.raises(ValueError, match=r"model\.vq_model\.clustering_vq is 3, expected true or false"):
+        models.TiTokConfig.from_published(config)
+
+
 def test_the_api_shows_itself():
     assert {"load_tokenizer", "Generator", "TokenizerFunctions", "__version__"} <= set(dir(titok_jax))
     assert set(titok_jax.__all__) <= set(dir(titok_jax))
+
+
+def on_four_devices(*names: str) -> dict:
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, str(ROOT / "tests/foreign_programs.py"), *names]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def check_foreign_programs(*names: str) -> None:
+    """Values and gradients without a mesh, under axes of other names, under Explicit axes, and inside `jax.shard_map`."""
+    for name, errors in on_four_devices(*names).items():
+        assert errors.keys() == {"no mesh", "axes of other names", "explicit axes", "shard_map"}
+        # Sums over four devices, in another order; seen: 1e-6.
+        assert max(errors.values()) < 1e-4, (name, errors)
+
+
+def test_modules_in_programs_that_are_not_ours():
+    check_foreign_programs("generator", "tokenizer")
+
+
+@pytest.mark.long
+def test_other_modules_in_programs_that_are_not_ours():
+    check_foreign_programs("stage_2", "vae", "vqgan", "uvit", "discriminator", "lpips", "digits_net")
+
+
+def test_sampling_in_programs_that_are_not_ours():
+    assert on_four_devices("sampled")["sampled"] == {"AxisType.Auto": True, "AxisType.Explicit": True, "shard_map": True}
+
+
+def test_hints_do_nothing_without_rules():
+    """Only our rules, or another program's own, give the names in the models a meaning."""
+    x = jnp.ones((8, 4))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def program(rules):
+        with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+            return str(jax.make_jaxpr(lambda x: sharding.hint(x, "batch"))(x))
+
+    assert "sharding_constraint" not in program(())
+    assert "sharding_constraint" in program((("batch", "data"),))
+    assert "sharding_constraint" not in str(jax.make_jaxpr(lambda x: sharding.hint(x, "batch"))(x))

@@ -30,7 +30,7 @@ _EPILOG = """examples:
   python -m titok_jax.reconstruct --model runs/tokenizer/pretrained photos/ --out photos_reconstructed
       every image in a folder and below
 """
-_FILES = r".*_reconstruction\.png|grid\.png|tokens\.json"  # files in the output folder
+_FILES = r".*_reconstruction\.png|grid\.png|tokens\.json|settings\.json"  # files in the output folder
 _SHOWN = 64  # images in grid.png
 
 
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m titok_jax.reconstruct",
         description="Encodes images into tokens and decodes these. Writes one picture per image, original beside "
-        "reconstruction, all of them in grid.png, and the tokens in tokens.json; prints the PSNR.",
+        "reconstruction, all of them in grid.png, the tokens in tokens.json, the model in settings.json; prints the PSNR.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -138,7 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = reconstruct(tokenizer, images, batch_size=args.batch_size)
     with new_folder(out, last="tokens.json") as folder:
         mean = _write(folder, names, images, batches)
-    print(f"mean PSNR {mean:.2f} dB over {len(images)} images\nwrote {out}: the pictures, grid.png, tokens.json")
+        about = {"model": args.model, "revision": args.revision, **precision, "num_images": len(images), "psnr": mean}
+        (folder / "settings.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"mean PSNR {mean:.2f} dB over {len(images)} images\nwrote {out}: the pictures, grid.png, tokens.json, settings.json"
+    )
 
 
 if __name__ == "__main__":

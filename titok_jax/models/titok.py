@@ -43,6 +43,11 @@ TRANSFORMER_SIZES = {
 }
 
 
+# Keys of the published training configurations that do not decide the network: which VQGAN stage 1 and 2 start from, and
+# whether unused codes are restarted.
+_OF_TRAINING = {"pretrained_tokenizer_weight": str, "clustering_vq": bool}
+
+
 @dataclasses.dataclass(frozen=True)
 class TiTokConfig:
     """Architecture of a TiTok tokenizer.
@@ -170,6 +175,9 @@ class TiTokConfig:
         # Fields that a derived configuration adds have the same names in the file.
         own = {field.name for field in dataclasses.fields(cls)} - {field.name for field in dataclasses.fields(TiTokConfig)}
         fields |= published.take(vq, {name: name for name in own}, cls, "model.vq_model")
+        for key, kind in _OF_TRAINING.items():
+            if key in vq:
+                published.check(f"model.vq_model.{key}", vq.pop(key), key, kind)
         if "pixel_decoder" in vq:
             where = "model.vq_model.pixel_decoder"
             fields["pixel_decoder"] = published.take_all(vq.pop("pixel_decoder"), MaskgitVQGANConfig, where)
