@@ -89,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="its published weights; the environment variable TITOK_JAX_INCEPTION if not given",
     )
+    parser.add_argument(
+        "--latents",
+        choices=("sample", "mean"),
+        help="of a VAE with --reconstruct: draws from the posterior (default, as published; of --seed) or its mean",
+    )
     parser.add_argument("--lpips", metavar="FOLDER", help="with --reconstruct: also LPIPS, by the weights in this folder")
     parser.add_argument(
         "--json", metavar="FILE", help="write the figures and all settings there; of a sweep, a picture beside it"
@@ -112,6 +117,8 @@ def _check(args: argparse.Namespace) -> str:
         raise ValueError(f"--num is {args.num}, expected at least 1")
     sampling = [f"--{name.replace('_', '-')}" for name in _SAMPLING if getattr(args, name) is not None]
     several = [len(values or []) > 1 for values in (args.guidance_scale, args.temperature)]
+    if args.latents and not args.reconstruct:
+        raise ValueError("--latents goes with --reconstruct: it is how a VAE's latents are chosen for its reconstructions")
     if args.lpips and not args.reconstruct:
         raise ValueError("--lpips goes with --reconstruct: it is a distance of images and their reconstructions")
     if args.reconstruct:

@@ -24,6 +24,8 @@ _EPILOG = """examples:
       ten crops of every image in a folder: one pass stands for ten epochs with augmentation
   python -m titok_jax.pretokenize tfds:imagenet2012:train --model titok_l32 --crops random --passes 10 --out tokens
       the training augmentation, ten times over
+  python -m titok_jax.pretokenize imagenet/train --model maskgit_vqgan --format jsonl --out codes
+      the 256 codes of each image row by row, as the published scripts/pretokenization.py writes them
   python -m titok_jax.train --config configs/generator.py:b64 --config.data.source.paths='tokens/*.array_record' ...
       trains on them
 
@@ -43,10 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    tokenizers = published_models.names("tokenizer") + published_models.names("vqgan")
     parser.add_argument("data", metavar="DATA", help="a folder of images, or KIND:WHERE; see below")
-    parser.add_argument(
-        "--model", default="digits", help=f"tokenizer: {', '.join(published_models.names('tokenizer'))}, folder or file"
-    )
+    parser.add_argument("--model", default="digits", help=f"tokenizer: {', '.join(tokenizers)}, folder or file")
     parser.add_argument("--revision", help="branch, tag or commit of a tokenizer on the hub (HF_TOKEN: a token for it)")
     parser.add_argument("--out", required=True, type=as_path, help="folder of the shards, also gs://; made, or continued")
     parser.add_argument("--crops", choices=CROPS, help="pictures of each image (default: flip, of digits center)")
@@ -80,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
     from jax.experimental import multihost_utils
 
-    from titok_jax.inference.loading import load_tokenizer, load_tokenizer_config
+    from titok_jax.inference.loading import load_image_config, load_image_model
     from titok_jax.runtime import processes
     from titok_jax.weights.pretrained import weights_sha256
 
     processes.initialize_distributed()
-    config = load_tokenizer_config(args.model, revision=args.revision)
+    config = load_image_config(args.model, revision=args.revision)
     if not config.has_tokens:
         raise ValueError(f"{args.model} is a VAE, which has no token ids; a generator needs a vq tokenizer")
     precision = precision_settings(args)
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "format": args.format,
     }
     written, there = pretokenize(
-        load_tokenizer(args.model, revision=args.revision, mesh="local", **precision),
+        load_image_model(args.model, revision=args.revision, mesh="local", **precision),
         source,
         args.out,
         settings=settings,

@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="reconstructions", help="folder to write, also gs:// (default: reconstructions)")
     parser.add_argument("--num", type=int, default=8, help="without images: how many held-out digits (default: 8)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--latents", choices=("sample", "mean"), help="of a VAE: draws of --seed, or the mean (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of --latents sample (default: 0)")
     add_precision_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     return parser
@@ -126,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = inference.load_image_config(args.model, revision=args.revision)
     if config.predicts_codes:
         raise ValueError(f"{args.model} is a stage 1 model, which predicts codes, not images; name one of stage 2")
+    if config.has_tokens and args.latents:
+        raise ValueError(f"--latents is for VAEs; the tokens of {args.model} are not drawn")
     size = config.image_size
     names, images = _inputs(args, files, size)
     precision = precision_settings(args)
@@ -135,10 +139,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         what = f"{config.num_latent_tokens} latents of {config.token_size} channels"
     print(f"{args.model}: {size}x{size} pixels to {what}\ncompiling; the first batch takes longer")
-    batches = reconstruct(tokenizer, images, batch_size=args.batch_size)
+    key = args.seed if args.latents == "sample" else None
+    batches = reconstruct(tokenizer, images, batch_size=args.batch_size, key=key)
     with new_folder(out, last="tokens.json") as folder:
         mean = _write(folder, names, images, batches)
         about = {"model": args.model, "revision": args.revision, **precision, "num_images": len(images), "psnr": mean}
+        if not config.has_tokens:
+            about |= {"latents": args.latents or "mean", "seed": key}
         (folder / "settings.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(
         f"mean PSNR {mean:.2f} dB over {len(images)} images\nwrote {out}: the pictures, grid.png, tokens.json, settings.json"

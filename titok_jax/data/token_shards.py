@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -153,7 +152,10 @@ def pretokenize(
                 with token_writer(path) as write:
                     options = {name: settings[name] for name in ("crops", "seed")}
                     size = tokenizer.config.image_size
-                    encode = functools.partial(tokenizer.encode_all, batch_size=batch_size)
+
+                    def encode(images: np.ndarray) -> np.ndarray:
+                        return tokenizer.encode_all(images, batch_size=batch_size).reshape(len(images), -1)
+
                     for tokens, label in records(
                         source, positions, encode=encode, size=size, batch_size=batch_size, **options
                     ):

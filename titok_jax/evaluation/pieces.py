@@ -49,7 +49,7 @@ def image_pieces(shards: Shards, images, network) -> Pieces:
 
 
 def reconstruction_pieces(
-    shards: Shards, images, tokenizer, network, *, lpips: Callable | None = None, keep: bool = False
+    shards: Shards, images, tokenizer, network, *, lpips: Callable | None = None, keep: bool = False, key: int | None = None
 ) -> Pieces:
     """Makes pieces for images and their reconstructions, which are rounded to uint8 as published.
 
@@ -57,12 +57,14 @@ def reconstruction_pieces(
     fake_logits and so on. With `keep`, the array images holds the reconstructions.
 
     Args:
+      key: for VAEs only: a seed, to decode draws from the posterior instead of its mean.
       lpips: maps two float [b, H, W, 3] in [0, 1] to [b].
     """
 
     def pieces(numbers):
-        for real in _ahead(lambda number: images.read(shards.items(number)), numbers):
-            ((_, tokens, decoded),) = reconstruct(tokenizer, filled(real, shards.size), batch_size=shards.size)
+        for number, real in zip(numbers, _ahead(lambda number: images.read(shards.items(number)), numbers), strict=True):
+            options = {"batch_size": shards.size, "key": key, "first_index": number * shards.size}
+            ((_, tokens, decoded),) = reconstruct(tokenizer, filled(real, shards.size), **options)
             tokens, fake = tokens[: len(real)], to_uint8_round(decoded)[: len(real)]
             a, b = real / 255.0, fake / 255.0
             piece = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b)}

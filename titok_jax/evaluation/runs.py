@@ -148,8 +148,14 @@ def run_reconstruction(run: Evaluation) -> dict[str, Any] | None:
 
     source, revision = args.tokenizer or args.model, tokenizer_revision(args, None)
     tokenizer = inference.load_image_model(source, mesh="local", revision=revision, **run.precision)
+    if not tokenizer.config.has_tokens:
+        about["latents"] = args.latents or "sample"
+        about |= {"seed": args.seed} if about["latents"] == "sample" else {}
+    elif args.latents:
+        raise ValueError(f"--latents is for VAEs; the tokens of {source} are not drawn")
     job = run.work.job("reconstruction", len(images), run.identity | about)
-    run.work.make(job, pieces.reconstruction_pieces(job, images, tokenizer, run.network, lpips=lpips))
+    options = {"lpips": lpips, "key": about.get("seed")}
+    run.work.make(job, pieces.reconstruction_pieces(job, images, tokenizer, run.network, **options))
     if not job.first:
         return None
     codebook_size = tokenizer.config.codebook_size if tokenizer.config.has_tokens else None

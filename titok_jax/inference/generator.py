@@ -9,10 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from titok_jax.inference import many
-from titok_jax.inference.functions import GeneratorFunctions, image_keys
+from titok_jax.inference.functions import GeneratorFunctions, as_key, image_keys
 from titok_jax.inference.model import Model, as_int32, check_range, on_host
 from titok_jax.models.generator import GeneratorConfig, SamplingConfig
 from titok_jax.weights import convert
+
+# The classes that the published demo shows (demo_util.py, `sample_fn`), before a random one.
+DEMO_CLASSES = (1, 7, 282, 604, 724, 179, 751, 404, 850)
 
 
 class Generator(Model):
@@ -61,7 +64,7 @@ class Generator(Model):
 
     def generate(
         self,
-        labels: Any,
+        labels: Any = None,
         key: Any = 0,
         *,
         ids: Any = None,
@@ -76,7 +79,7 @@ class Generator(Model):
         the guidance scale or the temperature causes no recompilation.
 
         Args:
-          labels: int [B], 0 .. num_classes - 1.
+          labels: int [B], 0 .. num_classes - 1. None: ten classes (`demo_labels`).
           key: an int seed, a typed or raw threefry key, or one key per image [B].
           ids: int [B, N] in 0 .. codebook_size to start from. Tokens are kept, and those with the mask id
             (`config.mask_id`) are made, given the others and the label. None: all are made.
@@ -97,6 +100,7 @@ class Generator(Model):
           ValueError: for a label, id or setting out of range (of arrays on a device only shape and dtype are checked).
           TypeError: for an unknown setting.
         """
+        labels = demo_labels(self.config.num_classes, key) if labels is None else labels
         labels = self._checked_labels(labels, self.config.num_classes - 1)
         batch = labels.shape[0]
         ids = None if ids is None else self._checked_ids(ids, batch)
@@ -167,6 +171,15 @@ class Generator(Model):
         return as_int32(ids)
 
 
+def demo_labels(num_classes: int, key: Any = 0) -> np.ndarray:
+    """Ten classes to look at, int32 [10]: of ImageNet's 1,000 those of the published demo, nine and a random one; of fewer
+    classes the first in turn."""
+    if num_classes != 1000:
+        return np.arange(10, dtype=np.int32) % num_classes
+    random = jax.random.randint(jax.random.fold_in(as_key(key), 0), (), 0, 999)
+    return np.array([*DEMO_CLASSES, int(random)], np.int32)
+
+
 def resolve_sampling(base: SamplingConfig, batch: int, **settings: Any) -> tuple[SamplingConfig, Any, Any]:
     """Returns (settings that decide the compiled program, guidance scale, temperature); see `Generator.generate`.
 
@@ -188,6 +201,6 @@ def resolve_sampling(base: SamplingConfig, batch: int, **settings: Any) -> tuple
     return fixed, numbers["guidance_scale"], numbers["temperature"]
 
 
-def generate(generator: Generator, labels: Any, key: Any = 0, **options: Any) -> Any:
+def generate(generator: Generator, labels: Any = None, key: Any = 0, **options: Any) -> Any:
     """`generator.generate(labels, key, ...)`."""
     return generator.generate(labels, key, **options)

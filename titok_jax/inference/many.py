@@ -59,7 +59,7 @@ def decode(tokenizer: Any, tokens: Any, *, batch_size: int = 64, **options: Any)
 
 
 def reconstruct(
-    tokenizer: Any, images: Any, *, batch_size: int = 64, key: Any = None
+    tokenizer: Any, images: Any, *, batch_size: int = 64, key: Any = None, first_index: int = 0
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Encodes and decodes images, batch by batch.
 
@@ -68,6 +68,7 @@ def reconstruct(
       images: [n, H, W, 3] uint8, or float in [0, 1]; an object whose slices are such arrays; or an iterable of images.
       batch_size: images per batch. The last batch is filled up to it, so that one compiled program serves all batches.
       key: for VAEs only: decode draws from the posterior, each of the key and the image's index, instead of its mean.
+      first_index: the index of the first image in a longer list, for these draws.
 
     Yields:
       The slice of the images, tokens int32 [b, N] (VAE: float32 [b, N, C], VQGAN: int32 [b, h, w]), reconstructions float32
@@ -77,7 +78,7 @@ def reconstruct(
       ValueError: if the images do not have the tokenizer's size, or if it has no pixels (stage 1).
     """
     for start, count, batch in batches(images, batch_size, tokenizer):
-        tokens = tokenizer.encode(batch, key, first_index=start)
+        tokens = tokenizer.encode(batch, key, first_index=first_index + start)
         decoded = tokenizer.decode(tokens)
         yield slice(start, start + count), np.asarray(tokens)[:count], np.asarray(decoded)[:count]
 

@@ -35,6 +35,7 @@ def build_task(settings: Settings, *, abstract: bool = False) -> Task:
         "remat": settings.remat,
         "gradient_accumulation": settings.gradient_accumulation,
         "restart_codes": settings.restart_codes,
+        "log_grad_norms": settings.log_grad_norms,
         "start": None if abstract else _start(settings),
     }
     model, loss = settings.model, settings.loss

@@ -1,8 +1,11 @@
-"""Writes the metrics of a training to the terminal and to `metrics.jsonl`, `curves.png` and TensorBoard in the workdir."""
+"""Writes the metrics of a training to the terminal and to `metrics.jsonl`, `curves.png`, `log.txt` and TensorBoard in the
+workdir."""
 
 import contextlib
+import io
 import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,8 +18,56 @@ from tensorboardX import SummaryWriter
 from titok_jax.pictures import plots
 from titok_jax.runtime.paths import is_remote
 
-# These have no useful curve: the step axis itself, times, and values that the configuration fixes.
-_NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight")
+# These have no useful curve, or too many: the step axis itself, times, values that the configuration fixes, norms by group.
+_NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight", "grad_norm/", "disc_grad_norm/")
+
+
+class TextLog(io.TextIOBase):
+    """A copy of what a training prints, in `log.txt` of its workdir, each line with the date and time (UTC).
+
+    Use as `contextlib.redirect_stdout(TextLog())`. It keeps the text until `open` says where the workdir is, since
+    nothing is written there before it is locked. Lines of earlier processes stay. A remote file is copied once a minute.
+    """
+
+    def __init__(self):
+        self._terminal, self._kept, self._line = sys.stdout, [], ""
+        self._path = self._remote = None
+        self._last_copy = time.perf_counter()
+
+    def open(self, workdir: epath.Path) -> None:
+        """Writes what was printed until now to `workdir/log.txt`, and everything from now on."""
+        self._path = workdir / "log.txt"
+        if is_remote(workdir):
+            self._temporary = tempfile.TemporaryDirectory(prefix="titok_jax-")
+            self._remote, self._path = self._path, epath.Path(self._temporary.name) / "log.txt"
+            if self._remote.exists():
+                self._remote.copy(self._path)
+        self._append()
+
+    def write(self, text: str) -> int:
+        self._terminal.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        self._kept += [f"{now}  {line}\n" for line in lines]
+        if self._path is not None and lines:
+            self._append()
+        return len(text)
+
+    def flush(self) -> None:
+        self._terminal.flush()
+
+    def _append(self) -> None:
+        with self._path.open("a") as file:
+            file.write("".join(self._kept))
+        self._kept = []
+        if time.perf_counter() - self._last_copy > 60:
+            self.copy()
+
+    def copy(self) -> None:
+        """Copies the log to a remote workdir."""
+        self._last_copy = time.perf_counter()
+        if self._remote is not None:
+            self._path.copy(self._remote, overwrite=True)
 
 
 class MetricLog:
@@ -105,7 +156,7 @@ class MetricLog:
         """Draws curves.png: everything logged by this process and earlier ones, over the steps."""
         if not self._active:
             return
-        names = {name: None for record in self._records for name in record if name not in _NOT_DRAWN}
+        names = {name: None for record in self._records for name in record if not name.startswith(_NOT_DRAWN)}
         curves = {n: [(r["step"], r[n]) for r in self._records if r.get(n) is not None] for n in names}
         # Skip what is always 0, e.g. a loss with weight 0. Keep other constants, e.g. a learning rate.
         curves = {n: p for n, p in curves.items() if any(value for _, value in p)}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import signal
 import threading
 import time
@@ -20,11 +21,12 @@ from titok_jax.data.loader import Loader, make_loader
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
 from titok_jax.runtime import sharding
+from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path, is_remote
 from titok_jax.training.build import build_task
 from titok_jax.training.checkpoint import Checkpoints, check_config
 from titok_jax.training.lock import BucketLock, lock_workdir
-from titok_jax.training.log import MetricLog
+from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.progress import Evaluation, Previews
 from titok_jax.training.settings import Settings, check_batch
 from titok_jax.training.tasks.base import State, Task, jit_step
@@ -36,6 +38,7 @@ FREE_FIELDS = (
     "remat",
     "gradient_accumulation",
     "log_every",
+    "log_grad_norms",
     "checkpoint_every",
     "preview_every",
     "preview_images",
@@ -62,9 +65,16 @@ def train(settings: Settings, workdir: epath.PathLike) -> State | None:
     Returns:
       The final state in host memory, or None if SIGTERM stopped the run.
     """
-    run = prepare(settings, workdir)
     with contextlib.ExitStack() as held:
+        text = TextLog()
+        if jax.process_index() == 0:
+            held.callback(text.copy)
+            held.enter_context(contextlib.redirect_stdout(text))
+        run = prepare(settings, workdir)
         started = begin(run, held)
+        if run.first_process:
+            write_config(run)
+            text.open(run.workdir)
         state, done = run_steps(run, started)
         if done < settings.num_steps:
             if run.first_process:
@@ -233,6 +243,19 @@ def begin(run: Run, held: contextlib.ExitStack) -> Started:
         if run.first_process:
             print(f"Continuing at step {step} of {run.settings.num_steps} from {run.workdir}/checkpoints", flush=True)
     return Started(step, state, frozen, shardings, frozen_shardings, checkpoints, lock)
+
+
+def write_config(run: Run) -> None:
+    """Writes the configuration to `workdir/config.json`, in place of that of an earlier start. Leaves another file there."""
+    path = run.workdir / "config.json"
+    if path.exists():
+        with contextlib.suppress(ValueError):
+            found = json.loads(path.read_text())
+            if not (isinstance(found, Mapping) and found.keys() >= {"task", "model", "data"}):
+                print(f"WARNING: {path} is of another origin, so the configuration is in the checkpoints only", flush=True)
+                return
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(run.settings.given, indent=2) + "\n")
 
 
 def check_same_run(found: Mapping[str, Any], run: Run) -> None:

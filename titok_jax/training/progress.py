@@ -102,6 +102,8 @@ class Previews:
         images = jax.device_get(self._fn(state, frozen, self._batch, self._key))
         if jax.process_index():
             return
+        if "reconstruction" in images:
+            images["difference"] = np.abs(images["image"] - images["reconstruction"])
         self._folder.mkdir(parents=True, exist_ok=True)
         # The rows alternate between the kinds, so each reconstruction is below its original.
         count = len(next(iter(images.values())))

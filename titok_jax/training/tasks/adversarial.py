@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from titok_jax.training import losses
 from titok_jax.training.accumulation import cond, map_parts
-from titok_jax.training.tasks.base import Metrics, Network, State, Task, TaskOptions, make_network
+from titok_jax.training.tasks.base import Metrics, Network, State, Task, TaskOptions, group_norms, make_network
 
 _METRICS = ("discriminator_loss", "logits_real", "logits_fake", "lecam_loss", "disc_grad_norm", "disc_lr")
 
@@ -28,6 +28,7 @@ class Adversary:
       factor: factor of the adversarial terms from `start` on.
       gradient_penalty: weight of R1, which penalises the gradient of the mean over an image's grid of logits.
       parts: number of parts that a batch is split into to save memory. The update is that of the full batch.
+      log_grad_norms: as in `TaskOptions`.
     """
 
     network: Network
@@ -38,6 +39,7 @@ class Adversary:
     lecam_decay: float = 0.999
     gradient_penalty: float = 0.0
     parts: int = 1
+    log_grad_norms: bool = False
 
     def judge(self, state: State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns (factor, logits) of images [b, H, W, 3], with the parameters held constant. Both are 0 before `start`."""
@@ -54,10 +56,14 @@ class Adversary:
         """
         params, opt, lecam = state["params"]["discriminator"], state["opt"]["discriminator"], state["lecam"]
         names = (*_METRICS, "r1_penalty") if self.gradient_penalty else _METRICS
+        if self.log_grad_norms:
+            names = (*names, *group_norms(params, "disc_grad_norm"))
 
         def train():
             grads, (metrics, averages) = jax.grad(self._loss, has_aux=True)(params, state, images, reconstructions)
             new_params, new_opt, metrics["disc_grad_norm"] = self.network.apply(params, opt, grads)
+            if self.log_grad_norms:
+                metrics |= group_norms(grads, "disc_grad_norm")
             metrics["disc_lr"] = self.network.schedule(state["step"] - self.start)
             return new_params, new_opt, averages, {name: metrics[name] for name in names}
 
@@ -119,7 +125,8 @@ def make_adversary(loss: Any, options: TaskOptions, **others: Any) -> Adversary 
     steps, dtype = options.num_steps - start, options.compute_dtype
     network = make_network(options.discriminator, options.discriminator_optimizer, steps, compute_dtype=dtype)
     lecam = {"lecam_weight": loss.lecam_weight, "lecam_decay": loss.lecam_decay}
-    return Adversary(network, start, parts=options.gradient_accumulation, **lecam, **others)
+    shared = {"parts": options.gradient_accumulation, "log_grad_norms": options.log_grad_norms}
+    return Adversary(network, start, **shared, **lecam, **others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -137,6 +137,7 @@ class TaskOptions:
       remat: recompute each transformer block in the backward pass.
       gradient_accumulation: number of parts that a batch is split into. The gradient is that of the full batch.
       restart_codes: move unused codes of the codebook, see `quantizer.restart_codes`.
+      log_grad_norms: also give the norm of the gradient of each group of parameters, see `group_norms`.
     """
 
     optimizer: OptimizerConfig
@@ -150,6 +151,7 @@ class TaskOptions:
     remat: bool = False
     gradient_accumulation: int = 1
     restart_codes: bool = False
+    log_grad_norms: bool = False
 
     def network(self, config: models.Config, trained: tuple[str, ...] | None = None) -> Network:
         """The model of this training, with its optimizer."""
@@ -281,6 +283,8 @@ class Task:
         """Updates the model with its gradients and returns the new state. Adds "lr" and "grad_norm" to the metrics."""
         name, network, decay = self.model, self.networks[self.model], self.options.ema_decay
         params, opt, metrics["grad_norm"] = network.apply(state["params"][name], state["opt"][name], grads)
+        if self.options.log_grad_norms:
+            metrics |= group_norms(grads, "grad_norm")
         metrics["lr"] = network.schedule(state["step"])
         return {
             **state,
@@ -306,6 +310,15 @@ class Task:
         )
         params = {**params, "quantize": {**params["quantize"], "embedding": codebook}}
         return {**state, "params": {**state["params"], self.model: params}, "code_usage": usage}
+
+
+def group_norms(grads: convert.Params, name: str) -> Metrics:
+    """{f"{name}/{group}": the global norm of a group's gradient}. Groups are the parts of the network down to the second
+    level, such as "encoder/transformer"; the blocks of a stack are one group."""
+    groups: dict[str, list[jax.Array]] = {}
+    for path, leaf in convert.flatten(grads).items():
+        groups.setdefault("/".join(path.split("/")[:-1][:2]) or path, []).append(leaf)
+    return {f"{name}/{group}": optax.tree.norm(leaves) for group, leaves in groups.items()}
 
 
 def jit_step(task: Task, mesh: Mesh, state: Any, frozen: Any) -> Callable:
