@@ -1,5 +1,6 @@
 """tools/convert_weights.py: every format into every other and back, and the published code takes what is written."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -157,6 +158,26 @@ def test_a_write_that_fails_leaves_nothing(tool, tmp_path, capsys, monkeypatch):
         assert tool.main([str(folder), f"{tmp_path}/{output}"]) == 2
         assert "is not what was written" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_published_yaml_file_is_a_configuration(tool, tmp_path, capsys):
+    """A size that is in no table, as the published trainer leaves it: a file of weights and a YAML file."""
+    config = dataclasses.replace(tiny.TOKENIZER, num_latent_tokens=9)
+    safetensors.numpy.save_file(
+        convert.to_published(convert.table_for(config), tiny.params(config)), tmp_path / "a.safetensors"
+    )
+    text = json.dumps(config.to_published() | {"optimizer": {"learning_rate": 1e-4}})
+    (tmp_path / "a.yaml").write_text(
+        "# a comment\n" + text.replace('"num_latent_tokens": 9', '"num_latent_tokens": "${tokens}"')[:-1] + ', "tokens": 9}'
+    )
+    arguments = [str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--published-config"]
+    assert tool.main([*arguments, str(tmp_path / "a.yaml")]) == 0
+    assert pretrained.load(tmp_path / "out", models.TiTokConfig)[0] == config
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    assert tool.main([*arguments[:1], str(tmp_path / "other"), "--published-config", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml is not valid YAML" in capsys.readouterr().err
+    assert tool.main([*arguments, str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: no such file" in capsys.readouterr().err
 
 
 def test_a_discriminator_keeps_its_constants(tool, tmp_path):

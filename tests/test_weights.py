@@ -257,14 +257,16 @@ def test_other_files(tmp_path):
         pretrained.load(tmp_path / "nothing", TiTokConfig)
 
 
-def test_a_folder_of_the_published_trainer_names_what_is_in_it(tmp_path):
-    for name in ("ema_model", "unwrapped_model"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(
-        FileNotFoundError, match=r"is not a model folder.*there is one in ema_model and one in unwrapped_model"
-    ):
-        pretrained.load(tmp_path, TiTokConfig)
+def test_a_checkpoint_of_the_published_trainer(tmp_path, caplog):
+    """Beside the state of its trainer, it holds the model twice. The averaged one is taken, and said to be."""
+    for name, seed in (("unwrapped_model", 1), ("ema_model", 2)):
+        pretrained.save(tmp_path / "checkpoint-5" / name, tiny.TOKENIZER, tiny.params(tiny.TOKENIZER, seed))
+    (tmp_path / "checkpoint-5" / "model.safetensors").write_bytes(b"the trainer's own")
+    config, params = load_numpy(tmp_path / "checkpoint-5", TiTokConfig)
+    assert config == tiny.TOKENIZER
+    assert_equal(params, tiny.params(tiny.TOKENIZER, 2))
+    assert "taking ema_model; for the weights without averaging name" in caplog.text
+    assert_equal(load_numpy(tmp_path / "checkpoint-5" / "unwrapped_model", TiTokConfig)[1], tiny.params(tiny.TOKENIZER, 1))
 
 
 @pytest.mark.skipif(

@@ -44,6 +44,10 @@ _EPILOG = """examples:
       the original JAX MaskGIT-VQGAN to the PyTorch one's names; to .msgpack for the other direction
   python tools/convert_weights.py weights-inception-2015-12-05-6726825d.pth inception.safetensors
       the InceptionV3 of FID, checked by its SHA-256, for machines without PyTorch
+  python tools/convert_weights.py mine/checkpoint-500000 mine.safetensors
+      the averaged weights of a checkpoint of the published trainer
+  python tools/convert_weights.py mine.bin mine/ --published-config 1d-tokenizer/configs/infer/TiTok/titok_s128.yaml
+      a size that is not in the table of models, with the configuration that it was trained with
   python tools/convert_weights.py titok_l32 titok_l32_bf16.safetensors --dtype bfloat16 --dry-run
       what would be written
   python tools/convert_weights.py vgg16-397923af.pth WEIGHTS/vgg16-397923af.safetensors
@@ -168,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("output", help="folder or file to write, also gs://; must not exist")
     parser.add_argument("--kind", choices=_KINDS, help="which model of a name or folder (default: told from the tensors)")
     parser.add_argument("--revision", help="branch, tag or commit, of an input on the hub")
+    parser.add_argument(
+        "--published-config",
+        type=Path,
+        metavar="FILE",
+        help="configuration of the input: a YAML file of the published configs/, or a config.json",
+    )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the output (default: that of each tensor)")
     parser.add_argument("--dry-run", action="store_true", help="print names, shapes and dtypes; write nothing")
     return parser
@@ -220,8 +230,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kind is None and all(args.input in published_models.names(name) for name in ("generator", "tokenizer")):
         raise ValueError(f"{args.input} is a tokenizer and a generator; add --kind tokenizer or --kind generator")
     files = pretrained.locate(args.input, kind, revision=args.revision)
+    if args.published_config is not None:
+        if not args.published_config.is_file():
+            raise FileNotFoundError(f"--published-config {args.published_config}: no such file")
+        files = files._replace(config=args.published_config)
     hub.check_download(files.weights)
-    pretrained.check_config(files)
+    if args.published_config is None:
+        pretrained.check_config(files)
     with open_input(files, kind) as (config, found):
         _check(args, output, format, files, config)
         beside = output.with_suffix(".json") if format != "folder" and _needs_config(config) else None

@@ -18,6 +18,8 @@ WEIGHTS_FILE = "model.safetensors"
 TRAINER_FILE = "pytorch_model.bin"  # the weights file of the published trainer
 TOKENIZER_FOLDER = "tokenizer"  # of a generator's folder
 
+YAML = (".yaml", ".yml")  # endings of the published configurations in configs/
+
 FAMILY_KEY = "family"  # in a config.json: the name of a model family that the published code does not have
 
 
@@ -31,18 +33,30 @@ def read_config_as(path: Path, kind: type) -> models.Config:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads a configuration file and resolves its interpolations. Errors as in `read_config_as`."""
+    """Reads a configuration file, JSON or (by its name) YAML, and resolves its interpolations. Errors as in
+    `read_config_as`."""
     if path.stat().st_size > 10_000_000:
         raise WeightsError(f"{path} is not a configuration: it has {path.stat().st_size} bytes")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = _parse(path)
         if not isinstance(config, dict):
             raise WeightsError(f"{path}: expected a JSON object, found {type(config).__name__}")
         return resolve_interpolations(config, source=str(path))
     except WeightsError:
         raise
     except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number of 5,000 digits
-        raise WeightsError(f"{path} is not valid JSON: {error}") from None
+        raise WeightsError(f"{path} is not valid {'YAML' if path.suffix in YAML else 'JSON'}: {error}") from None
+
+
+def _parse(path: Path) -> Any:
+    if path.suffix not in YAML:
+        return json.loads(path.read_text(encoding="utf-8"))
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def kind_from_json(config: Mapping[str, Any], kind: type, *, source: str) -> models.Config:

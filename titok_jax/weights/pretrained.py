@@ -7,6 +7,7 @@ its tokenizer in the sub-folder `tokenizer`. The generators that we train have o
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.hub import DownloadError, Repository, check_download, weights_checksum
 from titok_jax.weights.known_models import match, published_shapes
 
+TRAINER_MODELS = ("ema_model", "unwrapped_model")  # in a checkpoint folder of the published trainer, the best first
+
 
 class Source(NamedTuple):
     """The files of a model.
@@ -67,8 +70,9 @@ def locate(
     All files from the hub are of one commit.
 
     Args:
-      source: a name in `titok_jax.zoo`, "hf://owner/name", "hf://owner/name@revision", a model folder or a weights file.
-        Files in a bucket are copied once per process. A `Path` is always a path.
+      source: a name in `titok_jax.zoo`, "hf://owner/name", "hf://owner/name@revision", "hf://owner/name/FILE", a model
+        folder, a checkpoint folder of the published trainer (its averaged weights), or a weights file. Files in a bucket are
+        copied once per process. A `Path` is always a path.
       kind: configuration class of the wanted model. With TiTokConfig, a generator's folder or repository gives the tokenizer
         inside it.
       revision: branch, tag or commit of a model on the hub.
@@ -99,15 +103,25 @@ def locate(
         raise FileNotFoundError(f"{path} is not a folder or file{hint}")
     if kind is TiTokConfig and (path / TOKENIZER_FOLDER).is_dir():
         path = path / TOKENIZER_FOLDER
+    path = _in_checkpoint(path)
     config = path / CONFIG_FILE
     files = [path / name for name in (WEIGHTS_FILE, TRAINER_FILE) if (path / name).is_file()]
     if not files and not config.is_file():
-        inside = [child for child in ("ema_model", "unwrapped_model") if (path / child / TRAINER_FILE).is_file()]
-        hint = f"; there is one in {' and one in '.join(inside)}" if inside else ""
-        raise FileNotFoundError(f"{path} is not a model folder: it holds no {CONFIG_FILE} or {TRAINER_FILE}{hint}")
+        raise FileNotFoundError(f"{path} is not a model folder: it holds no {CONFIG_FILE} or {TRAINER_FILE}")
     if not files and not config_only:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS_FILE} or {TRAINER_FILE}")
     return Source(files[0] if files else None, config if config.is_file() else None)
+
+
+def _in_checkpoint(path: Path) -> Path:
+    """The model in a checkpoint folder of the published trainer, the averaged one if it is there; the folder itself if it is
+    not one. Says what it takes, since the folder holds other weights too."""
+    names = [name for name in TRAINER_MODELS if any((path / name / f).is_file() for f in (WEIGHTS_FILE, TRAINER_FILE))]
+    if not names:
+        return path
+    others = f"; for the weights without averaging name {path / names[1]}" if len(names) > 1 else ""
+    logging.getLogger(__name__).warning("%s is a checkpoint of the published trainer: taking %s%s", path, names[0], others)
+    return path / names[0]
 
 
 def _kind_name(kind: type | None) -> str | None:
@@ -135,13 +149,16 @@ def _locate_on_hub(
     """
     known = isinstance(found, published_models.Model)
     name, _, named = (found.repository if known else found).partition("@")
+    owner, name, *file = name.split("/", 2)
+    name, file = f"{owner}/{name}", "".join(file)
     if revision is not None:
         published_models.check_revision(revision)
         if named and revision != named:
             raise ValueError(f"revision {revision!r} given, but {source} names another")
     repository = Repository(name, named or revision, token)
-    if known and found.file != WEIGHTS_FILE:
-        return Source(repository.download(found.file), None), repository.revision
+    file = found.file if known else file
+    if file not in ("", WEIGHTS_FILE):
+        return Source(repository.download(file), None), repository.revision
     folder, config = "", repository.download(CONFIG_FILE)
     check_download(config)
     if kind is TiTokConfig and not known and "generator" in _model_section(config):

@@ -13,6 +13,7 @@ from titok_jax.runtime.paths import HUB_PREFIX, as_path
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 KINDS = ("tokenizer", "generator", "vqgan")
+CHECKPOINTS = "fun-research/TiTok"  # the repository of the published single-file checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,13 +293,14 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
     """Finds the model that a user's name or path refers to.
 
     Args:
-      name_or_path: a known name, a folder, a file, or a Hugging Face repository, "hf://owner/name" or
-        "hf://owner/name@revision".
+      name_or_path: a known name, a folder, a file, a Hugging Face repository, "hf://owner/name", or one file in it,
+        "hf://owner/name/FILE"; the latter two also with "@revision". Repositories and files of the published weights are
+        known without "hf://" too.
       kind: one of KINDS; None for any kind.
 
     Returns:
-      The table entry for a known name, the path for a folder or file, or "owner/name" or "owner/name@revision" for a
-      repository.
+      The table entry for a known name, the path for a folder or file, or "owner/name", "owner/name/FILE" or one of them
+      with "@revision" for the hub.
 
     Raises:
       ValueError: it is none of these (the message lists the known names), or the revision cannot be one.
@@ -307,11 +309,14 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
     for model in MODELS:
         if model.name == text and kind in (None, model.kind):
             return model
-    if text.startswith(HUB_PREFIX):
+    published = {model.repository for model in MODELS} | {f"{CHECKPOINTS}/{model.checkpoint}" for model in MODELS}
+    if text.startswith(HUB_PREFIX) or (text.partition("@")[0] in published and not as_path(text).exists()):
         repository, at, revision = text.removeprefix(HUB_PREFIX).partition("@")
         repository = repository.strip("/")
-        if repository.count("/") != 1:
-            raise ValueError(f"{text!r}: expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name@revision")
+        if repository.count("/") < 1 or ".." in repository:
+            raise ValueError(
+                f"{text!r}: expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name@revision (or a file, owner/name/FILE)"
+            )
         if at:
             check_revision(revision)
         return repository + at + revision
