@@ -540,6 +540,10 @@ def test_reconstruct_with_a_vae(tmp_path):
     tokens = json.loads((tmp_path / "out" / "tokens.json").read_text())
     expected = inference.load_tokenizer(folder).encode(np.asarray(Image.open(path))[None])
     np.testing.assert_allclose([tokens[str(path)]], expected, rtol=1e-6)
+    assert reconstruct.main(["--model", str(folder), str(path), "--out", f"{tmp_path}/draw", "--latents", "sample"]) == 0
+    about = json.loads((tmp_path / "draw" / "settings.json").read_text())
+    assert (about["latents"], about["seed"], about["precision"], about["dtype"]) == ("sample", 0, "highest", "float32")
+    assert json.loads((tmp_path / "draw" / "tokens.json").read_text()) != tokens
 
 
 @pytest.mark.parametrize(

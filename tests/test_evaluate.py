@@ -157,7 +157,7 @@ def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
     # The library computes the same, all at once.
     tokenizer = inference.load_vqgan(folder) if kind == "vqgan" else inference.load_tokenizer(folder)
     images = np.stack([center_crop_torchvision(array, 32) for array in arrays])
-    tokens = tokenizer.encode(images)
+    tokens = tokenizer.encode(images, 0) if kind == "vae" else tokenizer.encode(images)  # a VAE's are drawn, as published
     rebuilt = to_uint8_round(tokenizer.decode(tokens))
     network = Projection("inception", (7, 4, 10))
     real, fake = network(images), network(rebuilt)
@@ -173,6 +173,7 @@ def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
     for name, value in expected.items():
         assert result["metrics"][name] == pytest.approx(value, rel=2e-3), name  # single pixels round differently by batch
     assert ("perplexity" in result["metrics"]) == (kind != "vae")
+    assert (result.get("latents"), result.get("seed")) == (("sample", 0) if kind == "vae" else (None, None))
     assert (result["crop"], result["num_images"], result["features"]["network"]) == ("torchvision", 7, "inception")
     assert result["sha256"]["tokenizer"] == outputs.sha256(pretrained.locate(folder, type(tokenizer.config)).weights)
     assert result["features"]["sha256"] == features.INCEPTION_SHA256
@@ -180,6 +181,15 @@ def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
     assert not (tmp_path / "r.json.shards").exists()
     main(*options, "--num", 3, "--overwrite")
     assert "rFID-3" in read(out)["metrics"]
+    options[-1] = tmp_path / "mean.json"
+    if kind == "vae":
+        main(*options, "--latents", "mean")
+        mean = read(tmp_path / "mean.json")
+        assert mean["latents"] == "mean"
+        assert mean["metrics"]["psnr"] != result["metrics"]["psnr"]
+    else:
+        assert evaluate.main([*map(str, options), "--latents", "mean"]) == 2
+        assert "--latents is for VAEs" in capsys.readouterr().err
 
 
 def test_lpips(model, networks, loaded_once, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from flax import nnx
 import titok_jax
 from titok_jax import models
 from titok_jax.inference.functions import TokenizerFunctions, as_key, image_keys
-from titok_jax.inference.generator import Generator
+from titok_jax.inference.generator import Generator, demo_labels
 from titok_jax.inference.tokenizer import Tokenizer
 from titok_jax.runtime import sharding
 from titok_jax.weights import convert, pretrained
@@ -233,6 +233,13 @@ def test_bad_settings_are_refused(pair, options, message):
         pair[1].generate([1, 2], 0, **options)
     with pytest.raises(TypeError, match="colour"):
         pair[1].generate([1, 2], 0, colour=3)
+
+
+def test_without_labels_there_are_ten_classes_to_look_at(pair):
+    np.testing.assert_array_equal(pair[1].generate(key=3), pair[1].generate(np.arange(10), 3))
+    labels = demo_labels(1000, 3)
+    assert labels.tolist()[:9] == [1, 7, 282, 604, 724, 179, 751, 404, 850]
+    assert 0 <= labels[9] < 999
 
 
 def test_given_tokens_are_kept(pair):

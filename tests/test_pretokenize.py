@@ -14,10 +14,11 @@ import pytest
 import tiny_models
 from PIL import Image
 
-from titok_jax import pretokenize
+from titok_jax import inference, pretokenize
 from titok_jax.data import token_shards
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import center_crop_adm, random_resize_crop_flip, ten_crop
+from titok_jax.models import MaskgitVQGANConfig
 from titok_jax.weights import pretrained
 
 
@@ -198,3 +199,30 @@ def test_a_vae_is_refused(tmp_path, capsys):
     folder = tiny_models.save(tmp_path / "vae", tiny_models.VAE)
     assert pretokenize.main(["digits:test", "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "VAE" in capsys.readouterr().err
+
+
+def test_the_codes_of_a_vqgan(photos, tmp_path):
+    """Row by row, as the published scripts/pretokenization.py writes them."""
+    config = MaskgitVQGANConfig(
+        hidden_channels=32, channel_mult=(1, 1), num_res_blocks=1, z_channels=8, codebook_size=16, resolution=32
+    )
+    folder = pretrained.save(tmp_path / "vqgan", config, tiny_models.params(config))
+    arguments = [
+        str(photos),
+        "--model",
+        str(folder),
+        "--crops",
+        "center",
+        "--format",
+        "jsonl",
+        "--out",
+        str(tmp_path / "codes"),
+    ]
+    assert pretokenize.main(arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / "codes" / "tokens-00000-of-00001.jsonl").read_text().splitlines()]
+    source = make_source({"name": "folder", "path": str(photos)})
+    images = np.stack([center_crop_adm(source[i]["image"], 32) for i in range(len(source))])
+    codes = np.asarray(inference.load_vqgan(folder).encode(images))
+    assert [line["tokens"] for line in lines] == codes.reshape(len(images), -1).tolist()
+    assert len(lines[0]["tokens"]) == 256
+    assert json.loads((tmp_path / "codes" / "pretokenize.json").read_text())["precision"] == "highest"

@@ -4,8 +4,10 @@ import errno
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -518,6 +520,7 @@ def test_a_run_leaves_model_curves_and_pictures(tmp_path, capsys):
     config = small(
         "tokenizer", preview_every=3, eval_every=4, eval_images=20, gradient_accumulation=2, compute_dtype="bfloat16"
     )
+    config.log_grad_norms = True
     config.data.batch_size = 24
     state = loop.train(parse_settings(config), tmp_path / "run")
     run = tmp_path / "run"
@@ -527,6 +530,15 @@ def test_a_run_leaves_model_curves_and_pictures(tmp_path, capsys):
                  "held out: psnr"):  # fmt: skip
         assert part in out, part
     assert sorted(p.name for p in (run / "previews").iterdir()) == ["0000003.png", "0000006.png"]
+    # What was printed is in a file too, each line with the time, and so is the configuration.
+    logged = (run / "log.txt").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in logged)
+    assert [line[21:] for line in logged] == out.splitlines()
+    assert json.loads((run / "config.json").read_text()) == json.loads(config.to_json())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    norms = {name: value for name, value in records[0].items() if name.startswith("grad_norm/")}
+    assert {"grad_norm/quantize", "grad_norm/encoder/transformer", "grad_norm/latent_tokens"} <= norms.keys()
+    assert math.sqrt(sum(value**2 for value in norms.values())) == pytest.approx(records[0]["grad_norm"], rel=1e-5)
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state["params"]))
     loaded, params = pretrained.load(run / "pretrained", models.TiTokConfig)
