@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from titok_jax.models import published
-from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, run_stack, trunc_normal
+from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, normal_002, run_stack
 from titok_jax.runtime.sharding import any_mesh, hint
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
@@ -158,7 +158,7 @@ class PostNormBlock(nnx.Module):
         width = config.hidden_size
         self.dropout_rate = config.dropout
         self.attn = Attention(
-            width, config.num_heads, qkv_init=trunc_normal, dropout_rate=config.attn_dropout, dtype=dtype, rngs=rngs
+            width, config.num_heads, qkv_init=normal_002, dropout_rate=config.attn_dropout, dtype=dtype, rngs=rngs
         )
         self.norm1 = LayerNorm(width, epsilon=1e-12, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, config.intermediate_size, dtype=dtype, rngs=rngs)
@@ -182,9 +182,9 @@ class BertEmbeddings(nnx.Module):
     def __init__(self, config: GeneratorConfig, *, dtype, rngs: nnx.Rngs):
         self.dtype = dtype
         width = config.hidden_size
-        self.word_embeddings = nnx.Param(trunc_normal(rngs.params(), (config.vocabulary_size, width), jnp.float32))
-        self.position_embeddings = nnx.Param(trunc_normal(rngs.params(), (config.num_tokens + 1, width), jnp.float32))
-        self.token_type_embeddings = nnx.Param(trunc_normal(rngs.params(), (2, width), jnp.float32))
+        self.word_embeddings = nnx.Param(normal_002(rngs.params(), (config.vocabulary_size, width), jnp.float32))
+        self.position_embeddings = nnx.Param(normal_002(rngs.params(), (config.num_tokens + 1, width), jnp.float32))
+        self.token_type_embeddings = nnx.Param(normal_002(rngs.params(), (2, width), jnp.float32))
         self.norm = LayerNorm(width, epsilon=1e-12, dtype=dtype, rngs=rngs)
 
     def sum(self, ids: jax.Array) -> jax.Array:
@@ -203,7 +203,7 @@ class ViTGenerator(nnx.Module):
         self.config, self.remat = config, remat
         self.embeddings = BertEmbeddings(config, dtype=dtype, rngs=rngs)
         self.layers = make_stack(lambda rngs: PostNormBlock(config, dtype=dtype, rngs=rngs), config.num_layers, rngs)
-        self.lm_head = nnx.Linear(config.hidden_size, config.codebook_size, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+        self.lm_head = nnx.Linear(config.hidden_size, config.codebook_size, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     @any_mesh
     def logits(self, ids: jax.Array, labels: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -228,19 +228,19 @@ class UViTGenerator(nnx.Module):
                 config.num_heads,
                 config.intermediate_size,
                 qkv_bias=False,
-                qkv_init=trunc_normal,
+                qkv_init=normal_002,
                 skip=skip,
                 dtype=dtype,
                 rngs=rngs,
             )
 
-        self.embeddings = nnx.Param(trunc_normal(rngs.params(), (config.vocabulary_size, width), jnp.float32))
-        self.pos_embed = nnx.Param(trunc_normal(rngs.params(), (config.num_tokens + 1, width), jnp.float32))
+        self.embeddings = nnx.Param(normal_002(rngs.params(), (config.vocabulary_size, width), jnp.float32))
+        self.pos_embed = nnx.Param(normal_002(rngs.params(), (config.num_tokens + 1, width), jnp.float32))
         self.in_blocks = make_stack(block, config.num_layers // 2, rngs)
         self.mid_block = block(rngs)
         self.out_blocks = make_stack(lambda rngs: block(rngs, skip=True), config.num_layers // 2, rngs)
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.lm_head = nnx.Linear(width, config.codebook_size, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+        self.lm_head = nnx.Linear(width, config.codebook_size, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """ids [B, L] -> [B, L, D], with positions added."""

@@ -14,8 +14,24 @@ from flax import nnx
 
 from titok_jax.runtime import sharding
 
-# The published models initialise every Linear, Conv and Embedding with this.
-trunc_normal = nnx.initializers.truncated_normal(stddev=0.02)
+
+def normal_init(std: float) -> Callable:
+    """Normal(0, std)."""
+    return nnx.initializers.normal(stddev=std)
+
+
+def uniform_init(bound: float) -> Callable:
+    """Uniform between -bound and bound."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+# The kernels and tables of TiTok's transformers and of the generators. The published code calls torch's
+# `trunc_normal_(std=0.02)`. It cuts at -2 and 2, not at two deviations, so nothing is cut.
+normal_002 = normal_init(0.02)
 
 
 def target_platform() -> str:
@@ -36,17 +52,6 @@ def float_images(images: jax.Array) -> jax.Array:
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images have dtype {images.dtype}, expected uint8, or float in [0, 1]")
     return images.astype(jnp.float32)
-
-
-def normal_init(std: float) -> Callable:
-    """Normal(0, std): the published initialisation of class, mask and latent tokens (std = width^-0.5)."""
-    return nnx.initializers.normal(stddev=std)
-
-
-def _xavier_qkv(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """Xavier uniform over the fused [3 D, D] matrix, as torch's MultiheadAttention does it."""
-    bound = (6.0 / (shape[0] + shape[0] * 3)) ** 0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -135,18 +140,19 @@ class Attention(nnx.Module):
         num_heads: int,
         *,
         qkv_bias: bool = True,
-        qkv_init: Callable = _xavier_qkv,
-        kernel_init: Callable = trunc_normal,
+        qkv_init: Callable | None = None,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        """`qkv_init` None is Xavier's uniform over the fused [3 D, D] matrix, as in torch's MultiheadAttention."""
         if width % num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
+        qkv_init = qkv_init or uniform_init((6.0 / (width + 3 * width)) ** 0.5)
         self.qkv = nnx.LinearGeneral(width, (3, width), use_bias=qkv_bias, kernel_init=qkv_init, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(width, width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(width, width, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def heads(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [B, L, D] -> the attended values [B, L, D], before the output projection."""
@@ -162,9 +168,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Linear, exact GELU, Linear."""
 
-    def __init__(self, width: int, hidden: int, *, kernel_init: Callable = trunc_normal, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(width, hidden, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(width, hidden, kernel_init=normal_002, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, width, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(gelu(self.fc1(x)))
@@ -180,13 +186,13 @@ class PreNormBlock(nnx.Module):
         hidden: int,
         *,
         qkv_bias: bool = True,
-        qkv_init: Callable = _xavier_qkv,
+        qkv_init: Callable | None = None,
         skip: bool = False,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         if skip:
-            self.skip_linear = nnx.Linear(2 * width, width, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+            self.skip_linear = nnx.Linear(2 * width, width, kernel_init=normal_002, dtype=dtype, rngs=rngs)
         self.norm1 = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.attn = Attention(width, num_heads, qkv_bias=qkv_bias, qkv_init=qkv_init, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(width, dtype=dtype, rngs=rngs)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from titok_jax.models import published
-from titok_jax.models.layers import GroupNorm, float_images
+from titok_jax.models.layers import GroupNorm, float_images, uniform_init
 from titok_jax.models.quantizer import codebook_distances
 from titok_jax.runtime.sharding import any_mesh
 
@@ -106,12 +106,8 @@ class MaskgitVQGANConfig:
 def conv(in_channels: int, out_channels: int, size: int, *, use_bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Conv | nnx.Linear:
     """A convolution over [B, H, W, C] with "same" padding and stride 1. As in torch, kernel and bias are initialised
     uniformly within fan_in^-0.5. A convolution of size 1 is a matrix product, which is faster on a CPU."""
-    bound = (in_channels * size * size) ** -0.5
-
-    def uniform(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    options = {"use_bias": use_bias, "kernel_init": uniform, "bias_init": uniform, "dtype": dtype, "rngs": rngs}
+    init = uniform_init((in_channels * size * size) ** -0.5)
+    options = {"use_bias": use_bias, "kernel_init": init, "bias_init": init, "dtype": dtype, "rngs": rngs}
     if size == 1:
         return nnx.Linear(in_channels, out_channels, **options)
     return nnx.Conv(in_channels, out_channels, (size, size), padding="SAME", **options)
@@ -274,9 +270,9 @@ class VQGANQuantizer(nnx.Module):
     """Nearest code by Euclidean distance, in float32."""
 
     def __init__(self, codebook_size: int, channels: int, *, rngs: nnx.Rngs):
-        bound = (3.0 / codebook_size) ** 0.5  # as in the original code
-        init = jax.random.uniform(rngs.params(), (codebook_size, channels), jnp.float32, -bound, bound)
-        self.embedding = nnx.Param(init)
+        # As in the original JAX code. The PyTorch port has 1 / codebook_size, with which a training uses fewer codes.
+        init = uniform_init((3.0 / codebook_size) ** 0.5)
+        self.embedding = nnx.Param(init(rngs.params(), (codebook_size, channels)))
 
     @any_mesh
     def distances(self, z: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from titok_jax.models.layers import MLP, LayerNorm, float_images, make_stack, run_stack, target_platform, trunc_normal
+from titok_jax.models.layers import MLP, LayerNorm, float_images, make_stack, normal_002, run_stack, target_platform
 from titok_jax.models.maskgit_vqgan import conv
 from titok_jax.runtime import sharding
 
@@ -101,7 +101,7 @@ class DepthwiseConv(nnx.Module):
     """7 x 7 depthwise convolution with bias."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(trunc_normal(rngs.params(), (7, 7, 1, channels), jnp.float32))
+        self.kernel = nnx.Param(normal_002(rngs.params(), (7, 7, 1, channels), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((channels,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:

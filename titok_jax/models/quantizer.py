@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax.models.layers import uniform_init
 from titok_jax.runtime.sharding import any_mesh
 
 
@@ -58,9 +59,8 @@ class VectorQuantizer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.commitment_cost, self.use_l2_norm = commitment_cost, use_l2_norm
-        bound = 1.0 / codebook_size
-        init = jax.random.uniform(rngs.params(), (codebook_size, token_size), jnp.float32, -bound, bound)
-        self.embedding = nnx.Param(init)
+        init = uniform_init(1.0 / codebook_size)
+        self.embedding = nnx.Param(init(rngs.params(), (codebook_size, token_size)))
 
     def codebook(self) -> jax.Array:
         """The code vectors that are compared and looked up: [K, C] float32, normalised if `use_l2_norm`."""

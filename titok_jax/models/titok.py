@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from titok_jax.models import published
-from titok_jax.models.layers import LayerNorm, PreNormBlock, float_images, make_stack, normal_init, run_stack, trunc_normal
+from titok_jax.models.layers import (
+    LayerNorm,
+    PreNormBlock,
+    float_images,
+    make_stack,
+    normal_002,
+    normal_init,
+    run_stack,
+    uniform_init,
+)
 from titok_jax.models.maskgit_vqgan import Decoder as PixelDecoder
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.quantizer import DiagonalGaussian, QuantizerOutput, VectorQuantizer
@@ -270,7 +279,7 @@ class Encoder(nnx.Module):
         self.config, self.dtype, self.remat = config, dtype, remat
         size, grid = config.encoder, config.grid_size
         init = normal_init(size.width**-0.5)
-        self.patch_embed = nnx.Linear(3 * config.patch_size**2, size.width, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+        self.patch_embed = nnx.Linear(3 * config.patch_size**2, size.width, kernel_init=normal_002, dtype=dtype, rngs=rngs)
         self.class_embedding = nnx.Param(init(rngs.params(), (1, size.width)))
         self.positional_embedding = nnx.Param(init(rngs.params(), (grid**2 + 1, size.width)))
         self.latent_token_positional_embedding = nnx.Param(init(rngs.params(), (config.num_latent_tokens, size.width)))
@@ -282,7 +291,7 @@ class Encoder(nnx.Module):
         )
         self.ln_post = LayerNorm(size.width, dtype=dtype, rngs=rngs)
         channels = config.token_size * (1 if config.has_tokens else 2)
-        self.conv_out = nnx.Linear(size.width, channels, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+        self.conv_out = nnx.Linear(size.width, channels, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def embed(self, images: jax.Array, latent_tokens: jax.Array) -> jax.Array:
         """images [B, H, W, 3], latent tokens [N, D] -> [B, 1 + patches + N, D]: class, patches, latents; all with
@@ -316,7 +325,7 @@ class Decoder(nnx.Module):
         init = normal_init(size.width**-0.5)
 
         def linear(inputs, outputs):
-            return nnx.Linear(inputs, outputs, kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+            return nnx.Linear(inputs, outputs, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
         self.decoder_embed = linear(config.token_size, size.width)
         self.class_embedding = nnx.Param(init(rngs.params(), (1, size.width)))
@@ -335,7 +344,7 @@ class Decoder(nnx.Module):
             self.ffn_2 = linear(2 * size.width, PROXY_CODES)
         else:
             self.ffn_0 = linear(size.width, 3 * config.patch_size**2)
-            self.conv_out = nnx.Conv(3, 3, (3, 3), padding="SAME", kernel_init=trunc_normal, dtype=dtype, rngs=rngs)
+            self.conv_out = nnx.Conv(3, 3, (3, 3), padding="SAME", kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def embed(self, z: jax.Array) -> jax.Array:
         """z [B, N, token_size] -> [B, 1 + cells + N, D]: class, mask tokens, latents; all with positions."""
@@ -370,11 +379,11 @@ class Decoder(nnx.Module):
         return x.astype(jnp.float32)
 
 
-class _Embedding(nnx.Module):
-    """A table in a module of its own, so that its published name ends in `embedding.weight`."""
+class _PixelCodebook(nnx.Module):
+    """The codes of the VQGAN, in a module of their own, so that their published name ends in `embedding.weight`."""
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(trunc_normal(rngs.params(), (rows, width), jnp.float32))
+        self.embedding = nnx.Param(uniform_init(1.0 / rows)(rngs.params(), (rows, width)))
 
 
 class TiTok(nnx.Module):
@@ -394,7 +403,7 @@ class TiTok(nnx.Module):
         if config.has_tokens:
             self.quantize = self.make_quantizer(rngs)
         if config.is_legacy and config.finetune_decoder:
-            self.pixel_quantize = _Embedding(config.pixel_decoder.codebook_size, config.pixel_decoder.z_channels, rngs)
+            self.pixel_quantize = _PixelCodebook(config.pixel_decoder.codebook_size, config.pixel_decoder.z_channels, rngs)
             self.pixel_decoder = PixelDecoder(config.pixel_decoder, dtype=dtype, rngs=rngs)
 
     def make_quantizer(self, rngs: nnx.Rngs) -> nnx.Module:
