@@ -42,10 +42,8 @@ DATA is a folder of images, array_record:FILES, tfds:NAME:SPLIT, webdataset:FILE
 weights of InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION. Every file and folder
 may be in a bucket, gs://BUCKET/... (of DATA not array_record and tfds).
 """
-_SAMPLING = (
-    *("steps", "guidance_scale", "guidance_schedule", "guidance_scale_pow", "temperature"),
-    "softmax_temperature_annealing",
-)
+_GUIDANCE = ("guidance_scale", "guidance_schedule", "guidance_scale_pow")
+_SAMPLING = ("steps", *_GUIDANCE, "temperature", "softmax_temperature_annealing")
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:
@@ -89,11 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="its published weights; the environment variable TITOK_JAX_INCEPTION if not given",
     )
-    parser.add_argument(
-        "--latents",
-        choices=("sample", "mean"),
-        help="of a VAE with --reconstruct: draws from the posterior (default, as published; of --seed) or its mean",
-    )
+    latents = "of a VAE with --reconstruct: draws of --seed (default, as published), or the mean"
+    parser.add_argument("--latents", choices=("sample", "mean"), help=latents)
     parser.add_argument("--lpips", metavar="FOLDER", help="with --reconstruct: also LPIPS, by the weights in this folder")
     parser.add_argument(
         "--json", metavar="FILE", help="write the figures and all settings there; of a sweep, a picture beside it"
@@ -118,7 +113,7 @@ def _check(args: argparse.Namespace) -> str:
     sampling = [f"--{name.replace('_', '-')}" for name in _SAMPLING if getattr(args, name) is not None]
     several = [len(values or []) > 1 for values in (args.guidance_scale, args.temperature)]
     if args.latents and not args.reconstruct:
-        raise ValueError("--latents goes with --reconstruct: it is how a VAE's latents are chosen for its reconstructions")
+        raise ValueError("--latents goes with --reconstruct: it chooses the latents of a VAE's reconstructions")
     if args.lpips and not args.reconstruct:
         raise ValueError("--lpips goes with --reconstruct: it is a distance of images and their reconstructions")
     if args.reconstruct:
