@@ -30,8 +30,7 @@ from titok_jax.data.digits import load_digits
 from titok_jax.data.transforms import center_crop_adm, center_crop_torchvision, to_uint8_round, to_uint8_truncate
 from titok_jax.evaluation import digits, features, image_sources, jobs, metrics, pieces, references, scores, sweep
 from titok_jax.inference import decoding, many
-from titok_jax.inference import generator as generator_module
-from titok_jax.models import MaskgitVQGANConfig
+from titok_jax.models import MaskgitVQGANConfig, SamplingConfig
 from titok_jax.runtime import outputs
 from titok_jax.runtime.shards import Shards
 from titok_jax.weights import pretrained
@@ -440,7 +439,7 @@ def test_a_sweep_is_continued_and_drawn(model, networks, loaded_once, tmp_path, 
     monkeypatch.setattr(
         pieces,
         "sample",
-        lambda *a, **k: generated.append((k["guidance_scale"], k["temperature"])) or many.sample(*a, **k),
+        lambda *a, **k: generated.append((k["sampling"].guidance_scale, k["sampling"].temperature)) or many.sample(*a, **k),
     )
     main(*options, "--guidance-scale", "0,3", "--temperature", "2,1")
     assert generated == [(0, 2), (0, 1), (3, 2), (3, 1)]
@@ -489,7 +488,8 @@ def test_without_guidance_only_the_conditional_half_runs():
         passes.clear()
         keys = jax.random.split(jax.random.key(0), 3)
         options = {"num_tokens": 8, "codebook_size": 16, "num_classes": 10, "noise": decoding.noise_from_keys(keys)}
-        decoding.parallel_decode(logits, jnp.array([3, 1, 4]), **options, **settings).ids.block_until_ready()
+        options |= dataclasses.asdict(settings)
+        decoding.parallel_decode(logits, jnp.array([3, 1, 4]), **options).ids.block_until_ready()
         jax.effects_barrier()
         return list(passes)
 
@@ -505,13 +505,13 @@ def test_without_guidance_only_the_conditional_half_runs():
 class FakeTokenizer:
     """Encodes an image as its index among all digits, and decodes it 10 % darker."""
 
-    config = SimpleNamespace(image_size=32, quantize_mode="vq", codebook_size=4000)
+    config, mesh = SimpleNamespace(image_size=32, has_tokens=True, codebook_size=4000), None
 
     def __init__(self):
         self.images = np.concatenate([rgb("train"), rgb("test")])
         self._place = {image.tobytes(): i for i, image in reversed(list(enumerate(self.images)))}
 
-    def encode(self, images):
+    def encode(self, images, key=None, first_index=0):
         return np.array([[self._place[image.tobytes()]] for image in images], np.int32)
 
     def decode(self, tokens):
@@ -525,17 +525,16 @@ def test_figures_of_a_model_that_copies(tmp_path, monkeypatch):
     tokenizer = FakeTokenizer()
     calls = []
 
-    def generate(generator, wanted, key, *, first_index, num_steps):
-        calls.append((first_index, num_steps))
+    def generate(wanted, key, *, first_index, sampling):
+        calls.append((first_index, sampling.num_steps))
         places = first_index + np.arange(len(wanted))
         given = np.where(places % 50 < 10, (wanted + 1) % 10, wanted)  # a fifth of each class is of the next class
         ids = np.array([np.flatnonzero(labels == label)[1] for label in given])  # always the same digit of a class
         return ids[:, None].astype(np.int32)
 
-    monkeypatch.setattr(generator_module, "generate", generate)
-    generator = SimpleNamespace(config=tiny.GENERATOR)
+    generator = SimpleNamespace(config=tiny.GENERATOR, mesh=None, generate=generate)
     work = jobs.Work(tmp_path / "work", batch_size=64, quiet=True)
-    options = {"num": 150, "seed": 0, "settings": {"num_steps": 3}, "identity": {}}
+    options = {"num": 150, "seed": 0, "settings": SamplingConfig(num_steps=3), "identity": {}}
     result = digits.evaluate_digits(tokenizer, generator, Projection(), work, **options)
     assert calls == [(0, 3), (64, 3), (128, 3)]
     assert result["generated_accuracy"] == pytest.approx(0.8)
@@ -559,7 +558,7 @@ def test_figures_of_a_model_that_copies(tmp_path, monkeypatch):
     real, real_held_out = network(rgb("train")).pool, network(rgb("test")).pool
     copies = network(
         to_uint8_truncate(
-            tokenizer.decode(np.concatenate([generate(None, np.arange(150) % 10, None, first_index=0, num_steps=3)]))
+            tokenizer.decode(np.concatenate([generate(np.arange(150) % 10, 0, first_index=0, sampling=SamplingConfig())]))
         )
     ).pool
     assert figures["held_out"]["digits-FID-360"] == pytest.approx(frechet(real_held_out, real), rel=1e-5)
@@ -581,6 +580,7 @@ def test_evaluate_writes_every_setting(model, networks, loaded_once, tmp_path, c
         "num_steps": 3,
         "guidance_scale": 3.0,
         "guidance_schedule": "linear",
+        "guidance_scale_pow": 3.0,
         "temperature": 2.0,
         "softmax_temperature_annealing": True,
     }

@@ -567,8 +567,8 @@ def test_samples(model, bucket, tmp_path, capsys, monkeypatch):
     tiny_models.save(bucket / "model")
     made = []
 
-    def noise(tokenizer, generator, labels, seed, *, batch_size, batches, **settings):
-        for batch in batches:
+    def noise(tokenizer, generator, labels, seed, *, batch_size, numbers, **settings):
+        for batch in numbers:
             if len(made) == 2:
                 made.append("killed")
                 raise KeyboardInterrupt

@@ -154,7 +154,10 @@ def maskgit_vqgan_table() -> Table:
     ]
 
 
-def jax_vqgan_names(config: MaskgitVQGANConfig) -> dict[str, str]:
+PUBLISHED_VQGAN = MaskgitVQGANConfig()
+
+
+def jax_vqgan_names(config: MaskgitVQGANConfig = PUBLISHED_VQGAN) -> dict[str, str]:
     """{path in the `params` of the original JAX MaskGIT-VQGAN: published PyTorch name}.
 
     Flax numbered the modules of each class in call order. So the numbers of the residual blocks continue from level to

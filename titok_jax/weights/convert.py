@@ -178,11 +178,8 @@ def table_for(config: models.Config) -> Table:
     return models.family_of(config).table(config)
 
 
-PUBLISHED_VQGAN = models.MaskgitVQGANConfig()
-
-
 def jax_vqgan_to_published(
-    tree: Mapping, *, source: str, config: models.MaskgitVQGANConfig = PUBLISHED_VQGAN
+    tree: Mapping, *, source: str, config: models.MaskgitVQGANConfig = tables.PUBLISHED_VQGAN
 ) -> dict[str, np.ndarray]:
     """The original JAX MaskGIT-VQGAN -> {published PyTorch name: array}, for `from_published` (which checks the shapes).
 
@@ -206,7 +203,9 @@ def jax_vqgan_to_published(
     return {name: a.transpose(3, 2, 0, 1) if (a := arrays[path]).ndim == 4 else a for path, name in names.items()}
 
 
-def published_to_jax_vqgan(weights: Mapping[str, Any], *, config: models.MaskgitVQGANConfig = PUBLISHED_VQGAN) -> Params:
+def published_to_jax_vqgan(
+    weights: Mapping[str, Any], *, config: models.MaskgitVQGANConfig = tables.PUBLISHED_VQGAN
+) -> Params:
     """The inverse of `jax_vqgan_to_published`: {published name: array} -> `{"params": {"encoder": ...}}`."""
     arrays = {path: np.asarray(weights[name]) for path, name in tables.jax_vqgan_names(config).items()}
     return {"params": unflatten({path: a.transpose(2, 3, 1, 0) if a.ndim == 4 else a for path, a in arrays.items()})}
