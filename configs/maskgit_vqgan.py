@@ -55,5 +55,6 @@ def get_config(variant: str = "imagenet256") -> ConfigDict:
     config.optimizer = common.optimizer(1e-4, beta2=0.99, weight_decay=0.0, warmup_steps=0)
     config.optimizer.update(adam)
     config.discriminator = ConfigDict({"hidden_channels": 128, "num_stages": 3, "logits_size": 16})
+    config.discriminator_dtype = "float32"
     config.discriminator_optimizer = ConfigDict(config.optimizer.to_dict())
     return common.finish(common.at_size(config, size), smoke=variant == "smoke")

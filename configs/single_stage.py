@@ -69,6 +69,7 @@ def get_config(variant: str = "bl64_vq8k") -> ConfigDict:
     )
     config.optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=10_000)
     config.discriminator = ConfigDict({"hidden_channels": 128, "num_stages": 3, "logits_size": 16})
+    config.discriminator_dtype = "float32"
     config.discriminator_optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=10_000)
     if variant.startswith("smoke"):
         config.loss.discriminator_weight = 0.01  # without a perceptual loss, 0.1 would outweigh the reconstruction

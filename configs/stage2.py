@@ -41,6 +41,7 @@ def get_config(variant: str = "l32") -> ConfigDict:
     )
     config.optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=5_000)
     config.discriminator = ConfigDict({"hidden_channels": 128, "num_stages": 3, "logits_size": 16})
+    config.discriminator_dtype = "float32"
     config.discriminator_optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=5_000)
     if variant == "smoke":
         config.init_from = "random"

@@ -1,5 +1,6 @@
 """The training loop: it resumes exactly, refuses what does not fit, and gives the same results on any mesh."""
 
+import dataclasses
 import errno
 import fcntl
 import importlib.util
@@ -192,6 +193,22 @@ def test_a_changed_configuration_is_refused_and_names_the_fields(tmp_path):
         parse_settings(small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat=True)),
         tmp_path,
     )
+
+
+def test_a_run_from_before_the_discriminator_had_a_dtype_goes_on_in_that_of_its_model(tmp_path):
+    run = loop.prepare(parse_settings(adversarial(compute_dtype="bfloat16")), tmp_path)
+    assert run.stored["discriminator_dtype"] == "float32"  # also if a recipe does not say it
+
+    def check(now: str, *, model: str = "bfloat16", older: bool = True):
+        stored = {**run.stored, "compute_dtype": model}
+        found = {name: value for name, value in stored.items() if not (older and name == "discriminator_dtype")}
+        loop.check_same_run(found, dataclasses.replace(run, stored={**stored, "discriminator_dtype": now}))
+
+    check("bfloat16")
+    check("float32", model="float32")
+    check("float32", older=False)
+    with pytest.raises(ValueError, match="discriminator_dtype: 'bfloat16' in the checkpoint, 'float32' now"):
+        check("float32")
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, capsys):
@@ -463,6 +480,7 @@ def test_where_a_file_system_has_no_locks_a_run_warns_and_goes_on(tmp_path, monk
         ("model", {"image_size": 64}, "images have shape"),
         ("mesh", {"fsdp": 3}, "does not fit 1 devices"),
         (None, {"compute_dtype": "float16"}, "compute_dtype"),
+        (None, {"discriminator_dtype": "float16"}, "discriminator_dtype"),
         (None, {"log_every": 0}, "log_every is 0"),
         (None, {"max_nonfinite_steps": 0}, "max_nonfinite_steps is 0"),
         ("data", {"eval_source": ConfigDict({"name": "digits", "split": "test", "image_size": 64})}, "images have shape"),

@@ -118,7 +118,7 @@ def restart_codes(
     Returns:
       embedding and usage after this step.
     """
-    size, rows = embedding.shape[0], jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))
+    size, rows = embedding.shape[0], jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1])).astype(jnp.float32)
     share = jnp.zeros(size, jnp.float32).at[tokens.reshape(-1)].add(1.0 / tokens.size)
     usage = decay * usage + (1.0 - decay) * share
     same = l2_normalize if use_l2_norm else (lambda x: x)

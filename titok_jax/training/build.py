@@ -49,6 +49,7 @@ def build_task(settings: Settings, *, abstract: bool = False) -> Task:
         "perceptual": _perceptual(settings, abstract),
         "discriminator": settings.discriminator,
         "discriminator_optimizer": settings.discriminator_optimizer,
+        "discriminator_dtype": settings.discriminator_dtype,
     }
     kinds = {"maskgit_vqgan": maskgit_vqgan, "stage2": stage2, "single_stage": single_stage}
     return kinds[settings.task].make_task(model, loss, **options)

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -55,8 +55,12 @@ FREE_FIELDS = (
     "model.sampling",  # of previews, and the default of the exported model
 )
 
-# Fields added to the recipes later, each with the value that was in effect before. Older checkpoints can then be resumed.
-LATER_FIELDS: dict[str, Any] = {"token_precision": "default"}
+# Fields added to the recipes later, each with the value that was in effect before, given the configuration of such a run.
+# Older checkpoints can then be resumed, with a flag for each field whose value today is another.
+LATER_FIELDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "token_precision": lambda then: "default",
+    "discriminator_dtype": lambda then: then.get("compute_dtype"),  # a discriminator computed in the dtype of its model
+}
 
 
 def train(settings: Settings, workdir: epath.PathLike) -> State | None:
@@ -142,6 +146,8 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     # Open the data before building the task, because the task may download networks.
     source = make_source(settings.data.source, "--config.data.source")
     task = build_task(settings)
+    # A recipe of one's own may lack this field. Without it, a checkpoint is older than the field: see LATER_FIELDS.
+    dtype = {"discriminator_dtype": settings.discriminator_dtype} if settings.discriminator else {}
     run = Run(
         settings=settings,
         workdir=workdir,
@@ -149,7 +155,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
         source=source,
         task=task,
         part=sharding.batch_part(mesh),
-        stored={**settings.given, "frozen_weights": fingerprint(task.frozen)},
+        stored={**dtype, **settings.given, "frozen_weights": fingerprint(task.frozen)},
         evaluation=None,
         previews=None,
     )
@@ -172,10 +178,11 @@ def describe(run: Run) -> None:
     for name, network in run.task.networks.items():
         print(f"{name}:\n{parameter_overview.get_parameter_overview(network.abstract, include_stats=False)}")
     batch, steps, num_examples = settings.data.batch_size, settings.num_steps, len(run.source)
+    judged = f", discriminator in {settings.discriminator_dtype}" if settings.discriminator else ""
     print(
         f"Global batch {batch} x {steps:,} steps = {batch * steps:,} examples, {batch * steps / num_examples:.1f} epochs of "
         f"{num_examples:,}\nMesh {dict(mesh.shape)} on {mesh.devices.size} {jax.default_backend()} device(s), "
-        f"{jax.process_count()} process(es), compute in {settings.compute_dtype}",
+        f"{jax.process_count()} process(es), compute in {settings.compute_dtype}{judged}",
         flush=True,
     )
     for line in off_recipe(settings.given, settings.recipe):
@@ -262,7 +269,8 @@ def check_same_run(found: Mapping[str, Any], run: Run) -> None:
     """Raises ValueError if a checkpoint's configuration or frozen networks differ from those of this run."""
     now = run.stored
     then, today = ({**stored, "frozen_weights": ""} for stored in (found, now))
-    check_config(then, today, FREE_FIELDS, str(run.workdir), later=LATER_FIELDS)
+    later = {name: former(found) for name, former in LATER_FIELDS.items()}
+    check_config(then, today, FREE_FIELDS, str(run.workdir), later=later)
     if found.get("frozen_weights") != now["frozen_weights"]:
         named = {n: getattr(run.settings, n) for n in ("tokenizer", "vqgan", "perceptual_weights")}
         networks = " or ".join(f"config.{name} ({source})" for name, source in named.items() if source)

@@ -13,6 +13,10 @@ import jax.numpy as jnp
 Metrics = dict[str, jax.Array]
 
 
+def _float32(x: jax.Array | float) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Per-element cross entropy: logits [..., K], targets int [...] in [0, K) -> [...].
 
@@ -81,7 +85,7 @@ def stage1_loss(
 ) -> tuple[jax.Array, Metrics]:
     """proxy_code_loss + quantizer_weight * quantizer_loss. `commitment_loss` and `codebook_loss` are only logged."""
     reconstruction = proxy_code_loss(logits, codes)
-    quantizer = quantizer_weight * quantizer_loss
+    quantizer = quantizer_weight * _float32(quantizer_loss)
     total = reconstruction + quantizer
     return total, {
         "total_loss": total,
@@ -122,7 +126,7 @@ def reconstruction_loss(images: jax.Array, reconstructions: jax.Array, kind: str
 
 def kl_loss(kl: jax.Array) -> jax.Array:
     """KL divergences [B, N] in nats per token, summed over tokens and averaged over images."""
-    return jnp.sum(kl) / kl.shape[0]
+    return jnp.sum(kl.astype(jnp.float32)) / kl.shape[0]
 
 
 def discriminator_factor(step: jax.Array, start: int, factor: float = 1.0) -> jax.Array:
@@ -154,13 +158,13 @@ def pixel_terms(
       kind: kind of `reconstruction_loss`.
       adversarial: the loss on `logits_fake`, `hinge_g_loss` or `non_saturating_g_loss`.
     """
-    factor = jnp.asarray(factor, jnp.float32)
+    factor = _float32(factor)
     gan = jnp.zeros((), jnp.float32)
     if logits_fake is not None:
         gan = jnp.where(factor > 0, adversarial(logits_fake), 0.0)
     terms = {
         "reconstruction_loss": reconstruction_weight * reconstruction_loss(images, reconstructions, kind),
-        "perceptual_loss": perceptual_weight * jnp.mean(perceptual),
+        "perceptual_loss": perceptual_weight * jnp.mean(_float32(perceptual)),
         "weighted_gan_loss": discriminator_weight * factor * gan,
     }
     return sum(terms.values()), {**terms, "discriminator_factor": factor, "gan_loss": gan}
@@ -184,7 +188,7 @@ def vq_generator_loss(
         are only logged.
     """
     total, metrics = pixel_terms(images, reconstructions, adversarial=hinge_g_loss, **pixels)
-    quantizer = quantizer_weight * quantizer_loss
+    quantizer = quantizer_weight * _float32(quantizer_loss)
     return total + quantizer, {
         "total_loss": total + quantizer,
         **metrics,
@@ -245,12 +249,13 @@ def hinge_d_loss(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
 
 def lecam_penalty(real_mean: jax.Array, fake_mean: jax.Array, ema: LeCamEma) -> jax.Array:
     """relu(real - ema_fake)^2 + relu(ema_real - fake)^2 of the mean logits (LeCam regularisation, Tseng et al. 2021)."""
+    real_mean, fake_mean, ema = jax.tree.map(_float32, (real_mean, fake_mean, ema))
     return jnp.square(jax.nn.relu(real_mean - ema.fake)) + jnp.square(jax.nn.relu(ema.real - fake_mean))
 
 
 def update_lecam(ema: LeCamEma, real_mean: jax.Array, fake_mean: jax.Array, decay: float = 0.999) -> LeCamEma:
     """decay * ema + (1 - decay) * mean, without bias correction and without gradient."""
-    means = jax.lax.stop_gradient(LeCamEma(real_mean, fake_mean))
+    means = jax.lax.stop_gradient(LeCamEma(_float32(real_mean), _float32(fake_mean)))
     return jax.tree.map(lambda e, m: decay * e + (1.0 - decay) * m, ema, means)
 
 
@@ -264,7 +269,7 @@ def r1_penalty(square_norms: jax.Array) -> jax.Array:
     """The R1 penalty (Mescheder et al. 2018): the mean over real images of the squared norm [B] of the gradient of the
     discriminator's output with respect to the image. The original MaskGIT code weights it by 10, without that paper's
     factor 1/2."""
-    return jnp.mean(square_norms)
+    return jnp.mean(square_norms.astype(jnp.float32))
 
 
 def discriminator_loss(
@@ -328,7 +333,8 @@ def maskgit_vqgan_loss(
     Pass `commitment_loss` and `codebook_loss` unweighted (the latter has weight 1), and `entropy` from `entropy_loss`.
     """
     total, metrics = pixel_terms(images, reconstructions, adversarial=non_saturating_g_loss, **pixels)
-    commitment, entropy = commitment_weight * commitment_loss, entropy_weight * entropy
+    commitment, codebook_loss = commitment_weight * _float32(commitment_loss), _float32(codebook_loss)
+    entropy = entropy_weight * _float32(entropy)
     total += commitment + codebook_loss + entropy
     return total, {
         "total_loss": total,

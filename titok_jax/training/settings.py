@@ -80,7 +80,7 @@ class Settings:
       vqgan_model: sizes of a VQGAN with random weights, used by the smoke recipes.
       ema_decay, ema_ramp: decay of the parameter averages. With ema_ramp, it follows the published ramp up to ema_decay;
         otherwise it is ema_decay at every step.
-      compute_dtype, remat, gradient_accumulation, restart_codes, log_grad_norms: as in `TaskOptions`.
+      compute_dtype, discriminator_dtype, remat, gradient_accumulation, restart_codes, log_grad_norms: as in `TaskOptions`.
       token_precision: precision of the matrix products of the frozen network that makes tokens or codes from images, as in
         `titok_jax.inference.functions`.
       log_every, checkpoint_every, eval_every, preview_every: intervals in steps. eval_every and preview_every may be 0 for
@@ -130,6 +130,7 @@ class Settings:
     restart_codes: bool = False
     log_grad_norms: bool = False
     token_precision: str = "highest"
+    discriminator_dtype: str = "float32"
 
     def __post_init__(self):
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps", "max_nonfinite_steps", "eval_images"):

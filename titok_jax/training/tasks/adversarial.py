@@ -122,7 +122,7 @@ def make_adversary(loss: Any, options: TaskOptions, **others: Any) -> Adversary 
     if options.discriminator is None or options.discriminator_optimizer is None:
         raise ValueError("loss.discriminator_weight is set, but no discriminator")
     start = loss.discriminator_start
-    steps, dtype = options.num_steps - start, options.compute_dtype
+    steps, dtype = options.num_steps - start, options.discriminator_dtype
     network = make_network(options.discriminator, options.discriminator_optimizer, steps, compute_dtype=dtype)
     lecam = {"lecam_weight": loss.lecam_weight, "lecam_decay": loss.lecam_decay}
     shared = {"parts": options.gradient_accumulation, "log_grad_norms": options.log_grad_norms}

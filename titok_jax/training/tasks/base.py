@@ -102,12 +102,7 @@ def make_network(
     Args:
       num_steps: number of updates that the schedule spans.
       trained: see `Network`.
-
-    Raises:
-      ValueError: for an unknown dtype.
     """
-    if compute_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"compute_dtype is {compute_dtype!r}, expected 'float32' or 'bfloat16'")
     graphdef, abstract = models.abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat)
     schedule = optimizer.make_schedule(num_steps)
     decay_mask = convert.decay_mask(convert.table_for(config), abstract, NO_DECAY_WORDS)
@@ -133,11 +128,15 @@ class TaskOptions:
       start: the model's initial parameters; None for new ones.
       ema_decay: decay of the parameter average: a number, which is the limit of the published ramp, or a function of the
         update.
-      compute_dtype: "float32" or "bfloat16". Parameters are float32.
+      compute_dtype: "float32" or "bfloat16", of the model. Parameters, losses and the perceptual network are float32.
+      discriminator_dtype: the same for the discriminator. As published it is float32, whatever the model's.
       remat: recompute each transformer block in the backward pass.
       gradient_accumulation: number of parts that a batch is split into. The gradient is that of the full batch.
       restart_codes: move unused codes of the codebook, see `quantizer.restart_codes`.
       log_grad_norms: also give the norm of the gradient of each group of parameters, see `group_norms`.
+
+    Raises:
+      ValueError: for an unknown dtype.
     """
 
     optimizer: OptimizerConfig
@@ -148,10 +147,16 @@ class TaskOptions:
     start: convert.Params | None = None
     ema_decay: float | Callable[[jax.Array], jax.Array] = 0.999
     compute_dtype: str = "float32"
+    discriminator_dtype: str = "float32"
     remat: bool = False
     gradient_accumulation: int = 1
     restart_codes: bool = False
     log_grad_norms: bool = False
+
+    def __post_init__(self):
+        for name in ("compute_dtype", "discriminator_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected 'float32' or 'bfloat16'")
 
     def network(self, config: models.Config, trained: tuple[str, ...] | None = None) -> Network:
         """The model of this training, with its optimizer."""
