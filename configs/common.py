@@ -42,8 +42,14 @@ def base(task: str) -> ConfigDict:
         {
             "source": images(),
             "eval_source": images(),  # nothing is held out until a path is set
-            "transform": {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256},
-            "eval_transform": {"name": "center_crop_torchvision", "size": 256},
+            "transform": {
+                "name": "random_resize_crop_flip",
+                "resize_shorter_edge": 256,
+                "crop_size": 256,
+                "random_crop": True,
+                "random_flip": True,
+            },
+            "eval_transform": {"name": "center_crop_torchvision", "size": 256, "resize_shorter_edge": 256},
             "batch_size": 256,
             "num_workers": 16,
             "num_threads": 16,
@@ -87,7 +93,7 @@ def optimizer(learning_rate: float, *, beta2: float, weight_decay: float, warmup
 def at_size(config: ConfigDict, pixels: int) -> ConfigDict:
     """Adapts a recipe to images of another size than 256. Sets the crops, and keeps the discriminator's patch size."""
     config.data.transform.update({"resize_shorter_edge": pixels, "crop_size": pixels})
-    config.data.eval_transform.size = pixels
+    config.data.eval_transform.update({"resize_shorter_edge": pixels, "size": pixels})
     if "discriminator" in config:
         config.discriminator.logits_size = pixels // 16
     return config

@@ -41,8 +41,8 @@ def get_config(variant: str = "l32") -> ConfigDict:
     config.num_steps = 500_000
     config.tokenizer, config.token_precision = "", "highest"
     if images:
-        config.data.transform = ConfigDict({"name": "center_crop_flip", "size": 512 if "512" in variant else 256})
-        config.data.eval_transform.size = config.data.transform.size
+        config = common.at_size(config, 512 if "512" in variant else 256)
+        config.data.transform.random_crop = False
     else:
         config.data.source = ConfigDict({"name": "tokens", "paths": ""})
         config.data.eval_source = ConfigDict({"name": "tokens", "paths": ""})

@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 import shlex
+import types
 
 import jax
 import pytest
@@ -220,6 +221,49 @@ def test_the_loss_of_a_small_recipe_falls(file, variant, loss, steps, tmp_path):
     loop.train(parse_settings(found), tmp_path)
     log = [json.loads(line)[loss] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sum(log[-(steps // 3) :]) < sum(log[: steps // 3]), log
+
+
+@pytest.mark.parametrize(
+    ("recipe", "then"),
+    [
+        ("stage1:l32", {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256}),
+        ("generator:b64_images", {"name": "center_crop_flip", "size": 256}),
+        ("generator:l64_512_images", {"name": "center_crop_flip", "size": 512}),
+    ],
+)
+def test_a_run_from_before_the_flags_of_augmentation_goes_on(recipe, then):
+    def stored(*changes):
+        return json.loads(read_config(recipe, changes).to_json()) | {"frozen_weights": "x"}
+
+    old = stored()
+    old["data"]["transform"] = then
+    run = types.SimpleNamespace(workdir="run", settings=None)
+    for config in (stored(), old):
+        run.stored = config
+        loop.check_same_run(old, run)
+    for change in ("transform.random_flip=False", "transform.resize_shorter_edge=600"):
+        run.stored = stored(f"--config.data.{change}")
+        with pytest.raises(ValueError, match=rf"(?s)does not fit the checkpoint.*data\.{change.partition('=')[0]}: "):
+            loop.check_same_run(old, run)
+
+
+def test_flags_choose_the_augmentation():
+    flags = ("random_crop=False", "random_flip=False", "resize_shorter_edge=288")
+    eval_flag = "--config.data.eval_transform.resize_shorter_edge=288"
+    found = read_config("single_stage:bl64_vq8k", [*(f"--config.data.transform.{flag}" for flag in flags), eval_flag])
+    data = parse_settings(found).data
+    assert data.transform == {
+        "name": "random_resize_crop_flip",
+        "resize_shorter_edge": 288,
+        "crop_size": 256,
+        "random_crop": False,
+        "random_flip": False,
+    }
+    assert data.eval_transform == {"name": "center_crop_torchvision", "size": 256, "resize_shorter_edge": 288}
+    for name in ("transform", "eval_transform"):
+        small = read_config("single_stage:bl64_vq8k", [f"--config.data.{name}.resize_shorter_edge=200"])
+        with pytest.raises(ValueError, match=rf"data\.{name}\.(crop_)?size is 256, but resize_shorter_edge .* is 200"):
+            parse_settings(small)
 
 
 def start_of(folder, model: TiTokConfig):

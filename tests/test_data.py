@@ -344,6 +344,50 @@ def test_random_crop_resizes_as_the_published_evaluation_does():
         transforms.random_resize_crop_flip(image, np.random.default_rng(0), crop_size=65, **options)
 
 
+@pytest.mark.parametrize("name", GOLDEN["images"])
+def test_augmentations_by_flags_draw_as_the_published_ones(name):
+    """The published settings give the same bits with and without the flags, those of generators as `center_crop_flip`."""
+    height, width = map(int, name.split("x"))
+    image = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    sizes = {"name": "random_resize_crop_flip", "resize_shorter_edge": 256, "crop_size": 256}
+
+    def images(**options):
+        transform, rng = transforms.make_train_transform(sizes | options), np.random.default_rng(3)
+        return [sha256(transform({"image": image}, rng)["image"]) for _ in range(6)]
+
+    rng, published = np.random.default_rng(3), []
+    shape = (256, int(256 * height / width)) if width <= height else (int(256 * width / height), 256)
+    resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+    for _ in range(6):  # the order of the draws: top, left, flip
+        top, left = (rng.integers(0, side - 255) for side in resized.shape[:2])
+        crop = resized[top : top + 256, left : left + 256]
+        published.append(sha256(crop[:, ::-1] if rng.random() < 0.5 else crop))
+    assert images() == published
+    assert images(random_crop=True, random_flip=True) == images()
+    old, rng = transforms.make_train_transform({"name": "center_crop_flip", "size": 256}), np.random.default_rng(3)
+    assert images(random_crop=False) == [sha256(old({"image": image}, rng)["image"]) for _ in range(6)]
+    assert images(random_crop=False, random_flip=False) == [GOLDEN["images"][name]["sha256_eval_uint8_HWC"]] * 6
+
+
+def test_resize_and_crop_have_their_own_sizes():
+    image = np.random.default_rng(1).integers(0, 256, (90, 123, 3), np.uint8)
+    resized = np.asarray(Image.fromarray(image).resize((int(72 * 123 / 90), 72), Image.Resampling.BICUBIC))
+    expected = resized[4:68, 17:81]
+    spec = {"name": "random_resize_crop_flip", "resize_shorter_edge": 72, "crop_size": 64}
+    train = transforms.make_train_transform(spec | {"random_crop": False, "random_flip": False})
+    np.testing.assert_array_equal(train({"image": image}, None)["image"], expected)
+    for name in ("center_crop_torchvision", "center_crop_adm"):
+        crop = transforms.make_eval_transform({"name": name, "size": 64, "resize_shorter_edge": 72})
+        assert crop({"image": image})["image"].shape == (64, 64, 3)
+        same = transforms.make_eval_transform({"name": name, "size": 64, "resize_shorter_edge": 64})
+        usual = transforms.make_eval_transform({"name": name, "size": 64})
+        np.testing.assert_array_equal(same({"image": image})["image"], usual({"image": image})["image"])
+        with pytest.raises(ValueError, match="crop_size 64 must not exceed resize_shorter_edge 63"):
+            transforms.make_eval_transform({"name": name, "size": 64, "resize_shorter_edge": 63})({"image": image})
+    torchvision = transforms.make_eval_transform({"name": "center_crop_torchvision", "size": 64, "resize_shorter_edge": 72})
+    np.testing.assert_array_equal(torchvision({"image": image})["image"], expected)
+
+
 class Extreme:
     """Replaces a random generator: always draws the end of the range."""
 

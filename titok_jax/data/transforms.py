@@ -60,7 +60,7 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
         raise ValueError(f"{name}: cannot read these {len(data)} bytes as an image (JPEG, PNG, WebP): {error}") from error
 
 
-def center_crop_torchvision(image: np.ndarray, size: int) -> np.ndarray:
+def center_crop_torchvision(image: np.ndarray, size: int, resize_shorter_edge: int | None = None) -> np.ndarray:
     """The crop of the published rFID: resizes the shorter side to `size` (bicubic), then crops the centre.
 
     This equals torchvision's Resize and CenterCrop on a PIL image: the longer side is truncated to a whole number, and the
@@ -68,31 +68,31 @@ def center_crop_torchvision(image: np.ndarray, size: int) -> np.ndarray:
 
     Args:
       image: uint8 [H, W, 3].
+      size: height and width of the crop.
+      resize_shorter_edge: length of the shorter side before cropping, at least `size`; `size` if not given.
 
     Returns:
       uint8 [size, size, 3].
+
+    Raises:
+      ValueError: `size` exceeds `resize_shorter_edge`.
     """
-    image = _resize_shorter_side(image, size)
-    top, left = (round((side - size) / 2) for side in image.shape[:2])
-    return image[top : top + size, left : left + size]
+    return _center(_resize_shorter_side(image, _edge(size, resize_shorter_edge)), size)
 
 
-def center_crop_adm(image: np.ndarray, size: int) -> np.ndarray:
+def center_crop_adm(image: np.ndarray, size: int, resize_shorter_edge: int | None = None) -> np.ndarray:
     """The crop of the published pretokenization, from ADM: resizes the shorter side to `size`, then crops the centre.
 
     Large images are first halved with a box filter, once or more. The longer side is rounded, and the offset is rounded
     down, so the result differs from `center_crop_torchvision` even if nothing is halved (for example with 300x410 pixels).
 
-    Args:
-      image: uint8 [H, W, 3].
-
-    Returns:
-      uint8 [size, size, 3].
+    Arguments, result and errors are those of `center_crop_torchvision`.
     """
+    edge = _edge(size, resize_shorter_edge)
     pil = Image.fromarray(image)
-    while min(pil.size) >= 2 * size:
+    while min(pil.size) >= 2 * edge:
         pil = pil.resize((pil.width // 2, pil.height // 2), Image.Resampling.BOX)
-    scale = size / min(pil.size)
+    scale = edge / min(pil.size)
     resized = np.asarray(pil.resize((round(pil.width * scale), round(pil.height * scale)), _BICUBIC))
     top, left = ((side - size) // 2 for side in resized.shape[:2])
     return resized[top : top + size, left : left + size]
@@ -117,16 +117,27 @@ def ten_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def random_resize_crop_flip(
-    image: np.ndarray, rng: np.random.Generator, *, resize_shorter_edge: int, crop_size: int, flip_probability: float = 0.5
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    resize_shorter_edge: int,
+    crop_size: int,
+    random_crop: bool = True,
+    random_flip: bool = True,
+    flip_probability: float = 0.5,
 ) -> np.ndarray:
     """The published training augmentation: resizes the shorter side (bicubic), then crops and mirrors at random.
 
+    The published code trains tokenizers with `random_crop` and `random_flip`, and generators on images with `random_flip`.
+
     Args:
       image: uint8 [H, W, 3].
-      rng: draws the crop and the flip.
+      rng: draws the crop, then the flip; nothing for a part that is off.
       resize_shorter_edge: length of the shorter side before cropping, at least `crop_size`.
       crop_size: height and width of the crop.
-      flip_probability: probability of mirroring left and right.
+      random_crop: crop anywhere; otherwise the centre, as `center_crop_torchvision` does.
+      random_flip: mirror at random; otherwise never.
+      flip_probability: probability of mirroring left and right, if `random_flip`.
 
     Returns:
       uint8 [crop_size, crop_size, 3].
@@ -134,30 +145,25 @@ def random_resize_crop_flip(
     Raises:
       ValueError: `crop_size` exceeds `resize_shorter_edge`.
     """
-    if crop_size > resize_shorter_edge:
-        raise ValueError(f"crop_size {crop_size} must not exceed resize_shorter_edge {resize_shorter_edge}")
-    image = _resize_shorter_side(image, resize_shorter_edge)
-    top, left = (int(rng.integers(0, side - crop_size + 1)) for side in image.shape[:2])
-    image = image[top : top + crop_size, left : left + crop_size]
-    if rng.random() < flip_probability:
+    image = _resize_shorter_side(image, _edge(crop_size, resize_shorter_edge))
+    if random_crop:
+        top, left = (int(rng.integers(0, side - crop_size + 1)) for side in image.shape[:2])
+        image = image[top : top + crop_size, left : left + crop_size]
+    else:
+        image = _center(image, crop_size)
+    if random_flip and rng.random() < flip_probability:
         image = image[:, ::-1]
     return np.ascontiguousarray(image)
 
 
 def center_crop_flip(image: np.ndarray, rng: np.random.Generator, *, size: int, flip_probability: float = 0.5) -> np.ndarray:
-    """`center_crop_torchvision`, mirrored with probability `flip_probability`.
-
-    The published code trains generators on images with this augmentation (`random_crop: False`, `random_flip: True`).
-
-    Args:
-      image: uint8 [H, W, 3].
-      rng: draws the flip.
+    """`random_resize_crop_flip` of the centre, with one size: the name that recipes had for it before.
 
     Returns:
       uint8 [size, size, 3].
     """
-    image = center_crop_torchvision(image, size)
-    return np.ascontiguousarray(image[:, ::-1]) if rng.random() < flip_probability else image
+    options = {"resize_shorter_edge": size, "crop_size": size, "flip_probability": flip_probability}
+    return random_resize_crop_flip(image, rng, random_crop=False, **options)
 
 
 def jitter(
@@ -221,7 +227,7 @@ def make_eval_transform(spec: Mapping[str, Any]) -> Callable[[Example], Example]
     """Makes the crop that `spec` names: a picklable function of an example.
 
     Args:
-      spec: "name" (`center_crop_torchvision` or `center_crop_adm`) and "size".
+      spec: "name" (`center_crop_torchvision` or `center_crop_adm`), "size" and, if it differs, "resize_shorter_edge".
 
     Raises:
       ValueError: unknown name or option.
@@ -248,6 +254,19 @@ def _apply_random(function: Callable, options: dict[str, Any], example: Example,
 
 def _apply(function: Callable, options: dict[str, Any], example: Example) -> Example:
     return example | {"image": function(example["image"], **options)}
+
+
+def _edge(size: int, resize_shorter_edge: int | None) -> int:
+    """The length of the shorter side before a crop of `size`."""
+    if resize_shorter_edge is not None and size > resize_shorter_edge:
+        raise ValueError(f"crop_size {size} must not exceed resize_shorter_edge {resize_shorter_edge}")
+    return size if resize_shorter_edge is None else resize_shorter_edge
+
+
+def _center(image: np.ndarray, size: int) -> np.ndarray:
+    """The centre of uint8 [H, W, 3], as torchvision crops it: the offset is rounded half to even."""
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
 
 
 def _resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:

@@ -60,6 +60,8 @@ FREE_FIELDS = (
 LATER_FIELDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "token_precision": lambda then: "default",
     "discriminator_dtype": lambda then: then.get("compute_dtype"),  # a discriminator computed in the dtype of its model
+    "data.transform.random_crop": lambda then: True,
+    "data.transform.random_flip": lambda then: True,
 }
 
 
@@ -265,10 +267,21 @@ def write_config(run: Run) -> None:
         partial.write_text(json.dumps(run.settings.given, indent=2) + "\n")
 
 
+def renamed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration in which the augmentation `center_crop_flip` has the name and the fields that it has today."""
+    transform = config.get("data", {}).get("transform") or {}
+    if transform.get("name") != "center_crop_flip":
+        return config
+    others = {name: value for name, value in transform.items() if name not in ("name", "size")}
+    sizes = dict.fromkeys(("resize_shorter_edge", "crop_size"), transform.get("size"))
+    today = {"name": "random_resize_crop_flip", **sizes, "random_crop": False, "random_flip": True, **others}
+    return {**config, "data": {**config["data"], "transform": today}}
+
+
 def check_same_run(found: Mapping[str, Any], run: Run) -> None:
     """Raises ValueError if a checkpoint's configuration or frozen networks differ from those of this run."""
     now = run.stored
-    then, today = ({**stored, "frozen_weights": ""} for stored in (found, now))
+    then, today = ({**renamed(stored), "frozen_weights": ""} for stored in (found, now))
     later = {name: former(found) for name, former in LATER_FIELDS.items()}
     check_config(then, today, FREE_FIELDS, str(run.workdir), later=later)
     if found.get("frozen_weights") != now["frozen_weights"]:

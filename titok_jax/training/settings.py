@@ -280,15 +280,20 @@ def _pixel_decoder(settings: Settings, abstract: bool) -> MaskgitVQGANConfig:
 
 
 def _check_sizes(settings: Settings) -> None:
-    """Raises ValueError if the crop size differs from the model's image size."""
+    """Raises ValueError if the crop size differs from the model's image size, or is larger than the resized image."""
     expected, data = settings.image_size, settings.data
     if expected is None:
         return
     for name, transform in (("transform", data.transform), ("eval_transform", data.eval_transform)):
         for option in ("crop_size", "size"):
-            if transform and option in transform and transform[option] != expected:
-                found = f"config.data.{name}.{option} is {transform[option]}"
+            if not transform or option not in transform:
+                continue
+            found = f"config.data.{name}.{option} is {transform[option]}"
+            if transform[option] != expected:
                 raise ValueError(f"{found}, but the model takes images of {expected} x {expected} pixels")
+            edge = transform.get("resize_shorter_edge") or expected
+            if edge < expected:
+                raise ValueError(f"{found}, but resize_shorter_edge beside it is {edge}, expected at least as much")
 
 
 def check_batch(batch: Mapping[str, np.ndarray], settings: Settings) -> None:
