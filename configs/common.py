@@ -25,11 +25,12 @@ def pick(variants: dict, variant: str):
     return variants[variant]
 
 
-def images() -> dict[str, str]:
+def images() -> dict[str, str | bool]:
     """An image source whose options are to be set on the command line. It reads the files that tools/prepare_imagenet.py
     writes; another `name` selects another source of titok_jax/data/sources.py. It has the options of all sources; empty
     options are ignored."""
-    return {"name": "array_record", "paths": "", "path": "", "dataset": "", "data_dir": "", "split": ""}
+    names = ("paths", "path", "dataset", "data_dir", "split", "image_key", "label_key")
+    return {"name": "array_record", **dict.fromkeys(names, ""), "skip_damaged": False}
 
 
 def base(task: str) -> ConfigDict:

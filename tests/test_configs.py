@@ -231,17 +231,19 @@ def test_the_loss_of_a_small_recipe_falls(file, variant, loss, steps, tmp_path):
         ("generator:l64_512_images", {"name": "center_crop_flip", "size": 512}),
     ],
 )
-def test_a_run_from_before_the_flags_of_augmentation_goes_on(recipe, then):
+def test_a_run_from_before_the_flags_of_augmentation_and_source_goes_on(recipe, then):
     def stored(*changes):
         return json.loads(read_config(recipe, changes).to_json()) | {"frozen_weights": "x"}
 
     old = stored()
     old["data"]["transform"] = then
+    for name in ("image_key", "label_key", "skip_damaged"):
+        del old["data"]["source"][name]
     run = types.SimpleNamespace(workdir="run", settings=None)
     for config in (stored(), old):
         run.stored = config
         loop.check_same_run(old, run)
-    for change in ("transform.random_flip=False", "transform.resize_shorter_edge=600"):
+    for change in ("transform.random_flip=False", "transform.resize_shorter_edge=600", "source.skip_damaged=True"):
         run.stored = stored(f"--config.data.{change}")
         with pytest.raises(ValueError, match=rf"(?s)does not fit the checkpoint.*data\.{change.partition('=')[0]}: "):
             loop.check_same_run(old, run)

@@ -9,14 +9,18 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from titok_jax.data import loader, records, sources, transforms
+from titok_jax.data import files, loader, parquet, records, sources, transforms, webdataset
 from titok_jax.data.digits import load_digits
 from titok_jax.data.sources import parse_source
 
@@ -519,7 +523,7 @@ def test_folder_errors(tmp_path):
 
 def test_make_source_errors():
     with pytest.raises(
-        ValueError, match="unknown data source 'mnist'; known: digits, folder, tfds, webdataset, array_record, tok"
+        ValueError, match="unknown data source 'mnist'; known: digits, folder, tfds, webdataset, parquet, arr"
     ):
         sources.make_source({"name": "mnist"})
     with pytest.raises(ValueError, match=r"data source digits: .*'path'; it takes split, image_size"):
@@ -634,14 +638,14 @@ def test_braces_mean_the_files_that_they_mean_to_a_shell(pattern, names, tmp_pat
     for name in [*names, "t-0003.tar", "t-001.tar"]:  # the two extra names must not match
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = sources.find_files(str(tmp_path / pattern), "tars")
+    found = files.find_files(str(tmp_path / pattern), "tars")
     assert [str(Path(path).relative_to(tmp_path)) for path in found] == names
     if "odd" not in pattern and "*" not in pattern:
         shell = subprocess.run(["bash", "-c", f"printf '%s\n' {pattern}"], capture_output=True, text=True, check=True)
         assert sorted(shell.stdout.split()) == sorted(names)
         (tmp_path / names[-1]).unlink()
         with pytest.raises(FileNotFoundError, match=rf"{names[-1]}: no such file, .*; expected tars"):
-            sources.find_files(str(tmp_path / pattern), "tars")
+            files.find_files(str(tmp_path / pattern), "tars")
 
 
 def test_webdataset_errors(tmp_path):
@@ -665,6 +669,167 @@ def test_webdataset_errors(tmp_path):
             sources.make_source({"name": "webdataset", "paths": str(tmp_path / f"{name}.tar")})
     with pytest.raises(FileNotFoundError, match=r"none-\*\.tar: no such file, and no file matches it"):
         sources.make_source({"name": "webdataset", "paths": str(tmp_path / "none-*.tar")})
+
+
+def test_damaged_tars_are_skipped_if_asked(tmp_path, capsys):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", [(f"{number}.png", encoded(number // 2)), (f"{number}.cls", b"4")])
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[:2000])
+    spec = {"name": "webdataset", "paths": str(tmp_path / "*.tar"), "skip_damaged": True}
+    source = sources.make_source(spec)
+    assert_images(source, [4, 4])
+    (reason,) = source.damaged
+    assert reason.startswith(f"{tmp_path}/1.tar: expected an uncompressed tar")
+    assert capsys.readouterr().out == f"warning: 1 of 3 tars are damaged and left out:\n  {reason}\n"
+    with pytest.raises(ValueError, match=r"1\.tar: expected an uncompressed tar"):
+        sources.make_source(spec | {"skip_damaged": False})
+    with pytest.raises(ValueError, match=r"all 1 tars are damaged; the first: .*1\.tar: expected an uncompressed tar"):
+        sources.make_source(spec | {"paths": str(tmp_path / "1.tar")})
+    assert len(sources.make_source({"name": "digits", "skip_damaged": False, "label_key": ""})) == 1437  # as in a recipe
+    with pytest.raises(ValueError, match=r"digits: .*'skip_damaged'"):
+        sources.make_source({"name": "digits", "skip_damaged": True})
+
+
+def test_a_tar_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new/a.tar"
+    with webdataset.tar_writer(path) as write:
+        for index, image_format in enumerate(("PNG", "WEBP", "JPEG", "BMP")):
+            write(encoded(index, image_format), index)
+        assert not path.exists()
+    with tarfile.open(path) as tar:
+        images = [f"a-00000{index}.{suffix}" for index, suffix in enumerate(("png", "webp", "jpg", "bmp"))]
+        assert tar.getnames()[::2] == images
+    source = sources.make_source({"name": "webdataset", "paths": path})
+    assert [source.encoded(i)[:2] for i in range(2)] == [(encoded(0), 0), (encoded(1, "WEBP"), 1)]
+    before = path.read_bytes()
+    with pytest.raises(AttributeError), webdataset.tar_writer(path) as write:
+        write(None, 5)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+# Parquet
+
+
+def write_parquet(path, first=0, count=10, *, struct=True, labels=None, rows=4, names=()):
+    """Images `encoded(first)` and so on, with the labels `first`, ... or as given, in row groups of `rows`."""
+    images = [encoded(index) for index in range(first, first + count)]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()}) if struct else pa.large_binary()
+    image = pa.array([{"bytes": data, "path": None} for data in images] if struct else images, kind)
+    label = pa.array(list(range(first, first + count)) if labels is None else labels, pa.int64())
+    table = pa.table({"image": image, "label": label})
+    if names:
+        info = {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(table, path, row_group_size=rows)
+
+
+def test_parquet(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", 0, 10)
+    write_parquet(tmp_path / "train-1.parquet", 10, 3, struct=False)
+    write_parquet(tmp_path / "train-2.parquet", 13, 0)
+    source = sources.make_source(parse_source(f"parquet:{tmp_path}/train-{{0..2}}.parquet"))
+    assert_images(source, list(range(13)))
+    assert source.class_names == []
+    assert source.encoded(11) == (encoded(11), 11, f"{tmp_path}/train-1.parquet, row 1")
+    assert [int(example["label"]) for example in source] == list(range(13))  # ends with an IndexError
+    table = pq.read_table(tmp_path / "train-1.parquet").rename_columns(["jpg", "cls"])
+    pq.write_table(table, tmp_path / "named.parquet")
+    named = {"name": "parquet", "paths": str(tmp_path / "named.parquet"), "image_key": "jpg"}
+    assert int(sources.make_source(named | {"label_key": "cls"})[2]["label"]) == 12
+    assert int(sources.make_source(named | {"label_key": "none"})[2]["label"]) == -1
+    write_parquet(tmp_path / "few.parquet", 0, 3, labels=[1, None, -1], names="ab")
+    source = sources.make_source({"name": "parquet", "paths": str(tmp_path / "few.parquet")})
+    assert_images(source, [1, -1, -1])
+    assert source.class_names == ["a", "b"]
+    (batch,) = take(source, 1, global_batch_size=3, shuffle=False, train_transform=None)
+    assert batch["image"].shape == (3, 30, 40, 3)
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "by threads"])
+def test_parquet_keeps_bounded_memory_in_any_order(order, tmp_path, monkeypatch):
+    """Four images of about 3.7 kB in each row group, of which two may be kept for all threads."""
+    write_parquet(tmp_path / "a.parquet", 0, 40)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 32_000)
+    source, read, sizes = sources.make_source({"name": "parquet", "paths": str(tmp_path / "a.parquet")}), [], []
+    real = source._read
+    monkeypatch.setattr(source, "_read", lambda place: read.append(place) or real(place))
+    indices = {"backwards": range(39, -1, -1), "shuffled": np.random.default_rng(0).permutation(40).tolist()}.get(
+        order, range(40)
+    )
+
+    def look(index):
+        label = int(source[index]["label"])
+        sizes.append((source._cache.size(), len(source._cache._kept)))
+        return label
+
+    if order == "by threads":
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(look, indices)) == list(indices)
+    else:
+        assert list(map(look, indices)) == list(indices)
+    assert max(size for size, _ in sizes) <= 32_000
+    assert max(kept for _, kept in sizes) == 2
+    assert not source._cache._reading
+    if order in ("forwards", "backwards"):  # each row group once
+        assert sorted(read) == list(range(10))
+    assert set(read) == set(range(10))
+
+
+def test_each_thread_keeps_its_last_row_group(tmp_path, monkeypatch):
+    """Also if none may be kept for all: threads that read parts of their own do not disturb each other."""
+    write_parquet(tmp_path / "a.parquet", 0, 40)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    source, read = sources.make_source({"name": "parquet", "paths": str(tmp_path / "a.parquet")}), []
+    real, meet = source._read, threading.Barrier(5)
+    monkeypatch.setattr(source, "_read", lambda place: read.append(place) or real(place))
+
+    def look(part):
+        for index in range(8 * part, 8 * part + 8):
+            meet.wait()
+            assert int(source[index]["label"]) == index
+
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(look, range(5)))
+    assert sorted(read) == list(range(10))
+    assert source._cache.size() == 0
+
+
+def test_parquet_errors(tmp_path):
+    def refused(message, name="a.parquet", **options):
+        with pytest.raises(ValueError, match=message) as caught:
+            list(sources.make_source({"name": "parquet", "paths": str(tmp_path / name), **options}))
+        assert "\n" not in str(caught.value)
+
+    write_parquet(tmp_path / "a.parquet", 0, 3)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    refused(r"a\.parquet: no column 'jpg'; it has image, label; image_key names it$", image_key="jpg")
+    refused(r"a\.parquet: no column 'cls'; it has image, label; label_key names it, label_key=none", label_key="cls")
+    refused(r"a\.parquet: column 'label' is int64, expected bytes, or structs with a field 'bytes'", image_key="label")
+    refused(r"a\.parquet: column 'image' is struct<.*>, expected integers", label_key="image")
+    for name, data in (("text", b"no Parquet"), ("empty", b""), ("cut", whole[:-100]), ("end", whole[:50] + whole[-200:])):
+        (tmp_path / f"{name}.parquet").write_bytes(data)
+        refused(rf"{name}\.parquet: cannot read this as Parquet \(is it complete\?\): ", f"{name}.parquet")
+    middle = bytearray(whole)
+    middle[4:3000] = bytes(2996)
+    (tmp_path / "middle.parquet").write_bytes(middle)
+    refused(r"middle\.parquet", "middle.parquet")
+    write_parquet(tmp_path / "none.parquet", 0, 0)
+    refused(r"none\.parquet: no rows; expected a row for each image", "none.parquet")
+    for labels, found, most in (([0, 1, 2], 2, 1), ([0, -2, 1], -2, 1)):
+        write_parquet(tmp_path / "label.parquet", 0, 3, labels=labels, names="ab")
+        place = rf"label\.parquet, row {labels.index(found)}: its label is {found}, expected 0 to {most}, or -1 for none"
+        refused(place, "label.parquet")
+    pq.write_table(pa.table({"image": pa.array([None], pa.binary()), "label": [0]}), tmp_path / "null.parquet")
+    refused(r"null\.parquet, row 0: cannot read these 0 bytes as an image", "null.parquet")
+    with pytest.raises(FileNotFoundError, match=r"gone-\*\.parquet: no such file, .*; expected Parquet files"):
+        sources.make_source({"name": "parquet", "paths": str(tmp_path / "gone-*.parquet")})
+    with pytest.raises(ValueError, match=r"no paths given; expected Parquet files"):
+        sources.make_source({"name": "parquet", "paths": []})
+    for kind in ("parquet", "webdataset", "array_record"):
+        with pytest.raises(ValueError, match=f"'{kind}:': expected {kind}:FILES"):
+            parse_source(f"{kind}:")
 
 
 # Records

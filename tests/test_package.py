@@ -121,12 +121,14 @@ assert reconstruct.main(["samples.png", "--out", "file"]) == 0
 assert zoo.main([]) == 0
 assert pretokenize.main(["digits:test", "--out", "tokens", "--format", "jsonl", "--batch-size", "4"]) == 0
 pathlib.Path("a.array_record").touch()
+pathlib.Path("a.parquet").touch()
 for main, arguments in (
     (train.main, ["--config", "digits:smoke_tokenizer", "--workdir", "run"]),
     (compile.main, ["--config", "digits:smoke_tokenizer", "--slice", "v5e-16"]),
     (evaluate.main, ["--json", "digits.json"]),
     (pretokenize.main, ["digits:test", "--out", "records"]),
     (pretokenize.main, ["array_record:a.array_record", "--out", "records", "--format", "jsonl"]),
+    (pretokenize.main, ["parquet:a.parquet", "--out", "records", "--format", "jsonl"]),
     (pretokenize.main, ["tfds:mnist:test", "--out", "records", "--format", "jsonl"]),
 ):
     assert main(arguments) == 2
@@ -141,7 +143,7 @@ def test_what_the_extra_installs_is_needed_only_where_it_is_used(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert {"samples.png", "reconstructions", "file", "tokens"} <= {path.name for path in tmp_path.iterdir()}
-    needed = ("ml_collections", "ml_collections", "scipy", "array_record", "grain", "tensorflow_datasets")
+    needed = ("ml_collections", "ml_collections", "scipy", "array_record", "grain", "pyarrow", "tensorflow_datasets")
     expected = [f'error: this needs {name}; pip install "titok_jax[train]"' for name in needed]
     assert [line for line in run.stderr.splitlines() if line.startswith(("error", "Traceback"))] == expected
     assert not (tmp_path / "run").exists()

@@ -181,6 +181,8 @@ def test_other_weights_are_no_continuation(tmp_path, capsys):
         (["nowhere"], "nowhere"),
         (["tfds:imagenet2012"], "expected tfds:NAME:SPLIT"),
         (["digits:validation"], "no split 'validation'"),
+        (["digits:test", "--skip-damaged"], "--skip-damaged is for webdataset:FILES, not for digits:test"),
+        (["parquet:none-*.parquet"], "none-*.parquet: no such file, and no file matches it"),
         (["digits:test", "--shards", "0"], "--shards is 0"),
         (["digits:test", "--shards", "999"], "more than the 360 images"),
         (["digits:test", "--passes", "2"], "the same in every pass"),

@@ -2,12 +2,15 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import fake_gcs
 import fsspec
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import test_checkpoint
 import test_train
@@ -22,6 +25,7 @@ from titok_jax import evaluate, parity, pretokenize, reconstruct, sample
 from titok_jax.data import token_shards
 from titok_jax.data.records import image_writer, token_writer
 from titok_jax.data.sources import make_source
+from titok_jax.data.webdataset import tar_writer
 from titok_jax.evaluation import features, references
 from titok_jax.runtime import outputs
 from titok_jax.runtime import paths as storage
@@ -400,6 +404,62 @@ def test_of_a_tar_the_images_asked_for_are_read(photos, bucket, tmp_path, monkey
         make_source({"name": "webdataset", "paths": "gs://bucket/**/*.tar"})
 
 
+def images_in_files(folder):
+    """The same images as two tars and two Parquet files in a local folder."""
+    for number in range(2):
+        rows = []
+        with tar_writer(folder / f"{number}.tar") as write:
+            for index in range(3):
+                data = io.BytesIO()
+                noise = np.random.default_rng([number, index]).integers(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(noise).save(data, "PNG")
+                write(data.getvalue(), index)
+                rows.append({"image": {"bytes": data.getvalue()}, "label": index})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{number}.parquet", row_group_size=2)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gs", "s3", "https"])
+def test_tars_and_parquet_files_are_read_there(kind, bucket, tmp_path, monkeypatch):
+    """The bucket also stands for s3:// and for a web server."""
+    images_in_files(tmp_path)
+    for file in tmp_path.iterdir():
+        epath.Path(file).copy(bucket / f"images/{file.name}")
+    if kind != "gs":
+        strip = _Bucket._strip_protocol.__func__
+        fsspec.register_implementation(kind, _Bucket, clobber=True)
+        named = classmethod(lambda cls, path: strip(cls, str(path).removeprefix(f"{kind}://")))
+        monkeypatch.setattr(_Bucket, "_strip_protocol", named)
+        monkeypatch.setattr(_Bucket, "protocol", (kind,))
+    for name, suffix in (("webdataset", "tar"), ("parquet", "parquet")):
+        local = make_source({"name": name, "paths": str(tmp_path / f"*.{suffix}")})
+        remote = make_source({"name": name, "paths": f"{kind}://bucket/images/{{0..1}}.{suffix}"})
+        same(local, pickle.loads(pickle.dumps(remote)))
+        pattern = f"{kind}://bucket/images/*.{suffix}"
+        if kind == "https":
+            with pytest.raises(ValueError, match=r"\*\.\w+: the web lists no files for \*; name them, e\.g\. by braces"):
+                make_source({"name": name, "paths": pattern})
+        else:
+            same(local, make_source({"name": name, "paths": pattern}))
+        with pytest.raises(FileNotFoundError, match=rf"{kind}://bucket/images/2\.{suffix}: no such file"):
+            make_source({"name": name, "paths": f"{kind}://bucket/images/{{1..2}}.{suffix}"})
+    if kind != "https":
+        return
+    source = make_source({"name": "webdataset", "paths": "https://bucket/images/0.tar"})
+    monkeypatch.setattr(_Bucket, "cat_file", lambda self, *a, **k: bytes(10_000_000))
+    with pytest.raises(OSError, match=r"https://bucket/images/0\.tar: this server sends whole files, not parts"):
+        source[0]
+
+    def fails(self, *args, **kwargs):
+        raise RuntimeError("502 Bad Gateway")
+
+    monkeypatch.setattr(_Bucket, "cat_file", fails)
+    with pytest.raises(OSError, match=r"https://bucket/images/0\.tar cannot be read: 502 Bad Gateway"):
+        source[0]
+    with pytest.raises(ValueError, match=r"https://bucket/a: https:// is only for tars \(webdataset\) and Parquet files"):
+        storage.as_path("https://bucket/a")
+
+
 @pytest.mark.parametrize("form", ["array_record", "jsonl"])
 def test_tokens_are_written_there_whole_and_read(form, bucket, tmp_path):
     for path in (tmp_path / f"0.{form}", bucket / f"tokens/0.{form}"):
@@ -523,6 +583,11 @@ def test_without_what_reaches_it_the_error_says_what_to_install(monkeypatch, cap
     assert message in capsys.readouterr().err
     with pytest.raises(OSError, match=r"gs://bucket/run cannot be reached"):
         loop.train(parse_settings(test_train.small("tokenizer")), "gs://bucket/run")
+    for address, extra in (("s3://bucket", "s3"), ("http://host", "http"), ("https://host", "http")):
+        for kind in ("webdataset", "parquet"):
+            message = rf"{address}/a cannot be reached \(.*\): pip install 'titok_jax\[{extra}\]'"
+            with pytest.raises(OSError, match=message):
+                make_source({"name": kind, "paths": f"{address}/a"})
     with pytest.raises(ValueError, match="ftp://host/x: unknown storage ftp://, expected a path of this machine or gs://"):
         storage.as_path("ftp://host/x")
 

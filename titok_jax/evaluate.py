@@ -37,8 +37,8 @@ _EPILOG = """examples:
   python -m titok_jax.evaluate --reference imagenet/train --model titok_l32 --save-reference imagenet_train.npz
       statistics of a data set of one's own, for --reference
 
-DATA is a folder of images, array_record:FILES, tfds:NAME:SPLIT, webdataset:FILES (a glob, or with braces as in
-'imagenet-val-{0000..0049}.tar'), or digits:SPLIT. All but the first need the
+DATA is a folder of images, array_record:FILES, tfds:NAME:SPLIT, webdataset:FILES or parquet:FILES (globs, or with braces as
+in 'imagenet-val-{0000..0049}.tar'), or digits:SPLIT. All but the first need the
 weights of InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION. Every file and folder
 may be in a bucket, gs://BUCKET/... (of DATA not array_record and tfds).
 """

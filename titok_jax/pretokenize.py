@@ -30,7 +30,8 @@ _EPILOG = """examples:
       trains on them
 
 DATA is array_record:FILES (of tools/prepare_imagenet.py), a folder of images (class per sub-folder), tfds:NAME:SPLIT,
-webdataset:FILES (a glob, or with braces as in 'imagenet-train-{0000..0252}.tar') or digits:SPLIT.
+webdataset:FILES (a glob, or with braces as in 'imagenet-train-{0000..0252}.tar'), parquet:FILES (as on the hub, columns
+image and label) or digits:SPLIT.
 
 Crops: "center" is one center crop, "flip" that and its mirror image, "ten" the published ten crops, "random" the published
 random crop and flip. The published order of "flip" (all images of a batch, then all mirrored) is another one; the records
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", type=int, default=1, help="files to write (default: 1)")
     parser.add_argument("--format", choices=("array_record", "jsonl"), default="array_record", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged tars of webdataset:, and name them")
     parser.add_argument("--seed", type=int, default=0, help='of "random" (default: 0)')
     add_precision_arguments(parser)
     return parser
@@ -74,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--out {args.out} is a file, expected a folder")
     if args.format == "array_record":
         require("array_record")
+    if args.skip_damaged:
+        if described["name"] != "webdataset":
+            raise ValueError(f"--skip-damaged is for webdataset:FILES, not for {args.data}")
+        described["skip_damaged"] = True
     source = make_source(described)
     if args.shards > args.passes * len(source):
         raise ValueError(f"--shards is {args.shards}, more than the {args.passes * len(source)} images")

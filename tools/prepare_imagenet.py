@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from titok_jax.data.files import find_files
 from titok_jax.data.records import image_writer
-from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource, WebDatasetSource, find_files, tar_files
+from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource
 from titok_jax.data.transforms import decode_image
+from titok_jax.data.webdataset import WebDatasetSource, tar_files
 from titok_jax.runtime.command import command
 from titok_jax.runtime.locks import file_lock
 from titok_jax.runtime.outputs import check_output, new_file

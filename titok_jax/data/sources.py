@@ -1,29 +1,26 @@
-"""Random-access sources of examples: digits, image folders, TFDS, ArrayRecord, WebDataset tars, token files.
+"""Random-access sources of examples: digits, image folders, TFDS, ArrayRecord, WebDataset tars, Parquet, token files.
 
-Folders, tars and token files may be in a bucket, gs://BUCKET/...
+Folders, tars, Parquet and token files may be in a bucket, gs://BUCKET/...; tars and Parquet files also on the web.
 
 An example is a dict with "label", int32 [] (-1 if there is none), and either "image", decoded uint8 [H, W, 3] RGB, or
 "tokens", int32 [N]. Sources are picklable (worker processes get a copy) and safe to read from many threads.
 """
 
-import glob
 import inspect
 import os
-import re
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from titok_jax.data.digits import load_digits
+from titok_jax.data.files import Paths, find_files
+from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import decode_json_tokens, decode_record
-from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_image, image_files
+from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example, image_files
+from titok_jax.data.webdataset import WebDatasetSource
 from titok_jax.runtime.paths import as_path, is_remote, local_copy, needs_mount, read_bytes
-
-Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or pattern (`find_files`), or several
 
 
 def make_source(spec: Mapping[str, Any], flag: str = ""):
@@ -31,7 +28,7 @@ def make_source(spec: Mapping[str, Any], flag: str = ""):
 
     Args:
       spec: "name" and the arguments of that source, e.g. {"name": "digits", "split": "train"}. Entries that are "" are
-        ignored.
+        ignored, and entries that are False if the source has no such argument. "none" as label_key means None.
       flag: the command-line flag that sets `spec`, for error messages: "--config.data.source".
 
     Raises:
@@ -43,11 +40,15 @@ def make_source(spec: Mapping[str, Any], flag: str = ""):
             return make_source(spec)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{error} ({flag}.FIELD=VALUE sets a field of it)") from None
-    options = {option: value for option, value in spec.items() if value != ""}
-    name = options.pop("name", None)
+    name = spec.get("name")
     if name not in _SOURCES:
         raise ValueError(f"unknown data source {name!r}; known: {', '.join(_SOURCES)}")
     signature = inspect.signature(_SOURCES[name])
+    options = {
+        option: None if (option, value) == ("label_key", "none") else value
+        for option, value in spec.items()
+        if option != "name" and value != "" and not (value is False and option not in signature.parameters)
+    }
     try:
         signature.bind(**options)
     except TypeError as error:
@@ -102,7 +103,7 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        return _decoded(*self.encoded(index))
+        return decode_example(*self.encoded(index))
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""
@@ -165,78 +166,13 @@ class TfdsSource:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Example:
-        return _decoded(*self.encoded(index))
+        return decode_example(*self.encoded(index))
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""
         example = self._examples[index]
         label = -1 if self._label_key is None else int(example[self._label_key])
         return example[self._image_key], label, f"tfds {self._name}, example {index}"
-
-
-class WebDatasetSource:
-    """Uncompressed tar shards of images (`KEY.jpg`, `.png`, ...) and class indices (`KEY.cls`, decimal text).
-
-    The constructor reads the headers of every shard once. After that, an image takes one read at its offset. A sample
-    without `.cls` has the label -1. A sample without an image is an error.
-    """
-
-    def __init__(self, paths: Paths):
-        self._paths = find_files(paths, "WebDataset shards (*.tar)")
-        with ThreadPoolExecutor() as threads:  # a shard in a bucket is read in full: seeking over an image reads it
-            samples = list(threads.map(_samples_of_tar, self._paths))
-        numbers = np.repeat(np.arange(len(samples)), [len(shard) for shard in samples])
-        self._spans = np.column_stack([numbers, np.concatenate(samples)])  # [n, 4]: shard, offset, length, label
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def __getitem__(self, index: int) -> Example:
-        return _decoded(*self.encoded(index))
-
-    def encoded(self, index: int) -> tuple[bytes, int, str]:
-        """Returns the bytes of an image file, its label, and its location for error messages."""
-        shard, offset, length, label = self._spans[index].tolist()
-        path = self._paths[shard]
-        return read_bytes(path, offset, length), label, f"{path}, image {index} at byte {offset}"
-
-
-def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yields the regular files of a seekable tar, in order. Only headers are read.
-
-    Raises:
-      tarfile.ReadError: the tar is damaged or truncated, also where `tarfile` itself would see the end of the archive.
-    """
-    yield from filter(tarfile.TarInfo.isfile, tar)
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the end of an archive is zeros
-        raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
-
-
-def _samples_of_tar(path: str) -> np.ndarray:
-    """The samples of a tar, int64 [n, 3]: offset, length, label."""
-    samples: dict[tuple[str, str], list[int]] = {}
-    try:
-        with as_path(path).open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar_files(tar):
-                folder, _, file_name = member.name.rpartition("/")
-                key, _, extension = file_name.partition(".")  # as in WebDataset, the key ends at the first dot
-                if not key:
-                    continue  # hidden files, such as the ._KEY.jpg that macOS adds
-                sample = samples.setdefault((folder, key), [0, 0, -1])
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    sample[:2] = member.offset_data, member.size
-                elif extension == "cls":
-                    sample[2] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"{path}: expected an uncompressed tar of images and .cls files: {error}") from error
-    bare = ["/".join(filter(None, name)) for name, (_, length, _) in samples.items() if not length]
-    if bare or not samples:
-        raise ValueError(
-            f"{path}: {f'{len(bare)} samples without an image, the first is {bare[0]}' if bare else 'empty'}; "
-            f"expected KEY{', KEY'.join(IMAGE_SUFFIXES)} beside each KEY.cls"
-        )
-    return np.array(list(samples.values()), np.int64)
 
 
 class ArrayRecordSource:
@@ -314,88 +250,24 @@ def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
     raise ValueError(f"{paths}: found {', '.join(sorted(suffixes))}; token files are all *.array_record or all *.jsonl")
 
 
-def find_files(paths: Paths, what: str) -> list[str]:
-    """Finds the files that match paths and patterns, in the order given. The files of one glob pattern are sorted.
-
-    Patterns are globs (*, ?, [0-9]; for local files also **) and shell braces, as in WebDataset: train-{0000..0252}.tar,
-    {train,val}-*.tar. Every alternative in braces must match a file.
-
-    Raises:
-      FileNotFoundError: a path, pattern or alternative in braces that matches no file; the message says that `what` was
-        expected.
-      ValueError: no paths.
-    """
-    patterns = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    parts = [part for pattern in map(os.fspath, patterns) for part in _expand_braces(pattern)]
-    if not parts:
-        raise ValueError(f"no paths given; expected {what}")
-    with ThreadPoolExecutor() as threads:  # each part in a bucket is one request
-        found = list(threads.map(_matches, parts))
-    for part, matches in zip(parts, found, strict=True):
-        if not matches:
-            raise FileNotFoundError(f"{part}: no such file, and no file matches it as a pattern; expected {what}")
-    return [file for matches in found for file in matches]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """a{08..10}.tar -> a08.tar, a09.tar, a10.tar; {a,b}.tar -> a.tar, b.tar. Other braces are part of the name."""
-    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if braces is None or (not is_remote(pattern) and os.path.isfile(pattern)):
-        return [pattern]
-    first, last, names = braces.groups()
-    if names is None:
-        step = 1 if int(first) <= int(last) else -1
-        width = max(len(first), len(last)) if re.match("0[0-9]", first) or re.match("0[0-9]", last) else 0
-        choices = [f"{number:0{width}}" for number in range(int(first), int(last) + step, step)]
-    else:
-        choices = names.split(",")
-    parts = [
-        part for choice in choices for part in _expand_braces(pattern[: braces.start()] + choice + pattern[braces.end() :])
-    ]
-    return list(dict.fromkeys(parts))  # nested braces give some names more than once
-
-
-def _matches(pattern: str) -> list[str]:
-    if is_remote(pattern):
-        return _remote_matches(pattern)
-    if os.path.isfile(pattern):
-        return [pattern]
-    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-
-
-def _remote_matches(pattern: str) -> list[str]:
-    path = as_path(pattern)
-    if path.is_file():
-        return [pattern]
-    if "**" in pattern:
-        raise ValueError(f"{pattern}: ** is for files of this machine, expected * for each folder")
-    bucket, *names = pattern.partition("://")[2].split("/")
-    root = as_path(f"{pattern.partition('://')[0]}://{bucket}")
-    matches = root.glob("/".join(names))  # also matches hidden files, such as leftovers of a killed upload
-    return sorted(os.fspath(match) for match in matches if not match.name.startswith(".") and match.is_file())
-
-
-def _decoded(data: bytes, label: int, name: str) -> Example:
-    return {"image": decode_image(data, name), "label": np.int32(label)}
-
-
 _SOURCES = {
     "digits": DigitsSource,
     "folder": FolderSource,
     "tfds": TfdsSource,
     "webdataset": WebDatasetSource,
+    "parquet": ParquetSource,
     "array_record": ArrayRecordSource,
     "tokens": tokens_source,
 }
 
 
-def parse_source(text: str) -> dict[str, str]:
+def parse_source(text: str) -> dict[str, Any]:
     """Parses the command-line argument `DATA` into a `spec` for `make_source`.
 
     Raises:
       ValueError: a known prefix without the rest that it needs.
     """
-    kind, _, rest = text.partition(":")
+    kind, colon, rest = text.partition(":")
     if kind == "digits" and rest:
         return {"name": "digits", "split": rest}
     if kind == "tfds":
@@ -403,6 +275,8 @@ def parse_source(text: str) -> dict[str, str]:
         if not dataset or not split:
             raise ValueError(f"{text!r}: expected tfds:NAME:SPLIT, e.g. tfds:imagenet2012:train")
         return {"name": "tfds", "dataset": dataset, "split": split}
-    if kind in ("webdataset", "array_record") and rest:
+    if kind in ("webdataset", "array_record", "parquet") and colon:
+        if not rest:
+            raise ValueError(f"{text!r}: expected {kind}:FILES, e.g. {kind}:'imagenet/train-*'")
         return {"name": kind, "paths": rest}
     return {"name": "folder", "path": text}

@@ -60,6 +60,11 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
         raise ValueError(f"{name}: cannot read these {len(data)} bytes as an image (JPEG, PNG, WebP): {error}") from error
 
 
+def decode_example(data: bytes, label: int, name: str) -> Example:
+    """The example of an encoded image and its label; `name` is the origin of the image, for errors of `decode_image`."""
+    return {"image": decode_image(data, name), "label": np.int32(label)}
+
+
 def center_crop_torchvision(image: np.ndarray, size: int, resize_shorter_edge: int | None = None) -> np.ndarray:
     """The crop of the published rFID: resizes the shorter side to `size` (bicubic), then crops the centre.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 # The names to import of the packages of the extra "train" in pyproject.toml.
 TRAIN_EXTRA = (
     *("absl", "array_record", "clu", "grain", "matplotlib", "ml_collections", "optax", "orbax", "scipy"),
-    *("tensorboardX", "tensorflow_datasets"),
+    *("pyarrow", "tensorboardX", "tensorflow_datasets"),
 )
 
 

@@ -1,11 +1,13 @@
-"""Paths that users give: local paths, and paths in a bucket, gs://BUCKET/... Imports no JAX.
+"""Paths that users give: local paths, paths in a bucket, gs://BUCKET/..., and files on the web. Imports no JAX.
 
 An object in a bucket appears only when it is completely written. It replaces an object of the same name, and can be read
 from any offset. A bucket has no folders, no links, no locks and no renaming of many objects at once. `etils.epath` accesses
-it through TensorFlow if that is installed, otherwise through gcsfs.
+it through TensorFlow if that is installed, otherwise through gcsfs, or s3fs for s3://. Files on the web, https://..., are
+only read, by `open_bytes` and `read_bytes`.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import os
@@ -13,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import fsspec.config
@@ -20,6 +23,8 @@ from etils import epath
 
 HUB_PREFIX = "hf://"  # hf://owner/name is a repository on the Hugging Face hub, not a path
 _SCHEMES = ("gs", "s3", "az")  # the storages that `etils.epath` knows
+_WEB = ("http", "https")
+_INSTALL = {"gs": "'etils[epath-gcs]'", "s3": "'titok_jax[s3]'", "az": "adlfs"} | dict.fromkeys(_WEB, "'titok_jax[http]'")
 
 # By default, fsspec caches folder listings. It would miss what other processes, or TensorStore in this one, write or remove.
 for _scheme in _SCHEMES:
@@ -31,30 +36,79 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path) and not os.fspath(path).startswith(HUB_PREFIX)
 
 
+def is_web(path: str | os.PathLike) -> bool:
+    """Whether a path is the address of a file on the web."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in _WEB))
+
+
 def as_path(path: str | os.PathLike) -> Path | epath.Path:
     """Returns a `pathlib.Path`, or for a bucket an `epath.Path`, which has the methods that a bucket can support.
 
     Raises:
-      ValueError: an unknown storage.
+      ValueError: an unknown storage, or the web, of which a file can only be read.
       OSError: the package for that storage is not installed; the message says how to install it.
     """
     if not is_remote(path):
         return Path(path)
     scheme = os.fspath(path).partition("://")[0]
+    if scheme in _WEB:
+        raise ValueError(f"{os.fspath(path)}: {scheme}:// is only for tars (webdataset) and Parquet files that are read")
     if scheme not in _SCHEMES:
         raise ValueError(f"{os.fspath(path)}: unknown storage {scheme}://, expected a path of this machine or gs://")
     if importlib.util.find_spec("tensorflow") is None:  # etils would use TensorFlow
-        try:
-            fsspec.get_filesystem_class(scheme)
-        except ImportError as error:
-            raise OSError(f"{os.fspath(path)} cannot be reached ({error}): pip install 'etils[epath-gcs]'") from None
+        _check_installed(path, scheme)
     return epath.Path(path)
 
 
+def _check_installed(path: str | os.PathLike, scheme: str) -> None:
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise OSError(f"{os.fspath(path)} cannot be reached ({error}): pip install {_INSTALL[scheme]}") from None
+
+
+@contextlib.contextmanager
+def _web_storage(path: str | os.PathLike) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+    """(what reads the web, the address). Its errors, of which each library has its own, become OSErrors that name `path`."""
+    _check_installed(path, os.fspath(path).partition("://")[0])
+    try:
+        yield fsspec.url_to_fs(os.fspath(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise OSError(f"{os.fspath(path)} cannot be read: {error or type(error).__name__}") from error
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether there is such a file: on this machine, in a bucket or on the web."""
+    if not is_web(path):
+        return as_path(path).is_file()
+    with _web_storage(path) as (storage, name):
+        return storage.isfile(name)
+
+
+def open_bytes(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file of this machine, of a bucket or of the web, for reading at any offset."""
+    if not is_web(path):
+        return as_path(path).open("rb")
+    with _web_storage(path) as (storage, name):
+        return storage.open(name, "rb")
+
+
 def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = None) -> bytes:
-    """Reads a part of a file. From a bucket only this part is sent. (An open file in a bucket reads megabytes ahead.)"""
+    """Reads a part of a file. From a bucket only this part is sent. (An open file in a bucket reads megabytes ahead.)
+
+    Raises:
+      OSError: it cannot be read, or a web server sends whole files only.
+    """
+    end = None if length is None else offset + length
+    if is_web(path):
+        with _web_storage(path) as (storage, name):
+            data = storage.cat_file(name, start=offset or None, end=end)
+        if length is not None and len(data) > length:
+            raise OSError(f"{os.fspath(path)}: this server sends whole files, not parts of them; copy the file")
+        return data
     if is_remote(path):
-        end = None if length is None else offset + length
         storage, name = fsspec.url_to_fs(os.fspath(path))
         return storage.cat_file(name, start=offset or None, end=end)
     # Opened on each call, so that threads share no file handle and pickles hold none.

@@ -62,6 +62,9 @@ LATER_FIELDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "discriminator_dtype": lambda then: then.get("compute_dtype"),  # a discriminator computed in the dtype of its model
     "data.transform.random_crop": lambda then: True,
     "data.transform.random_flip": lambda then: True,
+    "data.source.image_key": lambda then: "",
+    "data.source.label_key": lambda then: "",
+    "data.source.skip_damaged": lambda then: False,
 }
 
 
