@@ -15,6 +15,8 @@ import tarfile
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.io
 from PIL import Image
@@ -142,6 +144,20 @@ def tfds_set(folder):
     return folder
 
 
+def parquet_files(folder):
+    """As on the hub: in data/, each file with a few row groups, validation and test beside the training images."""
+    (folder / "data").mkdir(parents=True)
+    images = list(IMAGES.values())
+    for split, rows in (("train", images), ("validation", [(picture(99), 1)]), ("test", [(picture(98), -1)])):
+        for shard in range(0, len(rows), 8):
+            part = rows[shard : shard + 8]
+            table = pa.table(
+                {"image": [{"bytes": data, "path": "x.JPEG"} for data, _ in part], "label": [label for _, label in part]}
+            )
+            pq.write_table(table, folder / f"data/{split}-{shard:05}-of-00003.parquet", row_group_size=3)
+    return folder
+
+
 def read(folder, split="train"):
     """[(bytes, label)] of a result, read the way training reads it."""
     source = make_source({"name": "array_record", "paths": str(folder / f"{split}-*")})
@@ -161,6 +177,8 @@ FORMS_OF_INPUT = {
     "tars by braces": ("train", lambda folder: webdataset(folder / "tars") / "imagenet1k-train-00{00,08,16}.tar"),
     "folder of tars": ("train", lambda folder: webdataset(folder / "tars")),
     "tfds": ("train", tfds_set),
+    "parquet": ("train", lambda folder: parquet_files(folder / "imagenet-1k")),
+    "parquet by braces": ("train", lambda folder: parquet_files(folder / "a") / "data/train-{00000,00008,00016}-*.parquet"),
 }
 
 
@@ -191,6 +209,62 @@ def test_images_are_spread_over_the_shards(small, tmp_path):
         source = make_source({"name": "array_record", "paths": str(tmp_path / "1" / name)})
         assert [int(source[i]["label"]) for i in range(5)] == [0, 1, 2, 3, 4]  # one of each class, as every class has 4
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
+
+
+def read_tars(folder, split="train"):
+    """[(bytes, label)] of a result in tars, read the way training reads it."""
+    source = make_source({"name": "webdataset", "paths": str(folder / f"{split}-*.tar")})
+    assert all(source[i]["image"].shape == (9, 11, 3) for i in range(len(source)))
+    return [source.encoded(i)[:2] for i in range(len(source))]
+
+
+def test_tars_are_written_whole_and_go_on(small, tmp_path, capsys, monkeypatch):
+    given = parquet_files(tmp_path / "in")
+    command = [str(given), "--split", "train", "--out", str(tmp_path / "out"), "--format", "webdataset", "--workers", "1"]
+    real, made = small.write_shard, []
+
+    def killed(source, indices, path, *rest):
+        made.append(path.name)
+        if "00001" in path.name and len(made) == 2:
+            raise KeyboardInterrupt
+        return real(source, indices, path, *rest)
+
+    monkeypatch.setattr(small, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        small.main(command)
+    names = [f"train-0000{i}-of-00003.tar" for i in range(3)]
+    assert not (tmp_path / "out" / names[1]).exists()
+    before = (tmp_path / "out" / names[0]).read_bytes()
+    assert small.main([arg for arg in command if arg not in ("--format", "webdataset")]) == 2
+    assert "exists and nothing was overwritten" in capsys.readouterr().err
+    assert small.main(command) == 0
+    assert made.count(names[0]) == 1 < made.count(names[1])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "train.json"]
+    assert sorted(read_tars(tmp_path / "out")) == sorted(IMAGES.values())
+    assert (tmp_path / "out" / names[0]).read_bytes() == before
+    with tarfile.open(tmp_path / "out" / names[1]) as tar:  # IMAGES[7] is a PNG
+        endings = ("1.png", "1.cls", "2.jpg", "2.cls")
+        assert tar.getnames()[2:6] == [f"train-00001-of-00003-00000{ending}" for ending in endings]
+    # The tars are an input again; the other format then takes their place.
+    back = [str(tmp_path / "out"), "--split", "train", "--out", str(tmp_path / "back")]
+    assert small.main(back) == 0
+    assert sorted(read(tmp_path / "back")) == sorted(IMAGES.values())
+    assert small.main([*back, "--format", "webdataset", "--overwrite"]) == 0
+    assert {path.suffix for path in (tmp_path / "back").iterdir()} == {".tar", ".json"}
+
+
+def test_damaged_tars_are_skipped_if_asked(small, tmp_path, capsys):
+    folder = webdataset(tmp_path / "tars")
+    damaged = folder / "imagenet1k-train-0000.tar"
+    cut(damaged, 3000)
+    command = [str(folder), "--split", "train", "--out", str(tmp_path / "out")]
+    assert small.main(command) == 2
+    assert "imagenet1k-train-0000.tar: " in capsys.readouterr().err
+    assert small.main([*command, "--skip-damaged"]) == 1
+    out = capsys.readouterr().out
+    assert f"warning: 1 of 3 tars are damaged and left out:\n  {damaged}: " in out
+    assert f"WARNING: 1 damaged tars were left out, the first is {damaged}: " in out
+    assert sorted(read(tmp_path / "out")) == sorted(list(IMAGES.values())[8:])
 
 
 def many(folder, count=600):
@@ -364,9 +438,10 @@ def test_labels_out_of_range_are_left_out(small, tmp_path, capsys):
     assert read(tmp_path / "out") == [(picture(0), 4), (picture(2), 0)]
 
 
-def test_a_full_disk_leaves_no_partial_shard(small, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["array_record", "webdataset"])
+def test_a_full_disk_leaves_no_partial_shard(form, small, tmp_path, capsys):
     archive, images = many(tmp_path)
-    command = [str(archive), "--split", "train", "--out", str(tmp_path / "out"), "--shards", "2"]
+    command = [str(archive), "--split", "train", "--out", str(tmp_path / "out"), "--shards", "2", "--format", form]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write beyond it fails, as on a full disk
@@ -376,10 +451,10 @@ def test_a_full_disk_leaves_no_partial_shard(small, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, former)
     assert "cannot write" in (error := capsys.readouterr().err)
-    assert ".array_record" in error
+    assert f"-of-00002.{'tar' if form == 'webdataset' else form}" in error
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.shards"]
     assert small.main(command) == 1
-    assert sorted(read(tmp_path / "out")) == images
+    assert sorted((read_tars if form == "webdataset" else read)(tmp_path / "out")) == images
 
 
 def cut(path, length):
@@ -418,6 +493,8 @@ def broken_inputs(folder):
     )
     (folder / "half.tar.gz").write_bytes(tar_of({"data/meta.mat": b"?"}, "w:gz"))
     (folder / "bare.tar").write_bytes(tar_of({"a.jpg": picture(0)}))
+    (folder / "text.parquet").write_text("not Parquet")
+    pq.write_table(pa.table({"picture": [picture(0)], "label": [7]}), folder / "names.parquet")
     alone = folder / "alone" / val.name
     return [
         ([folder / "cut_outer"], "train", "cut_outer: unexpected end of data; is it complete?"),
@@ -432,9 +509,16 @@ def broken_inputs(folder):
         ([train], "val", "this is ImageNet's train archive; give it alone, with --split train"),
         ([val], "train", "this is ImageNet's val archive"),
         ([folder / "other.tar"], "train", "holds readme.tar; expected tars named after WordNet ids"),
+        ([folder / "text.parquet"], "train", "text.parquet: cannot read this as Parquet (is it complete?): "),
+        ([folder / "names.parquet"], "train", "names.parquet: no column 'image'; it has picture, label; image_key names it"),
+        (
+            [folder / "names.parquet", "--image-key", "picture", "--shards", "1"],
+            "train",
+            "row 0: its label is 7, exp",
+        ),
         ([folder / "zip.tar"], "train", "zip.tar: expected an uncompressed tar: "),
         ([folder / "bare.tar", "--shards", "1"], "train", "its label is -1, expected 0 to 4"),
-        ([folder / "empty"], "train", "Known are also ILSVRC2012_img_train.tar, WebDataset tars and a TFDS set"),
+        ([folder / "empty"], "train", "Known are also ILSVRC2012_img_train.tar, WebDataset tars, Parquet files and a TFDS"),
         ([folder / "flat"], "train", "the images lie directly in the folder"),
         ([folder / "nowhere"], "train", "nowhere: no such file, and no file matches it as a pattern; expected a folder"),
         (["gs://bucket/train.tar"], "train", "gs://bucket/train.tar: expected a local path"),

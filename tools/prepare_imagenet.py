@@ -1,4 +1,4 @@
-"""Converts ImageNet to the ArrayRecord files that the recipes read.
+"""Converts ImageNet to the ArrayRecord files that the recipes read, or to WebDataset tars.
 
 The files hold the original bytes of the JPEGs, with labels 0 to 999 in the order of the sorted WordNet ids. Archives are
 read in place and not unpacked. A shard appears only when it is complete. After an interruption, the same command makes the
@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -28,10 +29,11 @@ import numpy as np
 from tqdm import tqdm
 
 from titok_jax.data.files import find_files
+from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import image_writer
 from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource
 from titok_jax.data.transforms import decode_image
-from titok_jax.data.webdataset import WebDatasetSource, tar_files
+from titok_jax.data.webdataset import WebDatasetSource, tar_files, tar_writer
 from titok_jax.runtime.command import command
 from titok_jax.runtime.locks import file_lock
 from titok_jax.runtime.outputs import check_output, new_file
@@ -48,16 +50,20 @@ _EPILOG = """examples:
       a TFDS set that was prepared with file_format="array_record"
   python tools/prepare_imagenet.py 'shards/imagenet-train-*.tar' --split train --out imagenet
       WebDataset tars: KEY.jpg (.jpeg, .png, .webp) and KEY.cls; also 'imagenet-train-{0000..0252}.tar'
+  python tools/prepare_imagenet.py imagenet-1k --split val --out imagenet
+      the Parquet files of a data set on the hub, in this folder or in data/ below it; columns image and label
   python -m titok_jax.train --config configs/stage1.py:l32 --config.data.source.paths='imagenet/train-*' ...
       trains on them
 
-In OUT: SPLIT-00000-of-00128.array_record and so on; SPLIT.json, what was found, with the images of each class; and
-SPLIT.left_out.txt, if images were left out. Image i of the input is in shard i modulo the number of shards.
+In OUT: SPLIT-00000-of-00128.array_record (or .tar) and so on; SPLIT.json, what was found, with the images of each class; and
+SPLIT.left_out.txt, if images were left out. Image i of the input is in shard i modulo the number of shards. A shard made of
+Parquet files has images that follow each other there.
 
 Exit status: 0 if all is as in ImageNet; 1 if all was written, but images were left out or the numbers are not those of
 ImageNet; 2 after an error, and the same command goes on.
 """
 NUM_CLASSES = 1000
+WRITERS = {"array_record": (".array_record", image_writer), "webdataset": (".tar", tar_writer)}  # by --format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +208,7 @@ def read_devkit(path: Path) -> tuple[list[str], np.ndarray]:
         raise ValueError(f"{path}: its meta.mat and ground truth are not those of ILSVRC2012: {error!r}") from error
 
 
-def open_images(inputs: Sequence[str], split: str, devkit: Path | None) -> tuple[str, Any, list[str]]:
+def open_images(args: argparse.Namespace, inputs: Sequence[str | Path]) -> tuple[str, Any, Sequence[Any]]:
     """Detects the kind of the input and opens it.
 
     Returns:
@@ -212,13 +218,19 @@ def open_images(inputs: Sequence[str], split: str, devkit: Path | None) -> tuple
       FileNotFoundError: no such file or folder.
       ValueError: an unknown kind of input, or another split.
     """
+    split = args.split
     paths = [Path(name).expanduser() for name in inputs]
     if len(paths) == 1 and paths[0].is_dir():
-        return open_folder(paths[0], split, devkit)
+        return open_folder(args, paths[0])
     for path in paths:
         if path.is_dir():
             raise ValueError(f"{path}: expected a file, or a single folder")
     found = list(map(Path, find_files(paths, "a folder, an archive or tars")))
+    with found[0].open("rb") as file:
+        if file.read(4) == b"PAR1" or found[0].suffix == ".parquet":
+            return "Parquet files", ParquetSource(found, args.image_key, args.label_key), found
+    if args.skip_damaged:  # the first may be one of them; ImageNet's archives are single files
+        return "WebDataset tars", WebDatasetSource(found, skip_damaged=True), found
     with tar_errors(f"{found[0]}: expected an uncompressed tar"), tarfile.open(found[0], "r:") as tar:
         first = next((Path(member.name) for member in tar if member.isfile()), Path())
     kind = "train" if first.suffix == ".tar" else "val" if re.match(r"ILSVRC2012_val_\d+\.JPEG", first.name) else None
@@ -228,15 +240,30 @@ def open_images(inputs: Sequence[str], split: str, devkit: Path | None) -> tuple
         raise ValueError(f"{found[0]}: this is ImageNet's {kind} archive; give it alone, with --split {kind}")
     if kind == "train":
         return "the archive of the training images", train_archive(found[0]), found
-    devkit = devkit or found[0].parent / "ILSVRC2012_devkit_t12.tar.gz"
+    devkit = args.devkit or found[0].parent / "ILSVRC2012_devkit_t12.tar.gz"
     return "the archive of the validation images", val_archive(found[0], devkit), [found[0], devkit]
 
 
-def open_folder(folder: Path, split: str, devkit: Path | None) -> tuple[str, Any, list[Path]]:
+def of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """The files that are named after the split, or all if none is named after any.
+
+    Raises:
+      ValueError: they are named after other splits only.
+    """
+    if not any(name in path.name for path in files for name in SPLITS):
+        return list(files)
+    chosen = [path for path in files if split in path.name]
+    if not chosen:
+        raise ValueError(f"{files[0].parent}: holds {files[0].name} and the like, but no file that is named {split}")
+    return chosen
+
+
+def open_folder(args: argparse.Namespace, folder: Path) -> tuple[str, Any, Sequence[Any]]:
     """`open_images` for a folder."""
+    split = args.split
     archive = folder / f"ILSVRC2012_img_{split}.tar"
     if archive.is_file():
-        return open_images([str(archive)], split, devkit)
+        return open_images(args, [archive])
     infos = [path for depth in ("", "*/", "imagenet2012/*/") for path in folder.glob(f"{depth}dataset_info.json")]
     if len(infos) > 1:
         raise ValueError(f"{folder}: holds several TFDS sets, {', '.join(str(i.parent) for i in infos)}; name one of them")
@@ -244,20 +271,16 @@ def open_folder(folder: Path, split: str, devkit: Path | None) -> tuple[str, Any
         name = SPLITS[split].tfds
         path = infos[0].parent
         return f"a TFDS set, {name}", TfdsSource(name, path=str(path)), sorted(path.iterdir())
-    tars = sorted(folder.glob("*.tar"))
-    if tars:
-        named = [path for path in tars if "train" in path.name or "val" in path.name]
-        chosen = [path for path in tars if split in path.name] if named else tars
-        if not chosen:
-            raise ValueError(f"{folder}: holds {tars[0].name} and the like, but no tar that is named {split}")
-        return open_images([str(path) for path in chosen], split, devkit)
+    for pattern in ("*.tar", "*.parquet", "data/*.parquet"):
+        if files := sorted(folder.glob(pattern)):
+            return open_images(args, of_split(files, split))
     if (folder / split).is_dir():
-        return open_folder(folder / split, split, devkit)
+        return open_folder(args, folder / split)
     try:
         source = FolderSource(folder)
     except ValueError as error:
         raise ValueError(
-            f"{error}. Known are also {archive.name}, WebDataset tars and a TFDS set (dataset_info.json) in it"
+            f"{error}. Known are also {archive.name}, WebDataset tars, Parquet files and a TFDS set (dataset_info.json)"
         ) from None
     if not source.class_names:
         raise ValueError(
@@ -292,13 +315,13 @@ def problem(data: bytes, label: int, name: str, verify: bool) -> str | None:
 
 
 def write_shard(source, indices: range, path: Path, verify: bool, stop: threading.Event, bar: tqdm) -> dict[str, np.ndarray]:
-    """Writes one shard.
+    """Writes one shard, in the format that the suffix of `path` names.
 
     Returns:
       "counts": int64 [NUM_CLASSES], number of images written per class; "left_out": str [n], reasons for leaving out others.
     """
     counts, left_out = np.zeros(NUM_CLASSES, np.int64), []
-    with image_writer(path) as write:
+    with dict(WRITERS.values())[path.suffix](path) as write:
         for index in indices:
             if stop.is_set():
                 raise InterruptedError("stopped")
@@ -313,13 +336,22 @@ def write_shard(source, indices: range, path: Path, verify: bool, stop: threadin
     return {"counts": counts, "left_out": np.array(left_out, np.str_)}
 
 
+def shard_indices(source, num_shards: int) -> list[range]:
+    """The images of each shard: every n-th, so that classes are mixed; of Parquet files, which are slow in any other order,
+    those that follow each other."""
+    if isinstance(source, ParquetSource):
+        ends = [number * len(source) // num_shards for number in range(num_shards + 1)]
+        return [range(first, end) for first, end in itertools.pairwise(ends)]
+    return [range(number, len(source), num_shards) for number in range(num_shards)]
+
+
 def write_shards(source, shards: Shards, paths: list[Path], *, verify: bool, workers: int) -> None:
     """Writes the missing shards to `paths`, and the contents of each to `shards`, with a progress bar.
 
     Raises:
       OSError: a shard cannot be written. Other unfinished shards are removed.
     """
-    indices = [range(number, len(source), len(paths)) for number in range(len(paths))]
+    indices = shard_indices(source, len(paths))
     missing = set(shards.missing()) | {number for number, path in enumerate(paths) if not path.exists()}
     there = sum(len(indices[number]) for number in range(len(paths)) if number not in missing)
     stop = threading.Event()
@@ -354,7 +386,7 @@ def check_shards(shards: Shards, paths: list[Path]) -> tuple[np.ndarray, list[st
     for path, piece in zip(paths, shards, strict=True):
         written = int(piece["counts"].sum())
         try:
-            held = len(ArrayRecordSource(path))
+            held = len((WebDatasetSource if path.suffix == ".tar" else ArrayRecordSource)(path))
         except ValueError:
             held = 0
         if held != written:
@@ -366,9 +398,11 @@ def check_shards(shards: Shards, paths: list[Path]) -> tuple[np.ndarray, list[st
     return counts, left_out
 
 
-def findings(split: str, counts: np.ndarray, left_out: list[str], class_names: list[str]) -> list[str]:
+def findings(split: str, counts: np.ndarray, left_out: list[str], class_names: list[str], damaged: list[str]) -> list[str]:
     """Describes every difference from ImageNet."""
     known, found = SPLITS[split], []
+    if damaged:
+        found.append(f"{len(damaged)} damaged tars were left out, the first is {damaged[0]}")
     if left_out:
         found.append(f"{len(left_out):,} images were left out, the first is {left_out[0]}")
     if counts.sum() != known.images:
@@ -398,6 +432,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=SPLITS, required=True, help="which part of ImageNet this is")
     parser.add_argument("--out", required=True, help="folder of the result; made, or continued")
     parser.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz (default: beside the validation archive)")
+    parser.add_argument("--image-key", default="image", help="column of Parquet files (default: %(default)s)")
+    parser.add_argument("--label-key", default="label", help="column of Parquet files (default: %(default)s)")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged tars, of WebDataset, and name them")
+    parser.add_argument("--format", choices=WRITERS, default="array_record", help="what to write (default: %(default)s)")
     parser.add_argument("--shards", type=int, help="files to write (default: 128 for train, 16 for val)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: one for each core)")
     parser.add_argument("--no-verify", action="store_true", help="do not decode the images to see whether they can be")
@@ -441,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     complete = report.exists()
     if complete:
         check_output(report, args.overwrite)
-    kind, source, files = open_images(args.input, args.split, args.devkit)
+    kind, source, files = open_images(args, args.input)
     class_names = list(getattr(source, "class_names", []))
     classes = f" of {len(class_names):,} classes" if class_names else ""
     print(
@@ -456,13 +494,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{name}: its label is {label}, expected 0 to {NUM_CLASSES - 1}")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    paths = [args.out / f"{args.split}-{n:05d}-of-{num_shards:05d}.array_record" for n in range(num_shards)]
+    paths = [args.out / f"{args.split}-{n:05d}-of-{num_shards:05d}{WRITERS[args.format][0]}" for n in range(num_shards)]
     work = args.out / f"{args.split}.shards"  # records the contents of each finished shard
-    old = set(args.out.glob(f"{args.split}-*.array_record"))
+    old = {path for suffix, _ in WRITERS.values() for path in args.out.glob(f"{args.split}-*{suffix}")}
     stale = sorted(old if complete or not work.exists() else old - set(paths))
     if stale and not args.overwrite:
         raise FileExistsError(f"{stale[0]} exists and nothing was overwritten; choose another output or add --overwrite")
     settings = {"kind": kind, "images": len(source), "files": fingerprint(files), "verify": not args.no_verify}
+    settings |= {"format": args.format} if args.format != "array_record" else {}  # older work has none, and goes on
     work.mkdir(exist_ok=True)
     with file_lock(work, wait=False, go_on=True) as alone:
         if not alone:
@@ -478,7 +517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             write_shards(source, shards, paths, verify=not args.no_verify, workers=args.workers)
         counts, left_out = check_shards(shards, paths)
-        found = findings(args.split, counts, left_out, class_names)
+        found = findings(args.split, counts, left_out, class_names, getattr(source, "damaged", []))
         summary = {
             "input": args.input,
             **settings,
