@@ -450,12 +450,18 @@ def test_tars_and_parquet_files_are_read_there(kind, bucket, tmp_path, monkeypat
     with pytest.raises(OSError, match=r"https://bucket/images/0\.tar: this server sends whole files, not parts"):
         source[0]
 
+    error = type("ClientResponseError", (Exception,), {"__module__": "aiohttp.client_exceptions"})
+
     def fails(self, *args, **kwargs):
-        raise RuntimeError("502 Bad Gateway")
+        raise error("502 Bad Gateway")
 
     monkeypatch.setattr(_Bucket, "cat_file", fails)
     with pytest.raises(OSError, match=r"https://bucket/images/0\.tar cannot be read: 502 Bad Gateway"):
         source[0]
+    monkeypatch.setattr(_Bucket, "_open", fails)
+    for name, suffix in (("webdataset", "tar"), ("parquet", "parquet")):
+        with pytest.raises(OSError, match=rf"https://bucket/images/1\.{suffix} cannot be read: 502 Bad Gateway"):
+            make_source({"name": name, "paths": f"https://bucket/images/1.{suffix}"})
     with pytest.raises(ValueError, match=r"https://bucket/a: https:// is only for tars \(webdataset\) and Parquet files"):
         storage.as_path("https://bucket/a")
 

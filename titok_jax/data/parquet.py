@@ -1,6 +1,7 @@
 """Parquet files of images, as the Hugging Face hub keeps ImageNet. Only here pyarrow is imported, and only when needed."""
 
 import collections
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -139,27 +140,27 @@ class _ParquetFile:
     ValueErrors that name the file."""
 
     def __init__(self, path: str):
-        self._path = path
+        self._path, self._files = path, contextlib.ExitStack()
 
     def __enter__(self):
         import pyarrow.parquet
 
-        self._file = open_bytes(self._path) if is_remote(self._path) else None
         try:
-            self._parquet = pyarrow.parquet.ParquetFile(self._file or self._path)
+            file = self._files.enter_context(open_bytes(self._path)) if is_remote(self._path) else self._path
+            return self._files.enter_context(pyarrow.parquet.ParquetFile(file))
         except Exception as error:
             self.__exit__(type(error), error, None)
             raise
-        return self._parquet
 
     def __exit__(self, kind, error, trace) -> None:
         import pyarrow
 
-        if self._file:
-            self._file.close()
+        self._files.__exit__(kind, error, trace)
+        if str(error).startswith(self._path):  # by `open_bytes`
+            return
         # pyarrow raises OSErrors without a number for what it cannot decode. fsspec raises ValueErrors.
         if isinstance(error, pyarrow.ArrowException | ValueError) or (type(error) is OSError and error.errno is None):
-            reason = str(error).splitlines()[0]
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"{self._path}: cannot read this as Parquet (is it complete?): {reason}") from error
 
 

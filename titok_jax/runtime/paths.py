@@ -69,13 +69,13 @@ def _check_installed(path: str | os.PathLike, scheme: str) -> None:
 
 @contextlib.contextmanager
 def _web_storage(path: str | os.PathLike) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
-    """(what reads the web, the address). Its errors, of which each library has its own, become OSErrors that name `path`."""
+    """Yields (what reads the web, the address). Errors of aiohttp in the block become OSErrors that name `path`."""
     _check_installed(path, os.fspath(path).partition("://")[0])
     try:
         yield fsspec.url_to_fs(os.fspath(path))
-    except FileNotFoundError:
-        raise
     except Exception as error:
+        if not type(error).__module__.startswith("aiohttp"):
+            raise
         raise OSError(f"{os.fspath(path)} cannot be read: {error or type(error).__name__}") from error
 
 
@@ -87,12 +87,15 @@ def is_file(path: str | os.PathLike) -> bool:
         return storage.isfile(name)
 
 
-def open_bytes(path: str | os.PathLike) -> BinaryIO:
-    """Opens a file of this machine, of a bucket or of the web, for reading at any offset."""
+@contextlib.contextmanager
+def open_bytes(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Opens a file of this machine, of a bucket or of the web, for reading at any offset, until the block ends."""
     if not is_web(path):
-        return as_path(path).open("rb")
-    with _web_storage(path) as (storage, name):
-        return storage.open(name, "rb")
+        with as_path(path).open("rb") as file:
+            yield file
+        return
+    with _web_storage(path) as (storage, name), storage.open(name, "rb") as file:
+        yield file
 
 
 def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = None) -> bytes:
