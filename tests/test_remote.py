@@ -680,7 +680,7 @@ def test_reconstructions(model, photos, bucket, tmp_path, capsys):
     run(reconstruct, "--model", model, local, "--out", tmp_path / "out")
     run(reconstruct, "--model", model, remote, "--out", "gs://bucket/out")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert len(files) == 9
+    assert len(files) == 10
     assert objects("out/") == [f"out/{name}" for name in files]
     for name in set(files) - {"tokens.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (bucket / "out" / name).read_bytes()

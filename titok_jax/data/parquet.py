@@ -94,7 +94,7 @@ class _Cache:
 
     def __init__(self, limit: int):
         self._limit = limit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._reading: dict[int, threading.Lock] = {}
         self._last = threading.local()
@@ -132,7 +132,8 @@ class _Cache:
 
     def size(self) -> int:
         """Bytes of the images that are kept for all threads."""
-        return sum(images.nbytes for images, _ in self._kept.values())
+        with self._lock:
+            return sum(images.nbytes for images, _ in self._kept.values())
 
 
 class _ParquetFile:
