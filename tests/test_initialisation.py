@@ -28,7 +28,8 @@ PUBLISHED = gd.load_json("initialisation.json")
 NOT_COMPARED = (models.PerceptualConfig, models.InceptionConfig, models.DigitsNetConfig)
 
 NUMBERS = 16_384  # drawn for each parameter
-# Two measurements may differ by five standard errors, which happens by chance once in 1.7 million comparisons.
+# Two measurements may differ by five standard errors, which happens by chance once in 1.7 million comparisons. These are
+# some thousand, and seeded, so that no machine has another chance.
 ERRORS = 5.0
 CHANCE = 1e-7  # of a largest magnitude as small, or as large, as the least probable that passes
 # Kurtosis of a distribution, and n times the variance of the kurtosis of n numbers.
