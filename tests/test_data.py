@@ -951,3 +951,75 @@ def test_grey_of_32_bits_is_refused(dtype, kind):
     Image.fromarray(np.linspace(0, 1000, 48 * 64).reshape(48, 64).astype(dtype)).save(file, "TIFF")
     with pytest.raises(ValueError, match=rf"^x\.tif: cannot read .*its pixels are {kind} of 32 bits"):
         transforms.decode_image(file.getvalue(), "x.tif")
+
+
+def token_file(path, rows):
+    with records.token_writer(path) as write:
+        for tokens, label in rows:
+            write(np.asarray(tokens), label)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["array_record", "jsonl"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (([1, 2, 3, 4], 10), r"label 10, expected 0 to 9; are the labels counted from 1\?"),
+        (([1, 2, 3, 4], 37), "label 37, expected 0 to 9"),
+        (([1, 2, 3, 4], -1), "label -1, expected 0 to 9"),
+        (([1, 2, 128, 4], 3), "token 128, expected 0 to 127"),
+        (([1, 2, 3], 3), "3 tokens, expected 4"),
+    ],
+)
+def test_one_wrong_record_among_many_is_named(suffix, wrong, message, tmp_path):
+    """Wherever it is, it is found when it is read, with its file and its place in it."""
+    good = ([1, 2, 3, 127], 9)
+    paths = [token_file(tmp_path / f"{i}.{suffix}", [good] * 5 + ([wrong] if i == 1 else [good])) for i in range(3)]
+    limits = sources.Limits(num_classes=10, num_tokens=4, codebook_size=128)
+    source = sources.CheckedSource(
+        pickle.loads(pickle.dumps(sources.make_source({"name": "tokens", "paths": paths}))), limits
+    )
+    place = "record 5" if suffix == "array_record" else "line 6"
+    for index in range(18):
+        if index != 11:
+            assert source[index]["label"] == 9
+    with pytest.raises(ValueError, match=rf"1\.{suffix}, {place}: {message}"):
+        source[11]
+    unchecked = sources.CheckedSource(sources.make_source({"name": "tokens", "paths": paths}), sources.Limits())
+    assert unchecked[11]["label"] == wrong[1]
+    options = {"seed": 0, "global_batch_size": 6, "num_threads": 2, "process_index": 0, "process_count": 1}
+    with loader.make_loader(source, **options) as batches, pytest.raises(ValueError, match=message):
+        list(itertools.islice(batches, 3))
+
+
+def test_a_damaged_record_file_is_named(tmp_path):
+    paths = [token_file(tmp_path / f"{i}.array_record", [([1, 2, 3], i)] * 200) for i in range(2)]
+    data = bytearray(Path(paths[1]).read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    Path(paths[1]).write_bytes(data)
+    try:
+        source = sources.make_source({"name": "array_record", "paths": paths})
+        with pytest.raises(ValueError, match=r"1\.array_record, record \d+: damaged, replace the file"):
+            [source[index] for index in range(400)]
+    except ValueError as error:  # where the flipped byte is in the index
+        assert str(error).startswith(f"{paths[1]}: cannot open")  # noqa: PT017
+    Path(paths[1]).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"1\.array_record: cannot open as ArrayRecord; it is damaged or incomplete"):
+        sources.make_source({"name": "array_record", "paths": paths})
+
+
+def test_a_wrong_image_label_is_named(tmp_path):
+    with records.image_writer(tmp_path / "a.array_record") as write:
+        for label in (0, 9, 10):
+            write(encoded_png(), label)
+    images = sources.make_source({"name": "array_record", "paths": str(tmp_path / "a.array_record")})
+    source = sources.CheckedSource(images, sources.Limits(10))
+    assert source[1]["label"] == 9
+    with pytest.raises(ValueError, match=r"a\.array_record, record 2: label 10, expected 0 to 9"):
+        source[2]
+
+
+def encoded_png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()

@@ -6,6 +6,7 @@ An example is a dict with "label", int32 [] (-1 if there is none), and either "i
 "tokens", int32 [N]. Sources are picklable (worker processes get a copy) and safe to read from many threads.
 """
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Mapping
@@ -191,13 +192,44 @@ class ArrayRecordSource:
         try:
             self._records = grain.sources.ArrayRecordDataSource(self._paths)
         except RuntimeError as error:
-            raise ValueError(f"cannot open as ArrayRecord (was the writer closed?): {error}") from error
+            for path in self._paths:  # the message does not name the file
+                _num_records(path)
+            raise ValueError(f"{self._paths[0]}: cannot open as ArrayRecord: {error}") from error
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return decode_record(self._records[index], f"record {index} of {self._paths[0]} ({len(self._paths)} files)")
+        try:
+            return decode_record(self._records[index])
+        except RuntimeError as error:
+            raise ValueError(f"{self.where(index)}: damaged, replace the file ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{self.where(index)}: {str(error).removeprefix('record: ')}") from None
+
+    def where(self, index: int) -> str:
+        """The file and the record in it of an example, for error messages."""
+        for path in self._paths:
+            count = _num_records(path)
+            if index < count:
+                return f"{path}, record {index}"
+            index -= count
+        raise IndexError(f"record {index} after the last")
+
+
+def _num_records(path: str) -> int:
+    """The number of records in a file. Raises ValueError if it cannot be opened."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(path)
+        count = reader.num_records()
+        reader.close()
+        return count
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: cannot open as ArrayRecord; it is damaged or incomplete (was the writer closed?): {error}"
+        ) from error
 
 
 class JsonLinesSource:
@@ -225,9 +257,13 @@ class JsonLinesSource:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Example:
-        file, line_number, offset, length = self._spans[index].tolist()
-        path = self._paths[file]
-        return decode_json_tokens(read_bytes(path, offset, length), f"{path}, line {line_number}")
+        file, _, offset, length = self._spans[index].tolist()
+        return decode_json_tokens(read_bytes(self._paths[file], offset, length), self.where(index))
+
+    def where(self, index: int) -> str:
+        """The file and the line of an example, for error messages."""
+        file, line_number, _, _ = self._spans[index].tolist()
+        return f"{self._paths[file]}, line {line_number}"
 
 
 def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
@@ -248,6 +284,57 @@ def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
             raise ValueError(f"{files[0]}: holds images, expected tokens; use the source array_record for images")
         return source
     raise ValueError(f"{paths}: found {', '.join(sorted(suffixes))}; token files are all *.array_record or all *.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a model takes; None for what it does not read.
+
+    Attributes:
+      num_classes: labels are 0 .. num_classes - 1.
+      num_tokens, codebook_size: number of tokens of an example, which are 0 .. codebook_size - 1.
+    """
+
+    num_classes: int | None = None
+    num_tokens: int | None = None
+    codebook_size: int | None = None
+
+
+class CheckedSource:
+    """A source whose examples are checked one by one when they are read. Only the first wrong one is reported.
+
+    Raises on reading:
+      ValueError: a label or token out of range, or another number of tokens; the message has the value, what is allowed, and
+        the record with its file.
+    """
+
+    def __init__(self, source: Any, limits: Limits):
+        self._source, self._limits = source, limits
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example, limits = self._source[index], self._limits
+        label, tokens = int(example["label"]), example.get("tokens")
+        if limits.num_classes is not None and not 0 <= label < limits.num_classes:
+            hint = "; are the labels counted from 1?" if label == limits.num_classes else ""
+            raise ValueError(f"{self.where(index)}: label {label}, expected 0 to {limits.num_classes - 1}{hint}")
+        if tokens is not None and limits.num_tokens is not None:
+            if tokens.shape != (limits.num_tokens,):
+                raise ValueError(f"{self.where(index)}: {tokens.size} tokens, expected {limits.num_tokens}")
+            wrong = tokens[(tokens < 0) | (tokens >= limits.codebook_size)]
+            if wrong.size:
+                raise ValueError(f"{self.where(index)}: token {wrong[0]}, expected 0 to {limits.codebook_size - 1}")
+        return example
+
+    def where(self, index: int) -> str:
+        """The place of an example, for error messages."""
+        if hasattr(self._source, "where"):
+            return self._source.where(index)
+        if hasattr(self._source, "encoded"):
+            return self._source.encoded(index)[2]
+        return f"example {index}"
 
 
 _SOURCES = {

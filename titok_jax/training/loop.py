@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from titok_jax.data.loader import Loader, make_loader
-from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
 from titok_jax.runtime import sharding
 from titok_jax.runtime.outputs import new_file
@@ -28,7 +27,7 @@ from titok_jax.training.checkpoint import Checkpoints, check_config
 from titok_jax.training.lock import BucketLock, lock_workdir
 from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.progress import Evaluation, Previews
-from titok_jax.training.settings import Settings, check_batch
+from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import State, Task, jit_step
 
 # These fields may change when a run is resumed: they concern the hardware, and what the run logs and keeps. They affect only
@@ -149,7 +148,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     sharding.check_batch_size(mesh, settings.data.batch_size, settings.gradient_accumulation)
     # Open the data before building the task, because the task may download networks.
-    source = make_source(settings.data.source, "--config.data.source")
+    source = open_source(settings.data.source, settings, "--config.data.source")
     task = build_task(settings)
     # A recipe of one's own may lack this field. Without it, a checkpoint is older than the field: see LATER_FIELDS.
     dtype = {"discriminator_dtype": settings.discriminator_dtype} if settings.discriminator else {}

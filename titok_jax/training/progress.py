@@ -10,12 +10,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from titok_jax.data.loader import Loader, make_eval_loader
-from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_eval_transform
 from titok_jax.pictures import grids
 from titok_jax.runtime import sharding
 from titok_jax.training.log import MetricLog
-from titok_jax.training.settings import Settings, check_batch
+from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import Task
 
 
@@ -23,7 +22,7 @@ def held_out_source(settings: Settings) -> Any:
     """The held-out examples, `config.data.eval_source`. None if only the source's name is set."""
     spec = settings.data.eval_source
     given = spec and any(spec[option] for option in spec if option != "name")
-    return make_source(spec, "--config.data.eval_source") if given else None
+    return open_source(spec, settings, "--config.data.eval_source") if given else None
 
 
 class Evaluation:
@@ -88,7 +87,7 @@ class Previews:
         rows = np.lcm(rows, self._columns)
         size = int(-(-settings.preview_images // rows) * rows)
         crop = make_eval_transform(settings.data.eval_transform) if settings.data.eval_transform else None
-        source = held_out_source(settings) or make_source(settings.data.source)
+        source = held_out_source(settings) or open_source(settings.data.source, settings)
         part = sharding.batch_part(mesh)
         with make_eval_loader(source, global_batch_size=size, transform=crop, num_threads=0, **part) as loader:
             batch = next(loader)

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from titok_jax import models
+from titok_jax.data.sources import CheckedSource, Limits, make_source
 from titok_jax.inference import check_pair
 from titok_jax.inference.functions import PRECISIONS
 from titok_jax.models.discriminator import DiscriminatorConfig
@@ -296,13 +297,24 @@ def _check_sizes(settings: Settings) -> None:
                 raise ValueError(f"{found}, but resize_shorter_edge beside it is {edge}, expected at least as much")
 
 
+def open_source(spec: Mapping[str, Any], settings: Settings, flag: str = "") -> CheckedSource:
+    """Opens a data source of a training. Each example is checked as it is read: the labels and tokens that the model reads.
+
+    Raises:
+      ValueError, FileNotFoundError: as `sources.make_source`.
+    """
+    model, limits = settings.model, Limits()
+    if settings.task == "generator":
+        limits = Limits(model.num_classes, model.num_tokens, model.codebook_size)
+    return CheckedSource(make_source(spec, flag), limits)
+
+
 def check_batch(batch: Mapping[str, np.ndarray], settings: Settings) -> None:
-    """Raises ValueError if a batch lacks what the task reads, or if its shapes, tokens or labels do not fit the model."""
+    """Raises ValueError if a batch lacks what the task reads, or if its shapes do not fit the model. (Labels and tokens are
+    checked one by one as they are read, see `open_source`.)"""
     model = settings.model
     if settings.task == "generator" and "tokens" in batch:
         shape, name, expected = batch["tokens"].shape[1:], "tokens", (model.num_tokens,)
-        if batch["tokens"].max(initial=0) >= model.codebook_size:
-            raise ValueError(f"a token of the data is {batch['tokens'].max()}, the codebook has {model.codebook_size} codes")
     else:
         if "image" not in batch:
             raise ValueError(f"data source {settings.data.source['name']!r} has no images, and this task needs them")
@@ -311,8 +323,3 @@ def check_batch(batch: Mapping[str, np.ndarray], settings: Settings) -> None:
         shape, name, expected = batch["image"].shape[1:], "images", (settings.image_size, settings.image_size, 3)
     if tuple(shape) != tuple(expected):
         raise ValueError(f"the data's {name} have shape {list(shape)}, the model takes {list(expected)}: see config.data")
-    if settings.task == "generator" and not 0 <= batch["label"].min() <= batch["label"].max() < model.num_classes:
-        raise ValueError(
-            f"labels of the data reach from {batch['label'].min()} to {batch['label'].max()}, "
-            f"the model takes 0 to {model.num_classes - 1}"
-        )
