@@ -1023,3 +1023,44 @@ def encoded_png() -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file, "PNG")
     return file.getvalue()
+
+
+def class_folders(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "a.png").write_bytes(encoded_png())
+    return root
+
+
+def test_classes_are_what_the_tree_says(tmp_path, monkeypatch):
+    root = class_folders(tmp_path / "images", "10", "2", "1", "0", "11")
+    assert sources.FolderSource(root).class_names == ["0", "1", "10", "11", "2"]  # as torchvision's ImageFolder
+    # What editors, archives and operating systems leave behind is no class, and holds no images.
+    class_folders(root, ".ipynb_checkpoints", "__MACOSX", ".thumbnails", "@eaDir", "0/.thumbnails", "1/@eaDir")
+    source = sources.FolderSource(root)
+    assert source.class_names == ["0", "1", "10", "11", "2"]
+    assert len(source) == 5
+    # A link to a folder above is not followed, one to elsewhere is.
+    (root / "2" / "up").symlink_to(root)
+    (root / "loop").symlink_to(tmp_path)
+    class_folders(tmp_path / "elsewhere", "more")
+    (root / "12").symlink_to(tmp_path / "elsewhere")
+    source = sources.FolderSource(root)
+    assert source.class_names == ["0", "1", "10", "11", "12", "2"]
+    assert len(source) == 6
+    # An empty class would shift the labels behind it.
+    (root / "15").mkdir()
+    with pytest.raises(ValueError, match=r"images: 1 class folders without images, e\.g\. 15; put their images there"):
+        sources.FolderSource(root)
+    assert len(sources.FolderSource(root, labels=False)) == 6
+    (root / "15").rmdir()
+    real = os.scandir
+
+    def denied(place):
+        if os.fspath(place).endswith("images/10"):
+            raise PermissionError(13, "Permission denied", place)
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match=r"images/10: the folder cannot be read \(Permission denied\)"):
+        sources.FolderSource(root)

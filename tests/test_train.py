@@ -648,3 +648,26 @@ def test_the_command_explains_itself_and_what_is_wrong_with_a_flag(tmp_path):
     bad = run("--config", "configs/digits.py:tokenizer", "--workdir", str(workdir), "--config.task=paint")
     assert bad.stderr.strip().splitlines()[-1].startswith("error: config.task is 'paint'")
     assert not workdir.exists()
+
+
+def test_labels_always_mean_the_same_classes(tmp_path, capsys):
+    """The classes are printed, kept with the checkpoint, and the same in what is held out."""
+    for split in ("train", "held_out"):
+        for name in ("cat", "dog", "eel"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+                PIL.Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    config = small("tokenizer", num_steps=2, log_every=1, checkpoint_every=1)
+    config.data.batch_size = 8
+    with config.unlocked():
+        config.data.source = ConfigDict({"name": "folder", "path": str(tmp_path / "train")})
+        config.data.eval_source = ConfigDict({"name": "folder", "path": str(tmp_path / "held_out")})
+    loop.train(parse_settings(config), tmp_path / "run")
+    assert "Classes: 0 cat, 1 dog, 2 eel" in capsys.readouterr().out
+    shutil.move(tmp_path / "train" / "dog", tmp_path / "train" / "fox")
+    with pytest.raises(ValueError, match=r"are 0 cat, 1 eel, 2 fox; the run in .*run began with 0 cat, 1 dog, 2 eel"):
+        loop.train(parse_settings(config), tmp_path / "run")
+    config.update({"eval_every": 1, "eval_images": 8})
+    with pytest.raises(ValueError, match=r"eval_source has 3 classes and config\.data\.source 3.*only: dog, fox"):
+        loop.train(parse_settings(config), tmp_path / "other")

@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         "data": args.data,
         "num_images": len(source),
+        "class_names": list(getattr(source, "class_names", [])),
         "model": args.model if args.revision is None else f"{args.model}@{args.revision}",
         **precision,
         "weights": weights_sha256(None, args.model, tokenizer_revision=args.revision)["tokenizer"],

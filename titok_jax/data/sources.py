@@ -21,7 +21,7 @@ from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import decode_json_tokens, decode_record
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example, image_files
 from titok_jax.data.webdataset import WebDatasetSource
-from titok_jax.runtime.paths import as_path, is_remote, local_copy, needs_mount, read_bytes
+from titok_jax.runtime.paths import as_path, folders_in, is_remote, local_copy, needs_mount, read_bytes
 
 
 def make_source(spec: Mapping[str, Any], flag: str = ""):
@@ -78,7 +78,8 @@ class FolderSource:
 
     Attributes:
       paths: paths of the images, in order.
-      class_names: sorted names of the first-level sub-folders. An image's label is the index of its sub-folder. If the
+      class_names: sorted names of the first-level sub-folders, as text, as torchvision's ImageFolder sorts them ("10" is
+        before "2"). An image's label is the index of its sub-folder. Hidden and system folders are no classes. If the
         images are directly in the folder, or with `labels=False`, this is empty and every label is -1.
     """
 
@@ -95,6 +96,13 @@ class FolderSource:
                 f"{root}: images both in sub-folders and directly in the folder ({len(loose)}, e.g. {loose[0]}), so their "
                 "classes are unclear; move these into sub-folders, or give labels=False to use all without labels"
             )
+        if labels and not loose and not is_remote(root):
+            empty = sorted(set(folders_in(root)) - {names[0] for names in parts})
+            if empty:
+                raise ValueError(
+                    f"{root}: {len(empty)} class folders without images, e.g. {empty[0]}; put their images there, or remove "
+                    "them: labels are the positions of the class folders in sorted order"
+                )
         self.paths = ["/".join([root.rstrip("/"), *names]) for names in parts]
         self.class_names = sorted({names[0] for names in parts}) if labels and not loose else []
         numbers = {name: number for number, name in enumerate(self.class_names)}
@@ -310,6 +318,11 @@ class CheckedSource:
 
     def __init__(self, source: Any, limits: Limits):
         self._source, self._limits = source, limits
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, indexed by label; empty if the source does not know them."""
+        return list(getattr(self._source, "class_names", []))
 
     def __len__(self) -> int:
         return len(self._source)

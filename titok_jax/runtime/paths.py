@@ -123,16 +123,64 @@ def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = No
 def files_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
     """Yields the files in a folder and its sub-folders, in no particular order, each as a tuple of path components.
 
-    Links are followed.
+    Links are followed, except those to a folder that they are in. Hidden folders and those of operating systems
+    (`is_system_name`) are left out.
+
+    Raises:
+      OSError: a folder that cannot be read; the message names it.
     """
 
     def stem(place: str | os.PathLike) -> str:
         return os.fspath(place).rpartition("://")[2].strip("/")  # etils may leave out the scheme
 
     top = as_path(folder)
-    for place, _, names in top.walk() if is_remote(top) else os.walk(top, followlinks=True):
-        between = stem(place).removeprefix(stem(top)).split("/")
-        yield from (tuple(filter(None, (*between, name))) for name in names if name)
+    if not is_remote(top):
+        yield from _local_files(os.fspath(top), (), ())
+        return
+    for place, _, names in top.walk():
+        between = tuple(filter(None, stem(place).removeprefix(stem(top)).split("/")))
+        if not any(map(is_system_name, between)):
+            yield from ((*between, name) for name in names if name)
+
+
+def is_system_name(name: str) -> bool:
+    """Whether a folder is hidden, or one that operating systems and archives leave among a user's folders."""
+    return name.startswith((".", "@")) or name in ("__MACOSX", "__pycache__", "lost+found", "$RECYCLE.BIN")
+
+
+def folders_in(folder: str | os.PathLike) -> list[str]:
+    """The sorted names of the folders directly in a local folder, without `is_system_name` and links to a folder above."""
+    above = _identities(os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.is_dir() and not is_system_name(entry.name) and _identity(entry.path) not in above
+        )
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _identities(path: str) -> tuple[tuple[int, int], ...]:
+    """The identities of a folder and of all folders above it."""
+    return tuple(_identity(str(place)) for place in (Path(path), *Path(path).parents))
+
+
+def _local_files(folder: str, between: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, ...]]:
+    above = (*(above or _identities(os.path.realpath(folder))), _identity(folder))
+    try:
+        with os.scandir(folder) as scanned:
+            entries = list(scanned)
+    except OSError as error:
+        raise type(error)(f"{folder}: the folder cannot be read ({error.strerror})") from None
+    for entry in entries:
+        if not entry.is_dir():
+            yield (*between, entry.name)
+        elif not is_system_name(entry.name) and _identity(entry.path) not in above:
+            yield from _local_files(entry.path, (*between, entry.name), above)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from titok_jax.training.build import build_task
 from titok_jax.training.checkpoint import Checkpoints, check_config
 from titok_jax.training.lock import BucketLock, lock_workdir
 from titok_jax.training.log import MetricLog, TextLog
-from titok_jax.training.progress import Evaluation, Previews
+from titok_jax.training.progress import Evaluation, Previews, check_classes
 from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import State, Task, jit_step
 
@@ -159,7 +159,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
         source=source,
         task=task,
         part=sharding.batch_part(mesh),
-        stored={**dtype, **settings.given, "frozen_weights": fingerprint(task.frozen)},
+        stored={**dtype, **settings.given, "frozen_weights": fingerprint(task.frozen), "class_names": source.class_names},
         evaluation=None,
         previews=None,
     )
@@ -170,6 +170,8 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
         evaluation=Evaluation(settings, task, mesh) if settings.eval_every else None,
         previews=Previews(settings, task, mesh, workdir) if settings.preview_every else None,
     )
+    if run.evaluation:
+        check_classes(source, run.evaluation.source)
     if run.first_process:
         describe(run)
     return run
@@ -189,8 +191,16 @@ def describe(run: Run) -> None:
         f"{jax.process_count()} process(es), compute in {settings.compute_dtype}{judged}",
         flush=True,
     )
+    if run.source.class_names:
+        print(f"Classes: {class_list(run.source.class_names)}", flush=True)
     for line in off_recipe(settings.given, settings.recipe):
         print(f"WARNING: {line}", flush=True)
+
+
+def class_list(names: Sequence[str], shown: int = 12) -> str:
+    """ "0 cat, 1 dog, ..., 9 fish"."""
+    items = [f"{number} {name}" for number, name in enumerate(names)]
+    return ", ".join(items if len(items) <= shown else [*items[: shown - 1], "...", items[-1]])
 
 
 def off_recipe(config: Mapping[str, Any], recipe: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -283,7 +293,13 @@ def renamed(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def check_same_run(found: Mapping[str, Any], run: Run) -> None:
     """Raises ValueError if a checkpoint's configuration or frozen networks differ from those of this run."""
     now = run.stored
-    then, today = ({**renamed(stored), "frozen_weights": ""} for stored in (found, now))
+    then, today = ({**renamed(stored), "frozen_weights": "", "class_names": ""} for stored in (found, now))
+    names = [list(stored.get("class_names", now.get("class_names", ()))) for stored in (found, now)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"the classes of config.data.source are {class_list(names[1]) or 'not named'}; the run in {run.workdir} began "
+            f"with {class_list(names[0]) or 'none'}: labels would mean other classes"
+        )
     later = {name: former(found) for name, former in LATER_FIELDS.items()}
     check_config(then, today, FREE_FIELDS, str(run.workdir), later=later)
     if found.get("frozen_weights") != now["frozen_weights"]:

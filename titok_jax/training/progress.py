@@ -18,6 +18,16 @@ from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import Task
 
 
+def check_classes(source: Any, held_out: Any) -> None:
+    """Raises ValueError if both sources name their classes and these differ: the same label would mean two classes."""
+    if source.class_names and held_out.class_names and source.class_names != held_out.class_names:
+        only = sorted(set(source.class_names) ^ set(held_out.class_names))
+        raise ValueError(
+            f"config.data.eval_source has {len(held_out.class_names)} classes and config.data.source "
+            f"{len(source.class_names)}, so the labels do not mean the same; in one of them only: {', '.join(only[:5])}"
+        )
+
+
 def held_out_source(settings: Settings) -> Any:
     """The held-out examples, `config.data.eval_source`. None if only the source's name is set."""
     spec = settings.data.eval_source
@@ -26,11 +36,15 @@ def held_out_source(settings: Settings) -> Any:
 
 
 class Evaluation:
-    """Mean metrics of the averaged parameters over held-out examples. Falsy if there is nothing to evaluate."""
+    """Mean metrics of the averaged parameters over held-out examples. Falsy if there is nothing to evaluate.
+
+    Attributes:
+      source: the held-out examples; None if there are none.
+    """
 
     def __init__(self, settings: Settings, task: Task, mesh: Mesh):
-        self._source = held_out_source(settings) if settings.eval_every and task.measures else None
-        if self._source is None:
+        self.source = held_out_source(settings) if settings.eval_every and task.measures else None
+        if self.source is None:
             return
         self._mesh, self._num_threads = mesh, settings.data.num_threads
         self._crop = make_eval_transform(settings.data.eval_transform) if settings.data.eval_transform else None
@@ -48,11 +62,11 @@ class Evaluation:
         self._sums = sharding.jit_on(mesh, sums, out_shardings=sharding.replicated(mesh))
 
     def __bool__(self) -> bool:
-        return self._source is not None
+        return self.source is not None
 
     def _loader(self) -> Loader:
         return make_eval_loader(
-            self._source,
+            self.source,
             global_batch_size=self._batch_size,
             transform=self._crop,
             num_threads=self._num_threads,
