@@ -22,6 +22,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import safetensors.numpy
+import tiny_models
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint._src.serialization import serialization
@@ -33,6 +34,7 @@ from titok_jax.data.loader import make_loader
 from titok_jax.data.records import token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.evaluation import metrics
+from titok_jax.runtime.outputs import sha256
 from titok_jax.training import loop
 from titok_jax.training.build import build_task
 from titok_jax.training.losses import LeCamEma, masked_token_loss
@@ -671,3 +673,25 @@ def test_labels_always_mean_the_same_classes(tmp_path, capsys):
     config.update({"eval_every": 1, "eval_images": 8})
     with pytest.raises(ValueError, match=r"eval_source has 3 classes and config\.data\.source 3.*only: dog, fox"):
         loop.train(parse_settings(config), tmp_path / "other")
+
+
+def test_tokens_know_their_tokenizer(tmp_path):
+    """A generator is not trained on the tokens of one tokenizer and exported with another."""
+    mine = tiny_models.save(tmp_path / "mine", tiny_models.TOKENIZER)
+    with token_writer(tmp_path / "tokens.array_record") as write:
+        for i in range(40):
+            write(np.arange(8), i % 10)
+    manifest = tmp_path / "pretokenize.json"
+    config = small("generator", num_steps=2, tokenizer=str(mine))
+    with config.unlocked():
+        config.data.source = ConfigDict({"name": "tokens", "paths": str(tmp_path / "tokens.array_record")})
+        config.data.transform = None
+    loop.prepare(parse_settings(config), tmp_path / "run")  # records of another program, which say nothing
+    manifest.write_text(json.dumps({"model": "digits", "weights": "0" * 64}))
+    with pytest.raises(ValueError, match=r"pretokenize\.json: the tokens were made by digits \(SHA-256 0{12}\.\.\.\)"):
+        loop.prepare(parse_settings(config), tmp_path / "run")
+    manifest.write_text(json.dumps({"model": "mine", "weights": sha256(mine / "model.safetensors")}))
+    loop.prepare(parse_settings(config), tmp_path / "run")
+    config.model.num_tokens = 9
+    with pytest.raises(ValueError, match=r"config\.model\.num_tokens is 9, but the tokenizer .*mine has 8: take the recipe"):
+        parse_settings(config)

@@ -17,7 +17,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from titok_jax.data.files import find_files
 from titok_jax.data.loader import Loader, make_loader
+from titok_jax.data.token_shards import MANIFEST
 from titok_jax.data.transforms import make_train_transform
 from titok_jax.runtime import sharding
 from titok_jax.runtime.outputs import new_file
@@ -29,6 +31,7 @@ from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.progress import Evaluation, Previews, check_classes
 from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import State, Task, jit_step
+from titok_jax.weights.pretrained import weights_sha256
 
 # These fields may change when a run is resumed: they concern the hardware, and what the run logs and keeps. They affect only
 # the rounding, and gradient_accumulation also affects the dropout draws. All other fields determine the result.
@@ -149,6 +152,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     sharding.check_batch_size(mesh, settings.data.batch_size, settings.gradient_accumulation)
     # Open the data before building the task, because the task may download networks.
     source = open_source(settings.data.source, settings, "--config.data.source")
+    check_tokens(settings)
     task = build_task(settings)
     # A recipe of one's own may lack this field. Without it, a checkpoint is older than the field: see LATER_FIELDS.
     dtype = {"discriminator_dtype": settings.discriminator_dtype} if settings.discriminator else {}
@@ -175,6 +179,25 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     if run.first_process:
         describe(run)
     return run
+
+
+def check_tokens(settings: Settings) -> None:
+    """Raises ValueError if the token records were made by another tokenizer than the one exported with the generator.
+
+    `pretokenize.json` beside the records has the SHA-256 of its weights. Records of other programs have no such file.
+    """
+    if settings.data.source.get("name") != "tokens" or not settings.tokenizer:
+        return
+    files = find_files(settings.data.source["paths"], "token files")
+    manifests = sorted({str(as_path(path).parent / MANIFEST) for path in files})
+    for manifest in filter(lambda path: as_path(path).exists(), manifests):
+        made_by = json.loads(as_path(manifest).read_text())
+        weights = weights_sha256(None, settings.tokenizer)["tokenizer"]
+        if made_by.get("weights", weights) != weights:
+            raise ValueError(
+                f"{manifest}: the tokens were made by {made_by.get('model')} (SHA-256 {made_by['weights'][:12]}...), but "
+                f"config.tokenizer is {settings.tokenizer} (SHA-256 {weights[:12]}...): name the tokenizer that made them"
+            )
 
 
 def describe(run: Run) -> None:

@@ -241,7 +241,14 @@ def _model(settings: Settings, fields: dict[str, Any], abstract: bool) -> tuple[
         tokenizer = None
         if settings.tokenizer:
             tokenizer = load_model_config(settings.tokenizer, TiTokConfig, abstract=abstract)
-            fields |= {"num_tokens": tokenizer.num_latent_tokens, "codebook_size": tokenizer.codebook_size}
+            if not tokenizer.has_tokens:
+                raise ValueError(f"config.tokenizer: {settings.tokenizer} is a VAE, which has no token ids")
+            for name, own in (("num_tokens", tokenizer.num_latent_tokens), ("codebook_size", tokenizer.codebook_size)):
+                if fields.setdefault(name, own) != own:
+                    raise ValueError(
+                        f"config.model.{name} is {fields[name]}, but the tokenizer {settings.tokenizer} has {own}: take the "
+                        f"recipe of this tokenizer, whose sampling settings fit it too, or set --config.model.{name}={own}"
+                    )
         fields["sampling"] = section(SamplingConfig, fields.get("sampling", {}), "model.sampling")
         model = section(cls, fields, "model")
         if tokenizer:
