@@ -385,12 +385,12 @@ def check_foreign_programs(*names: str) -> None:
 
 
 def test_modules_in_programs_that_are_not_ours():
-    check_foreign_programs("generator", "tokenizer")
+    check_foreign_programs("generator")
 
 
 @pytest.mark.long
 def test_other_modules_in_programs_that_are_not_ours():
-    check_foreign_programs("stage_2", "vae", "vqgan", "uvit", "discriminator", "lpips", "digits_net")
+    check_foreign_programs("tokenizer", "stage_2", "vae", "vqgan", "uvit", "discriminator", "lpips", "digits_net")
 
 
 def test_sampling_in_programs_that_are_not_ours():

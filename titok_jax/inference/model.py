@@ -1,6 +1,5 @@
 """What Tokenizer, VQGAN and Generator share: parameters, compiled functions, and checks of arrays on the host."""
 
-import functools
 from typing import Any
 
 import jax
@@ -28,15 +27,12 @@ class Model:
         if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
             params = jax.device_put(params, None if mesh is None else sharding.state_shardings(mesh, params))
         self.functions, self.params, self.mesh = functions, params, mesh
+        self._compiled: dict[str, Any] = {}  # by the name of a function
 
     @property
     def config(self) -> Any:
         """The architecture."""
         return self.functions.config
-
-    @functools.cached_property
-    def _compiled(self) -> dict[str, Any]:
-        return {}
 
     def run(self, name: str, *arguments: Any, static: tuple[str, ...] = (), **options: Any) -> Any:
         """Calls a function of `functions` with the parameters, compiled, on the mesh."""
