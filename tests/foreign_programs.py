@@ -105,9 +105,11 @@ def programs(loss, params, batch):
 
 
 def largest_error(a, b) -> float:
-    """The largest difference of two trees, relative to the largest magnitude of each array."""
-    pairs = zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True)
-    return max(float(np.abs(x - y).max() / (np.abs(x).max() + 1e-6)) for x, y in pairs)
+    """The largest difference of two trees, relative to the largest magnitude of each array. Arrays below a thousandth of the
+    largest of all are compared with that: a bias in front of a GroupNorm has a gradient of rounding errors only."""
+    pairs = list(zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True))
+    floor = max(np.abs(x).max() for x, _ in pairs[1:]) / 1000
+    return max(float(np.abs(x - y).max() / max(np.abs(x).max(), floor)) for x, y in pairs)
 
 
 def small(config):

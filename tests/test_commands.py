@@ -514,6 +514,7 @@ def test_reconstruct(model, pair, tmp_path, capsys):
         "b_reconstruction.png",
         "c_reconstruction.png",
         "grid.png",
+        "settings.json",
         "tokens.json",
     ]
     tokenizer, _ = pair

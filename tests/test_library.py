@@ -380,8 +380,9 @@ def check_foreign_programs(*names: str) -> None:
     """Values and gradients without a mesh, under axes of other names, under Explicit axes, and inside `jax.shard_map`."""
     for name, errors in on_four_devices(*names).items():
         assert errors.keys() == {"no mesh", "axes of other names", "explicit axes", "shard_map"}
-        # Sums over four devices, in another order; seen: 1e-6.
-        assert max(errors.values()) < 1e-4, (name, errors)
+        # One image per device instead of four rounds otherwise, the same in every program; seen: 8e-6, and 4e-4 in stage 2,
+        # whose pixel decoder has random weights here and amplifies it.
+        assert max(errors.values()) < (2e-3 if name == "stage_2" else 5e-5), (name, errors)
 
 
 def test_modules_in_programs_that_are_not_ours():

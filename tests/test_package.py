@@ -150,7 +150,13 @@ def test_what_the_extra_installs_is_needed_only_where_it_is_used(tmp_path):
 
 
 def test_what_is_imported_is_a_dependency_and_the_extra_is_what_the_commands_say_it_is():
-    names = {"absl-py": "absl", "orbax-checkpoint": "orbax", "tensorflow-datasets": "tensorflow_datasets", "pillow": "PIL"}
+    names = {
+        "absl-py": "absl",
+        "orbax-checkpoint": "orbax",
+        "tensorflow-datasets": "tensorflow_datasets",
+        "pillow": "PIL",
+        "PyYAML": "yaml",
+    }
 
     def to_import(lines: list[str]) -> set[str]:
         packages = [re.match(r"[\w-]+", line)[0] for line in lines]

@@ -180,7 +180,7 @@ def test_a_run_lives_in_a_bucket(bucket, google, clock, tmp_path, monkeypatch, c
     assert "Continuing at step 2 of 6 from gs://bucket/runs/one/checkpoints" in capsys.readouterr().out
     run = bucket / "runs/one"
     assert sorted({name.split("/")[2] for name in objects("runs/one/")}) == sorted(
-        ["checkpoints", "curves.png", "metrics.jsonl", "pretrained", "previews", "tensorboard"]
+        ["checkpoints", "config.json", "curves.png", "log.txt", "metrics.jsonl", "pretrained", "previews", "tensorboard"]
     )
     assert sorted({name.split("/")[3] for name in objects("runs/one/checkpoints/")}) == ["4", "6"]
     assert any("/checkpoints/6/state/" in name for _, name in google.asked)

@@ -86,11 +86,14 @@ def test_find(tmp_path, monkeypatch):
     assert published_models.find("mine", "tokenizer") == Path("mine")
     assert published_models.find("titok_l32", "generator").kind == "generator"
     assert published_models.find("hf://owner/name") == "owner/name"
+    assert published_models.find("hf://owner/name/file.bin@v1") == "owner/name/file.bin@v1"
+    for name in ("yucornetto/tokenizer_titok_l32_imagenet", "fun-research/TiTok/tokenizer_titok_l32.bin"):  # as published
+        assert published_models.find(name, "tokenizer") == published_models.find(f"hf://{name}", "tokenizer") == name
     for wrong, message in (
         ("titok_l33", r"(?s)unknown model 'titok_l33': neither .*\n  titok_l32: .*\n  titok_b64: "),
         ("titok_bl64_vae", "'titok_bl64_vae' is a tokenizer, not a generator; of this kind there are: digits, titok_l32"),
         ("hf://name", "expected hf://owner/name"),
-        ("hf://a/b/c", "expected hf://owner/name"),
+        ("hf://a/b/../c", "expected hf://owner/name"),
     ):
         with pytest.raises(ValueError, match=message):
             published_models.find(wrong, "generator")
