@@ -154,7 +154,6 @@ def steps_plan(num_steps: int, num_tokens: int, schedule: str, power: float, ann
 def decoding_step(
     logits_fn: LogitsFn,
     labels: jax.Array,
-    unknown: jax.Array,
     *,
     codebook_size: int,
     num_classes: int,
@@ -163,9 +162,10 @@ def decoding_step(
     guidance_schedule: str,
     temperature: jax.Array,
     noise: Noise,
+    unknown: jax.Array | None = None,
 ) -> Callable[[jax.Array, Steps], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
     """Makes the step of the loop for `jax.lax.scan`: (ids [B, N], a row of `steps_plan`) -> (ids, (ids, mask_len [B])).
-    `unknown` [B] is the number of tokens to make; the other arguments are those of `parallel_decode`."""
+    `unknown` [B] is the number of tokens to make, all if not given; the other arguments are those of `parallel_decode`."""
     batch = labels.shape[0]
     from_uncond = guidance_schedule == "power-cosine"
     no_effect = 1.0 if from_uncond else 0.0
@@ -202,7 +202,8 @@ def decoding_step(
         confidence = jnp.where(masked, chosen + _per_image(noise_scale, 2) * confidence_noise, jnp.inf)
         sampled = jnp.where(masked, sampled, ids)
 
-        mask_len = jnp.maximum(1, jnp.minimum(masked.sum(-1, dtype=jnp.int32) - 1, jnp.asarray(plan.mask_len)[unknown]))
+        planned = plan.mask_len[-1] if unknown is None else jnp.asarray(plan.mask_len)[unknown]
+        mask_len = jnp.maximum(1, jnp.minimum(masked.sum(-1, dtype=jnp.int32) - 1, planned))
         cut_off = jnp.take_along_axis(jnp.sort(confidence, axis=-1), mask_len[:, None] - 1, axis=-1)
         again = masked & (confidence <= cut_off) & (plan.step < num_steps - 1)
         ids = jnp.where(again, codebook_size, sampled)
@@ -270,7 +271,6 @@ def parallel_decode(
     step = decoding_step(
         logits_fn,
         labels,
-        (ids == codebook_size).sum(-1, dtype=jnp.int32),
         codebook_size=codebook_size,
         num_classes=num_classes,
         num_steps=num_steps,
@@ -278,6 +278,7 @@ def parallel_decode(
         guidance_schedule=guidance_schedule,
         temperature=jnp.asarray(temperature, jnp.float32),
         noise=noise,
+        unknown=(ids == codebook_size).sum(-1, dtype=jnp.int32),
     )
     plan = steps_plan(num_steps, num_tokens, guidance_schedule, guidance_scale_pow, softmax_temperature_annealing)
     ids, (trace, mask_len) = jax.lax.scan(step, ids.astype(jnp.int32), plan)
