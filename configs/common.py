@@ -166,6 +166,7 @@ def shrink(config: ConfigDict) -> None:
         config.model.update({**vqgan, "resolution": 32})
     elif config.task == "generator":
         config.tokenizer = "digits"
+        config.model.update({"num_tokens": 0, "codebook_size": 0})  # those of the tokenizer
         config.model.update(
             {"num_classes": 10, "hidden_size": 96, "num_layers": 2, "num_heads": 3, "intermediate_size": 192}
         )

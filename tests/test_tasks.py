@@ -431,13 +431,13 @@ PIXEL_RUNS = {
 
 
 def pixel_runs(always: str):
-    """The recorded runs on pixels as parameters of a test. All but one are marked `long`."""
+    """The recorded runs on pixels as parameters of a test. All but the one named are marked `long`."""
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=() if name == always else pytest.mark.long) for name in PIXEL_RUNS]
     )
 
 
-@pixel_runs(always="single_stage_vae")
+@pixel_runs(always="")
 def test_training_on_pixels_equals_the_published_run(name):
     check_training_on_pixels(name, FLOAT32[name])
 

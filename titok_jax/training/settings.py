@@ -244,7 +244,8 @@ def _model(settings: Settings, fields: dict[str, Any], abstract: bool) -> tuple[
             if not tokenizer.has_tokens:
                 raise ValueError(f"config.tokenizer: {settings.tokenizer} is a VAE, which has no token ids")
             for name, own in (("num_tokens", tokenizer.num_latent_tokens), ("codebook_size", tokenizer.codebook_size)):
-                if fields.setdefault(name, own) != own:
+                fields[name] = fields.get(name) or own  # 0 or absent: the tokenizer's
+                if fields[name] != own:
                     raise ValueError(
                         f"config.model.{name} is {fields[name]}, but the tokenizer {settings.tokenizer} has {own}: take the "
                         f"recipe of this tokenizer, whose sampling settings fit it too, or set --config.model.{name}={own}"
