@@ -3,7 +3,8 @@
 CLONE and MASKGIT are clones of bytedance/1d-tokenizer and google-research/maskgit, PYTHON is an interpreter with the
 requirements of both. The script runs the published constructors of the nine tokenizers, of stage 1 of the three two-stage
 ones, of the three generators, the MaskGIT-VQGAN and the discriminator, one at a time, and the original one of the
-MaskGIT-VQGAN's codes. It writes tests/golden/initialisation.json, with which tests/test_initialisation.py compares ours.
+MaskGIT-VQGAN's codes. It writes tests/golden/initialisation.json, with which tests/test_initialisation.py compares ours. Six
+minutes on 2 CPU cores, 3 GB of memory.
 
 The parameters of one kind of model, one shape, and one name but for the numbers of layers are a group. The file has a row
 for each group: the count of its numbers, their mean, standard deviation, largest magnitude, and kurtosis (the mean of x^4
