@@ -109,6 +109,11 @@ def config_of(files: pretrained.Source, kind: type | None) -> models.Config | No
         return max(configs, key=lambda config: len(tensors.keys() & known_models.published_shapes(config).keys()))
 
 
+def family_of(config: models.Config | None) -> models.Family:
+    """The family of what `open_input` yields."""
+    return PERCEPTUAL if config is None else models.family_of(config)
+
+
 @contextlib.contextmanager
 def open_input(files: pretrained.Source, kind: type | None) -> Iterator[tuple[models.Config | None, Mapping[str, Any]]]:
     """Yields the configuration and the tensors of the input. The configuration of a perceptual network's file is None."""
@@ -133,9 +138,9 @@ def table(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> str:
 
 def write(path: Path, format: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:
     """Writes {published name: tensor} to a single file in a format."""
-    family = None if config is None else models.family_of(config)
-    bare = family is None or "folder" not in family.formats  # these have no configuration file
-    if family is not None and family.writes_buffers:
+    family = family_of(config)
+    bare = "folder" not in family.formats  # these have no configuration file
+    if family.writes_buffers:
         tensors = {**tensors, **family.buffers(config)}
     if family is INCEPTION:
         safetensors_file.write_safetensors(path, tensors, features.CONVERTED_FROM_PUBLISHED)
@@ -185,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace, output: Path, format: str, files: pretrained.Source, config: Any) -> None:
     """Raises ValueError if a model cannot be written in a format."""
-    family = PERCEPTUAL if config is None else models.family_of(config)
+    family = family_of(config)
     if format not in family.formats:
         raise ValueError(f"{output}: a {family.name} is written as {' or '.join(family.formats)}, not as {format}")
     if family is INCEPTION:

@@ -18,7 +18,6 @@ from flax import nnx
 from titok_jax import models
 from titok_jax.inference import decoding
 from titok_jax.models.generator import GeneratorConfig, SamplingConfig
-from titok_jax.models.layers import float_images
 from titok_jax.models.quantizer import DiagonalGaussian
 from titok_jax.runtime.sharding import any_mesh, hint
 from titok_jax.weights.convert import Params
@@ -103,7 +102,7 @@ class TokenizerFunctions(ModelFunctions):
     @_precise
     def encoder_output(self, params: Params, images: jax.Array) -> jax.Array:
         """images -> float32, the input of the bottleneck: the latents, or a VAE's mean and log variance [B, N, 2 C]."""
-        return self.module(params).encode(float_images(hint(images, "batch")))
+        return self.module(params).encode(hint(images, "batch"))
 
     @_precise
     def latents(self, params: Params, images: jax.Array) -> jax.Array:

@@ -6,45 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from titok_jax.inference import many
 from titok_jax.inference.functions import GeneratorFunctions, as_key, image_keys
 from titok_jax.inference.model import Model, as_int32, check_range, on_host
-from titok_jax.models.generator import GeneratorConfig, SamplingConfig
-from titok_jax.weights import convert
+from titok_jax.models.generator import SamplingConfig
 
 # The classes that the published demo shows (demo_util.py, `sample_fn`), before a random one.
 DEMO_CLASSES = (1, 7, 282, 604, 724, 179, 751, 404, 850)
 
 
 class Generator(Model):
-    """A generator with its weights.
-
-    Methods take arrays on the host, which they check, and arrays on devices or inside `jax.jit`, `jax.vmap` and `jax.grad`,
-    of which they check shape and dtype only. Traced in another program, they make the weights constants of that program; use
-    `functions` with `params` as an argument there.
-
-    Attributes:
-      functions: the model as pure functions of (params, arrays) (`GeneratorFunctions`).
-      config: the architecture, with the default sampling settings.
-      params: nested dict of arrays.
-      mesh: the mesh that holds them, or None.
-    """
+    """A generator with its weights. Attributes and arguments are those of `Model`; sampling itself is always float32."""
 
     functions: GeneratorFunctions
-
-    def __init__(
-        self,
-        config: GeneratorConfig,
-        params: convert.Params,
-        *,
-        dtype: Any = "float32",
-        precision: str | None = None,
-        mesh: Mesh | None = None,
-    ):
-        """Arguments and errors are those of Tokenizer. Sampling itself is always float32."""
-        super().__init__(GeneratorFunctions(config, dtype, precision), params, mesh)
+    functions_class = GeneratorFunctions
 
     def logits(self, ids: Any, labels: Any) -> jax.Array:
         """One forward pass.

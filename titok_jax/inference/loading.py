@@ -104,9 +104,8 @@ def load_image_model(
     """Loads what turns images into tokens: a TiTok or a MaskGIT-VQGAN, whichever `source` is. Arguments and errors are those
     of `load_tokenizer`."""
     kind = pretrained.tokenizer_kind(source, revision=revision, token=token)
-    load = load_vqgan if kind is MaskgitVQGANConfig else load_tokenizer
-    options = {"precision": precision, "param_dtype": param_dtype, "mesh": mesh, "revision": revision, "token": token}
-    return load(source, dtype=dtype, **options)
+    cls = VQGAN if kind is MaskgitVQGANConfig else Tokenizer
+    return _load(cls, source, kind, dtype, precision, param_dtype, mesh, revision, token)
 
 
 def load_image_config(

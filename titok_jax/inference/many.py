@@ -26,8 +26,7 @@ def batches(items: Any, batch_size: int, model: Any) -> Iterator[tuple[int, int,
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     whole = hasattr(items, "__len__") and hasattr(items, "__getitem__")
-    devices = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    size = -(-(min(batch_size, len(items)) if whole else batch_size) // devices) * devices
+    size = _filled_size(batch_size, len(items) if whole else batch_size, model)
     if whole:
         parts = (items[start : start + batch_size] for start in range(0, len(items), batch_size))
     else:
@@ -38,6 +37,13 @@ def batches(items: Any, batch_size: int, model: Any) -> Iterator[tuple[int, int,
         part = np.asarray(part)
         yield start, len(part), filled(part, size)
         start += len(part)
+
+
+def _filled_size(batch_size: int, num: int, model: Any) -> int:
+    """The size of the batches of `num` items, which the model's devices can share."""
+    from titok_jax.runtime import sharding  # imports JAX, which the commands do after they have parsed their arguments
+
+    return sharding.round_up_batch_size(batch_size, num, sharding.batch_devices(model.mesh))
 
 
 def joined(parts: Iterable[np.ndarray], none: np.ndarray) -> np.ndarray:
@@ -111,15 +117,13 @@ def sample(
     Raises:
       ValueError: for a label or setting out of range.
     """
+    size = _filled_size(batch_size, len(labels), generator)
     for number in range(-(-len(labels) // batch_size)) if numbers is None else numbers:
         first = number * batch_size
         part = labels[first : first + batch_size]
-        # One batch; filled up to the size of the first, whichever it is.
-        for _, count, batch in batches(filled(part, min(batch_size, len(labels))), batch_size, generator):
-            ids = generator.generate(batch, seed, first_index=first, **settings)
-            images = to_uint8_truncate(tokenizer.decode(ids))
-            count = min(count, len(part))
-            yield slice(first, first + count), np.asarray(ids)[:count], images[:count]
+        ids = generator.generate(filled(part, size), seed, first_index=first, **settings)
+        images = to_uint8_truncate(tokenizer.decode(ids))
+        yield slice(first, first + len(part)), np.asarray(ids)[: len(part)], images[: len(part)]
 
 
 def balanced_labels(classes: Sequence[int], num: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What Tokenizer, VQGAN and Generator share: parameters, compiled functions, and checks of arrays on the host."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,42 @@ from titok_jax.weights import convert
 class Model:
     """A model with its weights.
 
+    Methods take arrays on the host, which they check, and arrays on devices or inside `jax.jit`, `jax.vmap` and `jax.grad`,
+    of which they check shape and dtype only. Traced in another program, they make the weights constants of that program; use
+    `functions` with `params` as an argument there.
+
     Attributes:
-      functions: the model as pure functions of (params, arrays), for use inside other programs.
+      functions: the model as pure functions of (params, arrays).
+      config: the architecture.
       params: nested dict of arrays on the device or the mesh.
       mesh: the mesh that holds them, or None.
     """
 
-    def __init__(self, functions: ModelFunctions, params: convert.Params, mesh: Mesh | None = None):
-        check_params(functions.config, params)
+    functions: ModelFunctions
+    functions_class: ClassVar[type[ModelFunctions]]
+
+    def __init__(
+        self,
+        config: Any,
+        params: convert.Params,
+        *,
+        dtype: Any = "float32",
+        precision: str | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """
+        Args:
+          params: nested dict of float32 or bfloat16 arrays.
+          dtype: computation dtype, "float32" or "bfloat16".
+          precision: of matrix products, "highest", "high" or "default"; None means "highest" for float32, else "default".
+          mesh: the mesh that holds the parameters; batches are sharded along it. None means one device.
+
+        Raises:
+          WeightsError: the parameters do not fit the configuration; the message lists every difference.
+          ValueError: another dtype or precision.
+        """
+        functions = self.functions_class(config, dtype, precision)
+        check_params(config, params)
         if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
             params = jax.device_put(params, None if mesh is None else sharding.state_shardings(mesh, params))
         self.functions, self.params, self.mesh = functions, params, mesh
@@ -38,12 +66,7 @@ class Model:
         """Calls a function of `functions` with the parameters, compiled, on the mesh."""
         if name not in self._compiled:
             self._compiled[name] = sharding.jit_on(self.mesh, getattr(self.functions, name), static_argnames=static)
-        return call(self._compiled[name], (self.params, *arguments), options)
-
-
-def call(function: Any, arguments: tuple, options: dict[str, Any]) -> Any:
-    """`function(*arguments, **options)`. Every compiled program of a model is run here."""
-    return function(*arguments, **options)
+        return self._compiled[name](self.params, *arguments, **options)
 
 
 def check_params(config: models.Config, params: convert.Params) -> None:

@@ -6,54 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from titok_jax.inference import many
 from titok_jax.inference.functions import TokenizerFunctions, image_keys
 from titok_jax.inference.model import Model, as_int32, check_range, on_host
 from titok_jax.models.quantizer import DiagonalGaussian
-from titok_jax.weights import convert
 
 _DECODING = ("clip", "dtype")  # static arguments
 
 
 class Tokenizer(Model):
-    """A TiTok with its weights.
-
-    Methods take arrays on the host, which they check, and arrays on devices or inside `jax.jit`, `jax.vmap` and `jax.grad`,
-    of which they check shape and dtype only. Traced in another program, they make the weights constants of that program; use
-    `functions` with `params` as an argument there.
-
-    Attributes:
-      functions: the model as pure functions of (params, arrays) (`TokenizerFunctions`).
-      config: the architecture (TiTokConfig).
-      params: nested dict of arrays.
-      mesh: the mesh that holds them, or None.
-    """
+    """A TiTok with its weights. Attributes and arguments are those of `Model`."""
 
     functions: TokenizerFunctions
-
-    def __init__(
-        self,
-        config: Any,
-        params: convert.Params,
-        *,
-        dtype: Any = "float32",
-        precision: str | None = None,
-        mesh: Mesh | None = None,
-    ):
-        """
-        Args:
-          params: nested dict of float32 or bfloat16 arrays.
-          dtype: computation dtype, "float32" or "bfloat16".
-          precision: of matrix products, "highest", "high" or "default"; None means "highest" for float32, else "default".
-          mesh: the mesh that holds the parameters; batches are sharded along it. None means one device.
-
-        Raises:
-          WeightsError: the parameters do not fit the configuration; the message lists every difference.
-          ValueError: another dtype or precision.
-        """
-        super().__init__(TokenizerFunctions(config, dtype, precision), params, mesh)
+    functions_class = TokenizerFunctions
 
     def encode(self, images: Any, key: Any = None, *, first_index: int = 0) -> jax.Array:
         """Images to tokens.

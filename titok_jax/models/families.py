@@ -123,6 +123,15 @@ def _generator_table(config: GeneratorConfig) -> tables.Table:
     return tables.vit_generator_table() if config.model_type == "ViT" else tables.uvit_generator_table()
 
 
+def _taking(module: Callable[..., nnx.Module], *options: str) -> Callable[..., nnx.Module]:
+    """A `Family.module` from a module that takes only these of the options `dtype` and `remat`."""
+
+    def make(config: Any, *, rngs: nnx.Rngs, **given: Any) -> nnx.Module:
+        return module(config, rngs=rngs, **{name: given[name] for name in options})
+
+    return make
+
+
 TOKENIZER = register(Family("tokenizer", TiTokConfig, TiTok, lambda c: tables.titok_table(c.patch_size), published=True))
 GENERATOR = register(
     Family("generator", GeneratorConfig, make_generator, _generator_table, buffers=_position_ids, published=True)
@@ -131,8 +140,8 @@ VQGAN = register(
     Family(
         "vqgan",
         MaskgitVQGANConfig,
-        lambda config, *, dtype, remat, rngs: MaskgitVQGAN(config, dtype=dtype, rngs=rngs),
-        lambda config: tables.maskgit_vqgan_table(),
+        _taking(MaskgitVQGAN, "dtype"),
+        lambda _: tables.maskgit_vqgan_table(),
         formats=("folder", "safetensors", "torch", "flax"),
         published=True,
     )
@@ -141,8 +150,8 @@ DISCRIMINATOR = register(
     Family(
         "discriminator",
         DiscriminatorConfig,
-        lambda config, *, dtype, remat, rngs: NLayerDiscriminator(config, dtype=dtype, rngs=rngs),
-        lambda config: tables.discriminator_table(),
+        _taking(NLayerDiscriminator, "dtype"),
+        lambda _: tables.discriminator_table(),
         buffers=lambda config: tables.discriminator_buffers(config.num_stages),
         writes_buffers=True,
         formats=("safetensors", "torch"),
@@ -153,8 +162,8 @@ PERCEPTUAL = register(
     Family(
         "perceptual",
         PerceptualConfig,
-        lambda config, *, dtype, remat, rngs: PerceptualLoss(config, rngs=rngs),
-        lambda config: tables.perceptual_table(),
+        _taking(PerceptualLoss),
+        lambda _: tables.perceptual_table(),
         formats=("safetensors", "torch"),
         published=True,
     )
@@ -163,18 +172,12 @@ INCEPTION = register(
     Family(
         "inception",
         InceptionConfig,
-        lambda config, *, dtype, remat, rngs: InceptionV3(config, rngs=rngs),
-        lambda config: tables.inception_table(),
+        _taking(InceptionV3),
+        lambda _: tables.inception_table(),
         formats=("safetensors",),
         published=True,
     )
 )
 DIGITS_NET = register(
-    Family(
-        "digits_net",
-        DigitsNetConfig,
-        lambda config, *, dtype, remat, rngs: DigitsNet(config, rngs=rngs),
-        lambda config: tables.digits_net_table(),
-        formats=("safetensors",),
-    )
+    Family("digits_net", DigitsNetConfig, _taking(DigitsNet), lambda _: tables.digits_net_table(), formats=("safetensors",))
 )

@@ -182,8 +182,7 @@ class TiTokConfig:
         if decoder.get("patch_size", fields["patch_size"]) != fields["patch_size"]:
             raise ValueError("vit_enc_patch_size and vit_dec_patch_size differ; one size for both is supported")
         # Fields that a derived configuration adds have the same names in the file.
-        own = {field.name for field in dataclasses.fields(cls)} - {field.name for field in dataclasses.fields(TiTokConfig)}
-        fields |= published.take(vq, {name: name for name in own}, cls, "model.vq_model")
+        fields |= published.take(vq, {name: name for name in _added_fields(cls)}, cls, "model.vq_model")
         for key, kind in _OF_TRAINING.items():
             if key in vq:
                 published.check(f"model.vq_model.{key}", vq.pop(key), key, kind)
@@ -216,10 +215,15 @@ class TiTokConfig:
         if self.pixel_decoder != MaskgitVQGANConfig():
             pixel = dataclasses.asdict(self.pixel_decoder)
             vq["pixel_decoder"] = {k: list(v) if isinstance(v, tuple) else v for k, v in pixel.items()}
-        known = {field.name for field in dataclasses.fields(TiTokConfig)}
-        own = {name: value for name, value in vars(self).items() if name not in known}
-        vq |= {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+        added = {name: getattr(self, name) for name in _added_fields(type(self))}
+        vq |= {name: list(value) if isinstance(value, tuple) else value for name, value in added.items()}
         return {"model": {"vq_model": vq}, "dataset": {"preprocessing": {"crop_size": self.image_size}}}
+
+
+def _added_fields(cls: type[TiTokConfig]) -> list[str]:
+    """The names of the fields that a derived class has beside those of TiTokConfig."""
+    known = {field.name for field in dataclasses.fields(TiTokConfig)}
+    return [field.name for field in dataclasses.fields(cls) if field.name not in known]
 
 
 def transformer_size(value: Any, where: str = "transformer size") -> TransformerSize:

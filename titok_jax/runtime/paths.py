@@ -135,7 +135,7 @@ def files_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
 
     top = as_path(folder)
     if not is_remote(top):
-        yield from _local_files(os.fspath(top), (), ())
+        yield from _local_files(os.fspath(top), (), _identities(os.path.realpath(top)))
         return
     for place, _, names in top.walk():
         between = tuple(filter(None, stem(place).removeprefix(stem(top)).split("/")))
@@ -152,11 +152,12 @@ def folders_in(folder: str | os.PathLike) -> list[str]:
     """The sorted names of the folders directly in a local folder, without `is_system_name` and links to a folder above."""
     above = _identities(os.path.realpath(folder))
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.is_dir() and not is_system_name(entry.name) and _identity(entry.path) not in above
-        )
+        return sorted(entry.name for entry in entries if entry.is_dir() and _is_entered(entry, above))
+
+
+def _is_entered(folder: os.DirEntry, above: tuple[tuple[int, int], ...]) -> bool:
+    """Whether a folder is looked into: it is no `is_system_name`, and no link to one of the folders `above`."""
+    return not is_system_name(folder.name) and _identity(folder.path) not in above
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -170,7 +171,7 @@ def _identities(path: str) -> tuple[tuple[int, int], ...]:
 
 
 def _local_files(folder: str, between: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, ...]]:
-    above = (*(above or _identities(os.path.realpath(folder))), _identity(folder))
+    """The files below a folder; `above` has the identities of it and of all folders above it."""
     try:
         with os.scandir(folder) as scanned:
             entries = list(scanned)
@@ -179,8 +180,8 @@ def _local_files(folder: str, between: tuple[str, ...], above: tuple[tuple[int, 
     for entry in entries:
         if not entry.is_dir():
             yield (*between, entry.name)
-        elif not is_system_name(entry.name) and _identity(entry.path) not in above:
-            yield from _local_files(entry.path, (*between, entry.name), above)
+        elif _is_entered(entry, above):
+            yield from _local_files(entry.path, (*between, entry.name), (*above, _identity(entry.path)))
 
 
 @functools.cache

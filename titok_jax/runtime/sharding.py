@@ -215,7 +215,7 @@ def jit_on(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
 
 def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
     """Raises ValueError unless each of the `parts` of a global batch (gradient accumulation) divides among the devices."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = batch_devices(mesh)
     if batch_size % (devices * parts):
         raise ValueError(f"global batch size {batch_size} does not divide among data x fsdp = {devices} devices"
                          + (f" times {parts} accumulated parts" if parts > 1 else "")
@@ -264,7 +264,13 @@ def local_mesh():
     return make_mesh(devices=devices) if len(devices) > 1 else None
 
 
-def round_up_batch_size(batch_size: int, num: int) -> int:
-    """The batch size for `num` images: the smaller of the two, rounded up to a multiple of this process's devices."""
-    devices = jax.local_device_count()
+def batch_devices(mesh: Mesh | None) -> int:
+    """How many parts a batch is split into on a mesh; 1 without one."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def round_up_batch_size(batch_size: int, num: int, devices: int | None = None) -> int:
+    """The batch size for `num` images: the smaller of the two, rounded up to a multiple of the devices, by default those of
+    this process."""
+    devices = jax.local_device_count() if devices is None else devices
     return -(-min(batch_size, num) // devices) * devices

@@ -190,9 +190,10 @@ def check_tokens(settings: Settings) -> None:
         return
     files = find_files(settings.data.source["paths"], "token files")
     manifests = sorted({str(as_path(path).parent / MANIFEST) for path in files})
-    for manifest in filter(lambda path: as_path(path).exists(), manifests):
+    manifests = [manifest for manifest in manifests if as_path(manifest).exists()]
+    weights = weights_sha256(None, settings.tokenizer)["tokenizer"] if manifests else ""
+    for manifest in manifests:
         made_by = json.loads(as_path(manifest).read_text())
-        weights = weights_sha256(None, settings.tokenizer)["tokenizer"]
         if made_by.get("weights", weights) != weights:
             raise ValueError(
                 f"{manifest}: the tokens were made by {made_by.get('model')} (SHA-256 {made_by['weights'][:12]}...), but "

@@ -97,8 +97,7 @@ class Previews:
         if not task.shows_pictures:
             return
         self._fn = sharding.jit_on(mesh, task.preview, out_shardings=sharding.replicated(mesh))
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        rows = np.lcm(rows, self._columns)
+        rows = np.lcm(sharding.batch_devices(mesh), self._columns)
         size = int(-(-settings.preview_images // rows) * rows)
         crop = make_eval_transform(settings.data.eval_transform) if settings.data.eval_transform else None
         source = held_out_source(settings) or open_source(settings.data.source, settings)

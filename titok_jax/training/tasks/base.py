@@ -25,6 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from titok_jax import models
+from titok_jax.inference.functions import DTYPES
 from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.quantizer import restart_codes
 from titok_jax.runtime import sharding
@@ -155,7 +156,7 @@ class TaskOptions:
 
     def __post_init__(self):
         for name in ("compute_dtype", "discriminator_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
+            if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected 'float32' or 'bfloat16'")
 
     def network(self, config: models.Config, trained: tuple[str, ...] | None = None) -> Network:
