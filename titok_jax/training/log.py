@@ -22,6 +22,37 @@ from titok_jax.runtime.paths import is_remote
 _NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight", "grad_norm/", "disc_grad_norm/")
 
 
+class _LogFolder:
+    """The folder that log files are written to: the workdir, or for a remote workdir, whose files cannot be appended to, a
+    local folder that is copied there.
+
+    Attributes:
+      path: the folder to write to.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        self.path, self._remote, self._last_copy = workdir, None, time.perf_counter()
+        if is_remote(workdir):
+            self._temporary = tempfile.TemporaryDirectory(prefix="titok_jax-")
+            self._remote, self.path = workdir, epath.Path(self._temporary.name)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last copy is more than a minute ago."""
+        return time.perf_counter() - self._last_copy > 60
+
+    def copy(self) -> None:
+        """Copies the files to a remote workdir."""
+        self._last_copy = time.perf_counter()
+        if self._remote is None:
+            return
+        local = Path(self._temporary.name)
+        for path in filter(Path.is_file, local.rglob("*")):
+            place = self._remote / path.relative_to(local)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(path).copy(place, overwrite=True)
+
+
 class TextLog(io.TextIOBase):
     """A copy of what a training prints, in `log.txt` of its workdir, each line with the date and time (UTC).
 
@@ -31,17 +62,14 @@ class TextLog(io.TextIOBase):
 
     def __init__(self):
         self._terminal, self._kept, self._line = sys.stdout, [], ""
-        self._path = self._remote = None
-        self._last_copy = time.perf_counter()
+        self._folder: _LogFolder | None = None
 
     def open(self, workdir: epath.Path) -> None:
         """Writes what was printed until now to `workdir/log.txt`, and everything from now on."""
-        self._path = workdir / "log.txt"
-        if is_remote(workdir):
-            self._temporary = tempfile.TemporaryDirectory(prefix="titok_jax-")
-            self._remote, self._path = self._path, epath.Path(self._temporary.name) / "log.txt"
-            if self._remote.exists():
-                self._remote.copy(self._path)
+        self._folder = _LogFolder(workdir)
+        former = workdir / "log.txt"
+        if self._folder.path != workdir and former.exists():
+            former.copy(self._folder.path / former.name)
         self._append()
 
     def write(self, text: str) -> int:
@@ -49,7 +77,7 @@ class TextLog(io.TextIOBase):
         *lines, self._line = (self._line + text).split("\n")
         now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         self._kept += [f"{now}  {line}\n" for line in lines]
-        if self._path is not None and lines:
+        if self._folder is not None and lines:
             self._append()
         return len(text)
 
@@ -57,17 +85,16 @@ class TextLog(io.TextIOBase):
         self._terminal.flush()
 
     def _append(self) -> None:
-        with self._path.open("a") as file:
+        with (self._folder.path / "log.txt").open("a") as file:
             file.write("".join(self._kept))
         self._kept = []
-        if time.perf_counter() - self._last_copy > 60:
+        if self._folder.is_due:
             self.copy()
 
     def copy(self) -> None:
         """Copies the log to a remote workdir."""
-        self._last_copy = time.perf_counter()
-        if self._remote is not None:
-            self._path.copy(self._remote, overwrite=True)
+        if self._folder is not None:
+            self._folder.copy()
 
 
 class MetricLog:
@@ -86,10 +113,8 @@ class MetricLog:
         if not active:
             return
         self._records = [record for record in _records(workdir / "metrics.jsonl") if record["step"] <= first_step]
-        self._remote, self._last_copy = None, self._last_time
-        if is_remote(workdir):
-            self._temporary = tempfile.TemporaryDirectory(prefix="titok_jax-")
-            self._remote, workdir = workdir, epath.Path(self._temporary.name)
+        self._folder = _LogFolder(workdir)
+        workdir = self._folder.path
         self._path, self._picture = workdir / "metrics.jsonl", workdir / "curves.png"
         partial = workdir / ".metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in self._records))
@@ -137,20 +162,12 @@ class MetricLog:
                 self._tensorboard.add_scalar(name, value, step)
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if time.perf_counter() - self._last_copy > 60:
+        if self._folder.is_due:
             self._copy()
 
     def _copy(self) -> None:
-        """Copies the files to a remote workdir."""
-        self._last_copy = time.perf_counter()
-        if self._remote is None:
-            return
         self._tensorboard.flush()
-        local = Path(self._temporary.name)
-        for path in filter(Path.is_file, local.rglob("*")):
-            place = self._remote / path.relative_to(local)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(path).copy(place, overwrite=True)
+        self._folder.copy()
 
     def draw_curves(self) -> None:
         """Draws curves.png: everything logged by this process and earlier ones, over the steps."""
