@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from titok_jax.runtime import sharding
-from titok_jax.training.checkpoint import Checkpoints, check_config
+from titok_jax.training.checkpoint import Checkpoints, config_changes
 
 CONFIG = {"seed": 0}
 
@@ -24,7 +24,7 @@ def state(step: int):
 def restore(checkpoints):
     abstract = jax.eval_shape(lambda: state(0))
     shardings = sharding.state_shardings(sharding.make_mesh(), abstract)
-    return checkpoints.restore_newest(abstract, shardings, lambda config: None)
+    return checkpoints.restore_newest(abstract, shardings, lambda step, config: None)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
@@ -89,12 +89,24 @@ def test_a_storage_that_fails_is_no_damage(tmp_path, monkeypatch, error):
 
 
 def test_a_field_that_is_newer_than_a_checkpoint_has_the_value_that_the_run_had():
-    found = {"seed": 1, "data": {"batch_size": 8}}
-    check_config(found, {**found, "data": {"batch_size": 8, "cache": 0}}, (), "run", later={"data.cache": 0, "else": 3})
-    with pytest.raises(ValueError, match=r"data.cache: 0 in the checkpoint, 1 now"):
-        check_config(found, {**found, "data": {"batch_size": 8, "cache": 1}}, (), "run", later={"data.cache": 0})
-    with pytest.raises(ValueError, match=r"data.cache: 'absent' in the checkpoint, 0 now"):
-        check_config(found, {**found, "data": {"batch_size": 8, "cache": 0}}, (), "run")
+    found, later = {"seed": 1, "data": {"batch_size": 8}}, {"data.cache": 0}
+    assert config_changes(found, {**found, "data": {"batch_size": 8, "cache": 0}}, (), later={**later, "else": 3}) == []
+    changed = config_changes(found, {**found, "data": {"batch_size": 8, "cache": 1}}, (), later=later)
+    assert changed == ["data.cache: 0 in the checkpoint, 1 now"]
+    changed = config_changes(found, {**found, "data": {"batch_size": 8, "cache": 0}}, ())
+    assert changed == ["data.cache: 'absent' in the checkpoint, 0 now"]
+
+
+def test_a_state_of_other_arrays_is_not_a_damaged_one(tmp_path):
+    """Orbax's own error would count as damage, and the checkpoint would be moved aside."""
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(2, {**state(2), "more": np.zeros((3, 4), np.float32)}, CONFIG)
+    with (
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+        pytest.raises(ValueError, match=r"step 2 in .* 1 arrays differ, e.g. more: \[3, 4\], expected absent"),
+    ):
+        restore(checkpoints)
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):

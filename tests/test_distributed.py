@@ -246,7 +246,7 @@ if jax.process_index() == 0:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 multihost_utils.sync_global_devices("damaged")
 with Checkpoints(folder) as checkpoints:
-    step, found = checkpoints.restore_newest(abstract, shardings, lambda config: None)
+    step, found = checkpoints.restore_newest(abstract, shardings, lambda step, config: None)
 (part,) = found["kernel"].addressable_shards
 np.testing.assert_array_equal(part.data, np.arange(256.0 * 128).reshape(256, 128)[part.index] + 1)
 print("restored", step, part.data.shape, flush=True)

@@ -18,8 +18,8 @@ def figures(monkeypatch):
     """The figures that are drawn."""
     made, real = [], plots.training_curves
 
-    def training_curves(curves):
-        made.append(real(curves))
+    def training_curves(curves, changed):
+        made.append(real(curves, changed))
         return made[-1]
 
     monkeypatch.setattr(plots, "training_curves", training_curves)
@@ -76,6 +76,18 @@ def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, figures):
         top, left = 280 * (number // 3), 440 * (number % 3)
         assert (pixels[top : top + 280, left : left + 440] < 255).any() == (number < len(EXPECTED))
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_a_dashed_line_says_where_the_run_went_on_with_changes(tmp_path, figures):
+    options = {"first_step": 0, "num_steps": 9, "batch_size": 4}
+    log = MetricLog(epath.Path(tmp_path), **options, changed=[2])
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 4.0 - step}, shown="loss")
+    log.draw_curves()
+    log.close()
+    _, line = figures[0].axes[0].lines
+    assert list(line.get_xdata()) == [2, 2]
+    assert line.get_linestyle() == "--"
 
 
 def test_a_line_is_drawn_where_its_values_are(tmp_path):

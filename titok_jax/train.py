@@ -5,6 +5,9 @@ Examples:
   python -m titok_jax.train --config configs/digits.py:generator --workdir runs/generator \
       --config.tokenizer=runs/tokenizer/pretrained
   python -m titok_jax.train --config configs/digits.py:tokenizer --workdir runs/small --config.optimizer.learning_rate=1e-3
+  # longer than it was begun for
+  python -m titok_jax.train --config configs/digits.py:tokenizer --workdir runs/tokenizer --config.num_steps=6000 \
+      --accept-changes
 
 A run ends with DIR/pretrained, a model folder. If it is stopped at any point, the same command resumes it from
 DIR/checkpoints. It then ends with the same parameters, bit for bit, as a run that was not stopped. DIR also contains
@@ -35,6 +38,12 @@ def _parser() -> argparse.ArgumentParser:
         "--config.FIELD=VALUE changes a value of it",
     )
     parser.add_argument("--workdir", required=True, help="folder of the run, also gs://; made, or continued")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on from a checkpoint although the configuration, the data or the frozen weights have changed since; what "
+        "changed is printed, and kept in the checkpoints. The result is then not that of one run",
+    )
     return parser
 
 
@@ -50,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     quiet_checkpointing()
     processes.initialize_distributed()
-    train(parse_settings(config), args.workdir)
+    train(parse_settings(config), args.workdir, accept_changes=args.accept_changes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.transforms import Example, decode_example
-from titok_jax.runtime.paths import is_remote, open_bytes
+from titok_jax.runtime.paths import file_size, is_remote, open_bytes
 
 CACHE_BYTES = 128 * 2**20  # of encoded images that a source keeps
 
@@ -49,6 +49,7 @@ class ParquetSource:
         if len(self) == 0:
             raise ValueError(f"{', '.join(self._paths[:3])}: no rows; expected a row for each image")
         self.class_names = footers[0][1]
+        self._rows = [sum(rows) for rows, _ in footers]
         self._cache = _Cache(CACHE_BYTES)
 
     def __len__(self) -> int:
@@ -60,6 +61,11 @@ class ParquetSource:
         if not -1 <= label < classes:
             raise ValueError(f"{name}: its label is {label}, expected 0 to {classes - 1}, or -1 for none")
         return decode_example(data, label, name)
+
+    def files(self) -> Iterator[tuple[str, int, int]]:
+        """Yields (path, number of rows, size in bytes) of each file."""
+        for path, rows in zip(self._paths, self._rows, strict=True):
+            yield path, rows, file_size(path)
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file (empty if it is null), its label, and its location for error messages."""

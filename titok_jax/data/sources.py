@@ -9,19 +9,20 @@ An example is a dict with "label", int32 [] (-1 if there is none), and either "i
 import dataclasses
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from titok_jax.data.contents import source_contents
 from titok_jax.data.digits import load_digits
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import decode_json_tokens, decode_record
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example, image_files
 from titok_jax.data.webdataset import WebDatasetSource
-from titok_jax.runtime.paths import as_path, folders_in, is_remote, local_copy, needs_mount, read_bytes
+from titok_jax.runtime.paths import as_path, file_size, folders_in, is_remote, local_copy, needs_mount, read_bytes
 
 
 def make_source(spec: Mapping[str, Any], flag: str = ""):
@@ -114,6 +115,11 @@ class FolderSource:
     def __getitem__(self, index: int) -> Example:
         return decode_example(*self.encoded(index))
 
+    def files(self) -> Iterator[tuple[str, int, int]]:
+        """Yields (path, number of examples, size in bytes) of each file, 0 in a bucket: each would be a request."""
+        for path in self.paths:
+            yield path, 1, 0 if is_remote(path) else file_size(path)
+
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""
         path = self.paths[index]
@@ -165,6 +171,7 @@ class TfdsSource:
                 raise FileNotFoundError("it has not been prepared there")
             decoders = {image_key: tfds.decode.SkipDecoding()}  # TFDS would decode with TensorFlow or OpenCV
             self._examples = builder.as_data_source(split, decoders=decoders)
+            self._files = builder.info.splits[split].file_instructions
         except (FileNotFoundError, AssertionError, NotImplementedError, tfds.core.DatasetNotFoundError) as error:
             raise FileNotFoundError(
                 f"tfds {self._name}: found no set prepared with file_format='array_record' in {place}: {error}"
@@ -176,6 +183,11 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Example:
         return decode_example(*self.encoded(index))
+
+    def files(self) -> Iterator[tuple[str, int, int]]:
+        """Yields (path, number of examples, size in bytes) of each file."""
+        for file in self._files:
+            yield file.filename, file.take, file_size(file.filename)
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""
@@ -214,6 +226,11 @@ class ArrayRecordSource:
             raise ValueError(f"{self.where(index)}: damaged, replace the file ({error})") from error
         except ValueError as error:
             raise ValueError(f"{self.where(index)}: {str(error).removeprefix('record: ')}") from None
+
+    def files(self) -> Iterator[tuple[str, int, int]]:
+        """Yields (path, number of examples, size in bytes) of each file."""
+        for path in self._paths:
+            yield path, _num_records(path), file_size(path)
 
     def where(self, index: int) -> str:
         """The file and the record in it of an example, for error messages."""
@@ -267,6 +284,12 @@ class JsonLinesSource:
     def __getitem__(self, index: int) -> Example:
         file, _, offset, length = self._spans[index].tolist()
         return decode_json_tokens(read_bytes(self._paths[file], offset, length), self.where(index))
+
+    def files(self) -> Iterator[tuple[str, int, int]]:
+        """Yields (path, number of examples, size in bytes) of each file."""
+        counts = np.bincount(self._spans[:, 0], minlength=len(self._paths)).tolist()
+        for path, count in zip(self._paths, counts, strict=True):
+            yield path, count, file_size(path)
 
     def where(self, index: int) -> str:
         """The file and the line of an example, for error messages."""
@@ -326,6 +349,10 @@ class CheckedSource:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def contents(self) -> dict[str, Any]:
+        """See `contents.source_contents`."""
+        return source_contents(self._source)
 
     def __getitem__(self, index: int) -> Example:
         example, limits = self._source[index], self._limits

@@ -13,7 +13,7 @@ import numpy as np
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example
 from titok_jax.runtime.outputs import new_file
-from titok_jax.runtime.paths import open_bytes, read_bytes
+from titok_jax.runtime.paths import file_size, open_bytes, read_bytes
 
 # How files of these kinds begin; all others are named JPEG, as ImageNet's are.
 _BEGINNINGS = {b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}
@@ -61,6 +61,12 @@ class WebDatasetSource:
 
     def __getitem__(self, index: int) -> Example:
         return decode_example(*self.encoded(index))
+
+    def files(self) -> Iterator[tuple[str, int, int]]:
+        """Yields (path, number of examples, size in bytes) of each tar that is used."""
+        counts = np.bincount(self._spans[:, 0], minlength=len(self._paths)).tolist()
+        for path, count in zip(self._paths, counts, strict=True):
+            yield path, count, file_size(path)
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""

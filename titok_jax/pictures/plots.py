@@ -13,17 +13,19 @@ Points = Sequence[tuple[float, float]]
 
 # Colours that people with every kind of colour vision can tell apart (Okabe and Ito, "Color Universal Design", 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_CHANGED = "#6e6e6e"
 _DPI = 100
 _COLUMNS = 3  # charts per row
 _CHART = (4.4, 2.8)  # inches: width and height of a chart with its title and axes
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.75, 0.15, 0.5, 0.35  # inches around the axes of a chart
 
 
-def training_curves(curves: Mapping[str, Points]) -> Figure:
+def training_curves(curves: Mapping[str, Points], changed: Sequence[int] = ()) -> Figure:
     """Draws one chart per name over the training steps, three per row.
 
     Args:
       curves: name -> its points (step, value), finite, ordered by step.
+      changed: steps at which a dashed line says that the run went on with changes.
 
     Returns:
       A figure with 440 x 280 pixels per chart.
@@ -42,6 +44,8 @@ def training_curves(curves: Mapping[str, Points]) -> Figure:
         inches = np.array([left, bottom, *size]) / np.tile(figure.get_size_inches(), 2)
         axes = figure.add_axes(tuple(inches))
         _line(axes, points, COLOURS[0], marked=len(points) == 1)
+        for step in changed:
+            axes.axvline(step, color=_CHANGED, linewidth=1, linestyle="--")
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_xlabel("step", fontsize=9)
     return figure

@@ -87,6 +87,15 @@ def is_file(path: str | os.PathLike) -> bool:
         return storage.isfile(name)
 
 
+def file_size(path: str | os.PathLike) -> int:
+    """The size of a file in bytes: on this machine, in a bucket or on the web. 0 if a web server does not tell it."""
+    if is_web(path):
+        with _web_storage(path) as (storage, name):
+            return storage.info(name).get("size") or 0
+    found = as_path(path).stat()
+    return found.length if is_remote(path) else found.st_size
+
+
 @contextlib.contextmanager
 def open_bytes(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a file of this machine, of a bucket or of the web, for reading at any offset, until the block ends."""

@@ -103,7 +103,7 @@ class Checkpoints:
             ) from error
 
     def restore_newest(
-        self, abstract: State, shardings: State, check: Callable[[dict[str, Any]], None]
+        self, abstract: State, shardings: State, check: Callable[[int, dict[str, Any]], None]
     ) -> tuple[int, State] | None:
         """Restores the newest readable checkpoint directly onto its shards. Returns None if there are no checkpoints.
 
@@ -113,20 +113,24 @@ class Checkpoints:
         Args:
           abstract: shapes and dtypes.
           shardings: a NamedSharding for each array, on any mesh.
-          check: called with the configuration in the checkpoint; raises to reject it.
+          check: called with the step and the configuration in the checkpoint; raises to reject it.
 
         Raises:
-          ValueError: if there are checkpoints, but none of them can be read.
+          ValueError: if there are checkpoints, but none of them can be read; or if one holds arrays of other shapes.
           OSError: if the storage fails.
         """
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        as_json, as_state = ocp.JsonCheckpointHandler(), ocp.StandardCheckpointHandler()
+        args = ocp.args.StandardRestore(target)
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            config, problem = self._read(step, "config", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+            config, problem = self._read(step, "config", lambda path: as_json.restore(path, args=ocp.args.JsonRestore()))
             if not problem:
-                check(config)
-                args = ocp.args.StandardRestore(target)
-                state, problem = self._read(step, "state", ocp.StandardCheckpointHandler(), args)
+                check(step, config)
+                stored, problem = self._read(step, "state", lambda path: as_state.metadata(path).tree)
+            if not problem:
+                self._check_shapes(step, stored, abstract)
+                state, problem = self._read(step, "state", lambda path: as_state.restore(path, args=args))
             if not problem:
                 self._put_aside(damaged)
                 return step, state
@@ -136,18 +140,35 @@ class Checkpoints:
             raise ValueError(f"none of the checkpoints in {self._folder} can be read:{listed}")
         return None
 
-    def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any) -> tuple[Any, str]:
+    def _check_shapes(self, step: int, stored: State, abstract: State) -> None:
+        """Raises ValueError if the state of a checkpoint has other arrays than this run, as after a change of the model."""
+        sizes = [
+            {name: tuple(leaf.shape) for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
+            for tree in (stored, abstract)
+        ]
+        different = [n for n in dict.fromkeys([*sizes[0], *sizes[1]]) if sizes[0].get(n) != sizes[1].get(n)]
+        if different:
+            name = different[0]
+            found, expected = (list(size[name]) if name in size else "absent" for size in sizes)
+            raise ValueError(
+                f"the checkpoint of step {step} in {self._folder} holds the state of another network or optimizer: "
+                f"{len(different)} arrays differ, e.g. {name}: {found}, expected {expected}; such a change needs another "
+                "workdir, where --config.init_from can start from the weights of this run"
+            )
+
+    def _read(self, step: int, item: str, read: Callable[[epath.Path], Any]) -> tuple[Any, str]:
         """Returns (the item, "") or (None, what is wrong with its files). All processes return the same case.
 
-        This uses the item's handler instead of the manager. With the manager, processes that can read the item would wait
-        for one that cannot.
+        Args:
+          read: reads the item's folder by its handler, not by the manager. With the manager, processes that can read the
+            item would wait for one that cannot.
 
         Raises:
           OSError: if the storage fails on this or another process.
         """
         found, error = None, None
         try:
-            found = handler.restore(self._folder / str(step) / item, args=args)
+            found = read(self._folder / str(step) / item)
         except Exception as caught:  # damaged files make the libraries raise anything
             error = caught
         fine, damaged, fails = range(3)
@@ -213,23 +234,15 @@ def quiet_checkpointing() -> None:
     sys.unraisablehook = unraisable
 
 
-def check_config(
-    found: Mapping[str, Any],
-    now: Mapping[str, Any],
-    free: Iterable[str],
-    where: str,
-    *,
-    later: Mapping[str, Any] | None = None,
-) -> None:
-    """Refuses to continue a run with a different configuration.
+def config_changes(
+    found: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str], *, later: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Lists the fields in which two configurations differ, each with both values.
 
     Args:
       found: configuration of the checkpoint; now: configuration of this run.
       free: dotted names of the fields and sections that may differ.
       later: {dotted name: value} of fields that older checkpoints lack, with the value that was in effect without the field.
-
-    Raises:
-      ValueError: if other fields differ. The message lists them.
     """
     flat_found, flat_now = _flat(found), _flat(now)
     flat_found = {name: value for name, value in (later or {}).items() if name in flat_now} | flat_found
@@ -237,13 +250,8 @@ def check_config(
     for name in sorted(flat_found.keys() | flat_now.keys()):
         a, b = flat_found.get(name, "absent"), flat_now.get(name, "absent")
         if a != b and not (_nan(a) and _nan(b)) and not any(name == f or name.startswith(f + ".") for f in free):
-            different.append(f"  {name}: {a!r} in the checkpoint, {b!r} now")
-    if different:
-        raise ValueError(
-            f"the configuration does not fit the checkpoint in {where}:\n"
-            + "\n".join(different)
-            + "\nUse the former values, or another workdir for a new run."
-        )
+            different.append(f"{name}: {a!r} in the checkpoint, {b!r} now")
+    return different
 
 
 def _storage_fails(error: BaseException | None) -> bool:

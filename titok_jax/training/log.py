@@ -8,7 +8,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +100,26 @@ class TextLog(io.TextIOBase):
 class MetricLog:
     """Writes on the first process only. On the others, every method does nothing."""
 
-    def __init__(self, workdir: epath.Path, *, first_step: int, num_steps: int, batch_size: int, active: bool = True):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        first_step: int,
+        num_steps: int,
+        batch_size: int,
+        changed: Sequence[int] = (),
+        active: bool = True,
+    ):
         """
         Args:
           workdir: local or remote folder. Remote files cannot be appended to, so the log is written to a local folder and
             copied to a remote workdir once a minute.
           first_step: the step at which this process starts. Later entries of an earlier process are dropped.
           batch_size: global batch size, used to compute images/s.
+          changed: steps after which the configuration or the data changed; a line in the curves.
         """
         self._active, self._num_steps, self._batch_size = active, num_steps, batch_size
+        self._changed = list(changed)
         self._last_step, self._last_time, self._wait = first_step, time.perf_counter(), 0.0
         if not active:
             return
@@ -181,7 +192,7 @@ class MetricLog:
             return
         partial = self._picture.with_name(".curves.png.partial")
         with partial.open("wb") as file:
-            plots.training_curves(curves).savefig(file, format="png")
+            plots.training_curves(curves, self._changed).savefig(file, format="png")
         partial.replace(self._picture)
         self._copy()
 

@@ -2,16 +2,14 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
@@ -24,8 +22,9 @@ from titok_jax.data.transforms import make_train_transform
 from titok_jax.runtime import sharding
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path, is_remote
+from titok_jax.training import same_run
 from titok_jax.training.build import build_task
-from titok_jax.training.checkpoint import Checkpoints, check_config
+from titok_jax.training.checkpoint import Checkpoints
 from titok_jax.training.lock import BucketLock, lock_workdir
 from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.progress import Evaluation, Previews, check_classes
@@ -33,45 +32,12 @@ from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import State, Task, jit_step
 from titok_jax.weights.pretrained import weights_sha256
 
-# These fields may change when a run is resumed: they concern the hardware, and what the run logs and keeps. They affect only
-# the rounding, and gradient_accumulation also affects the dropout draws. All other fields determine the result.
-FREE_FIELDS = (
-    "mesh",
-    "remat",
-    "gradient_accumulation",
-    "log_every",
-    "log_grad_norms",
-    "checkpoint_every",
-    "preview_every",
-    "preview_images",
-    "preview_columns",
-    "eval_every",
-    "eval_images",
-    "keep_checkpoints",
-    "max_nonfinite_steps",
-    "recipe",
-    "data.num_workers",
-    "data.num_threads",
-    "data.eval_source",
-    "data.eval_transform",
-    "model.sampling",  # of previews, and the default of the exported model
-)
 
-# Fields added to the recipes later, each with the value that was in effect before, given the configuration of such a run.
-# Older checkpoints can then be resumed, with a flag for each field whose value today is another.
-LATER_FIELDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "token_precision": lambda then: "default",
-    "discriminator_dtype": lambda then: then.get("compute_dtype"),  # a discriminator computed in the dtype of its model
-    "data.transform.random_crop": lambda then: True,
-    "data.transform.random_flip": lambda then: True,
-    "data.source.image_key": lambda then: "",
-    "data.source.label_key": lambda then: "",
-    "data.source.skip_damaged": lambda then: False,
-}
-
-
-def train(settings: Settings, workdir: epath.PathLike) -> State | None:
+def train(settings: Settings, workdir: epath.PathLike, *, accept_changes: bool = False) -> State | None:
     """Runs a training to its end. Resumes from the newest checkpoint if there is one.
+
+    Args:
+      accept_changes: resume also if the configuration, the data or the frozen networks are not those of the checkpoint.
 
     Returns:
       The final state in host memory, or None if SIGTERM stopped the run.
@@ -82,7 +48,7 @@ def train(settings: Settings, workdir: epath.PathLike) -> State | None:
             held.callback(text.copy)
             held.enter_context(contextlib.redirect_stdout(text))
         run = prepare(settings, workdir)
-        started = begin(run, held)
+        started = begin(run, held, accept_changes=accept_changes)
         if run.first_process:
             write_config(run)
             text.open(run.workdir)
@@ -104,7 +70,8 @@ class Run:
 
     Attributes:
       part: loader arguments that select this process's part of each batch.
-      stored: the configuration and a hash of the frozen networks. Checkpoints store it; it is compared on resume.
+      stored: the configuration, a hash of the frozen networks, and what the data are. Checkpoints store it; it is compared
+        on resume.
       evaluation, previews: None if switched off.
     """
 
@@ -154,6 +121,8 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     source = open_source(settings.data.source, settings, "--config.data.source")
     check_tokens(settings)
     task = build_task(settings)
+    contents = source.contents()
+    same_run.check_same_data(contents)
     # A recipe of one's own may lack this field. Without it, a checkpoint is older than the field: see LATER_FIELDS.
     dtype = {"discriminator_dtype": settings.discriminator_dtype} if settings.discriminator else {}
     run = Run(
@@ -163,7 +132,13 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
         source=source,
         task=task,
         part=sharding.batch_part(mesh),
-        stored={**dtype, **settings.given, "frozen_weights": fingerprint(task.frozen), "class_names": source.class_names},
+        stored={
+            **dtype,
+            **settings.given,
+            same_run.FROZEN: same_run.fingerprint(task.frozen),
+            same_run.CLASSES: source.class_names,
+            same_run.CONTENTS: contents,
+        },
         evaluation=None,
         previews=None,
     )
@@ -216,15 +191,9 @@ def describe(run: Run) -> None:
         flush=True,
     )
     if run.source.class_names:
-        print(f"Classes: {class_list(run.source.class_names)}", flush=True)
+        print(f"Classes: {same_run.class_list(run.source.class_names)}", flush=True)
     for line in off_recipe(settings.given, settings.recipe):
         print(f"WARNING: {line}", flush=True)
-
-
-def class_list(names: Sequence[str], shown: int = 12) -> str:
-    """ "0 cat, 1 dog, ..., 9 fish"."""
-    items = [f"{number} {name}" for number, name in enumerate(names)]
-    return ", ".join(items if len(items) <= shown else [*items[: shown - 1], "...", items[-1]])
 
 
 def off_recipe(config: Mapping[str, Any], recipe: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -234,16 +203,6 @@ def off_recipe(config: Mapping[str, Any], recipe: Mapping[str, Any], prefix: str
             yield from off_recipe(config[name], value, f"{prefix}{name}.")
         elif config[name] != value:
             yield f"{prefix}{name} is {config[name]}, the recipe has {value}"
-
-
-def fingerprint(params: Any) -> str:
-    """SHA-256 of a tree of arrays: its paths, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,11 +215,13 @@ class Started:
 
     Attributes:
       step: the first step to run.
+      stored: what checkpoints store: `Run.stored`, and the changes that were accepted on the way.
       state, frozen: sharded arrays; shardings, frozen_shardings: their trees of NamedSharding.
       lock: the lock of a workdir in a bucket; None on a local disk.
     """
 
     step: int
+    stored: dict[str, Any]
     state: State
     frozen: Any
     shardings: Any
@@ -269,8 +230,12 @@ class Started:
     lock: BucketLock | None
 
 
-def begin(run: Run, held: contextlib.ExitStack) -> Started:
-    """Locks the workdir until `held` is closed. Restores the newest checkpoint or initialises the state, sharded."""
+def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False) -> Started:
+    """Locks the workdir until `held` is closed. Restores the newest checkpoint or initialises the state, sharded.
+
+    Raises:
+      ValueError: the checkpoint is of a run with another configuration, data or frozen networks, and this is not accepted.
+    """
     key = jax.random.key(run.settings.seed)
     abstract = jax.eval_shape(run.task.begin, key)
     shardings = sharding.state_shardings(run.mesh, abstract)
@@ -279,7 +244,16 @@ def begin(run: Run, held: contextlib.ExitStack) -> Started:
     run.workdir.mkdir(parents=True, exist_ok=True)
     lock = held.enter_context(lock_workdir(run.workdir))
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=run.settings.keep_checkpoints)
-    restored = checkpoints.restore_newest(abstract, shardings, lambda found: check_same_run(found, run))
+    stored = run.stored
+
+    def check(step: int, found: Mapping[str, Any]) -> None:
+        nonlocal stored
+        lines = same_run.changes(found, run.stored, run.settings)
+        same_run.check_accepted(lines, step, run.workdir, accept=accept_changes)
+        accepted = [*found.get(same_run.CHANGES, []), *([{"step": step, "changes": lines}] if lines else [])]
+        stored = {**run.stored, same_run.CHANGES: accepted}
+
+    restored = checkpoints.restore_newest(abstract, shardings, check)
     if restored is None:
         given = jax.device_put(run.task.start, sharding.state_shardings(run.mesh, run.task.start))
         step, state = 0, jax.jit(run.task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), given)
@@ -287,7 +261,7 @@ def begin(run: Run, held: contextlib.ExitStack) -> Started:
         step, state = restored
         if run.first_process:
             print(f"Continuing at step {step} of {run.settings.num_steps} from {run.workdir}/checkpoints", flush=True)
-    return Started(step, state, frozen, shardings, frozen_shardings, checkpoints, lock)
+    return Started(step, stored, state, frozen, shardings, frozen_shardings, checkpoints, lock)
 
 
 def write_config(run: Run) -> None:
@@ -301,40 +275,6 @@ def write_config(run: Run) -> None:
                 return
     with new_file(path) as partial:
         partial.write_text(json.dumps(run.settings.given, indent=2) + "\n")
-
-
-def renamed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration in which the augmentation `center_crop_flip` has the name and the fields that it has today."""
-    transform = config.get("data", {}).get("transform") or {}
-    if transform.get("name") != "center_crop_flip":
-        return config
-    others = {name: value for name, value in transform.items() if name not in ("name", "size")}
-    sizes = dict.fromkeys(("resize_shorter_edge", "crop_size"), transform.get("size"))
-    today = {"name": "random_resize_crop_flip", **sizes, "random_crop": False, "random_flip": True, **others}
-    return {**config, "data": {**config["data"], "transform": today}}
-
-
-def check_same_run(found: Mapping[str, Any], run: Run) -> None:
-    """Raises ValueError if a checkpoint's configuration or frozen networks differ from those of this run."""
-    now = run.stored
-    then, today = ({**renamed(stored), "frozen_weights": "", "class_names": ""} for stored in (found, now))
-    names = [list(stored.get("class_names", now.get("class_names", ()))) for stored in (found, now)]
-    if names[0] != names[1]:
-        raise ValueError(
-            f"the classes of config.data.source are {class_list(names[1]) or 'not named'}; the run in {run.workdir} began "
-            f"with {class_list(names[0]) or 'none'}: labels would mean other classes"
-        )
-    later = {name: former(found) for name, former in LATER_FIELDS.items()}
-    check_config(then, today, FREE_FIELDS, str(run.workdir), later=later)
-    if found.get("frozen_weights") != now["frozen_weights"]:
-        named = {n: getattr(run.settings, n) for n in ("tokenizer", "vqgan", "perceptual_weights")}
-        networks = " or ".join(f"config.{name} ({source})" for name, source in named.items() if source)
-        then, today = str(found.get("frozen_weights"))[:12], now["frozen_weights"][:12]
-        raise ValueError(
-            f"the frozen weights of {networks} are not those that the run in "
-            f"{run.workdir} began with (SHA-256 {then}... then, {today}... now): "
-            "put the former back, or use another workdir"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,6 +291,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
         first_step=start,
         num_steps=num_steps,
         batch_size=settings.data.batch_size,
+        changed=[change["step"] for change in started.stored.get(same_run.CHANGES, ())],
         active=run.first_process,
     )
     loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
@@ -377,7 +318,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
             if save_now:
                 if started.lock:
                     started.lock.check()
-                started.checkpoints.save(done, state, run.stored)
+                started.checkpoints.save(done, state, started.stored)
             if stopping and done < num_steps:
                 break
             look(run, log, state, started.frozen, done)
