@@ -5,7 +5,7 @@
 
 WEIGHTS contains convnext_small-0c510722.pth and vgg16-397923af.pth of torchvision and lpips_vgg.pth of LPIPS. Variants and
 published rFID: bl64_vq8k 2.06, bl128_vq8k 1.49, sl256_vq8k 1.03, ll32_vae 1.61, bl64_vae 1.25, bl128_vae 0.84. `:smoke` (VQ)
-and `:smoke_vae` are small models on the embedded digits, about a minute on a CPU, without perceptual loss.
+and `:smoke_vae` are small models on the embedded digits, about two minutes on a CPU, without perceptual loss.
 
 Values: no configuration of these models was published. The authors stated the length and the batch size (1M steps of 256
 images, 200 epochs). The rest is from the later text-aware models, configs/training/TA-TiTok/tatitok_bl64_vq.yaml and
@@ -73,4 +73,12 @@ def get_config(variant: str = "bl64_vq8k") -> ConfigDict:
     config.discriminator_optimizer = common.optimizer(1e-4, beta2=0.999, weight_decay=1e-4, warmup_steps=10_000)
     if variant.startswith("smoke"):
         config.loss.discriminator_weight = 0.01  # without a perceptual loss, 0.1 would outweigh the reconstruction
-    return common.finish(config, smoke=variant.startswith("smoke"))
+        # At first the latents hardly differ between images. At its full weight the quantizer's loss keeps them alike: the
+        # codebook collapses, and the decoder draws the mean image.
+        config.loss.quantizer_weight = 0.1
+    config = common.finish(config, smoke=variant.startswith("smoke"))
+    if variant.startswith("smoke"):  # after 150 steps the decoder only begins to use its tokens
+        config.num_steps = config.recipe.num_steps = 300
+        config.checkpoint_every = config.eval_every = config.preview_every = 150
+        config.loss.discriminator_start = 225
+    return config

@@ -260,4 +260,8 @@ def test_use_of_codes_by_hand():
     found = losses.codebook_metrics(jnp.array([[0, 0, 3], [5, 0, 3]]), 8)
     np.testing.assert_allclose(found["codebook_usage"], 3 / 8)
     np.testing.assert_allclose(found["codebook_perplexity"], np.exp(scipy.stats.entropy([3, 2, 1])), rtol=1e-6)
+    np.testing.assert_allclose(found["tokens_differ"], 1 / 3, rtol=1e-6)
+    alike = losses.codebook_metrics(jnp.array([[0, 1, 2, 3]] * 5), 8)
+    np.testing.assert_allclose(alike["codebook_perplexity"], 4, rtol=1e-6)
+    assert alike["tokens_differ"] == 0
     assert losses.codebook_metrics(jnp.zeros((2, 4), jnp.int32), 8)["codebook_perplexity"] == 1

@@ -27,7 +27,7 @@ from titok_jax.training.build import build_task
 from titok_jax.training.checkpoint import Checkpoints
 from titok_jax.training.lock import BucketLock, lock_workdir
 from titok_jax.training.log import MetricLog, TextLog
-from titok_jax.training.progress import Evaluation, Previews, check_classes
+from titok_jax.training.progress import CodebookWatch, Evaluation, Previews, check_classes
 from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import State, Task, jit_step
 from titok_jax.weights.pretrained import weights_sha256
@@ -295,7 +295,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
         active=run.first_process,
     )
     loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
-    stop, done = StopSignal(), start
+    stop, done, codebook = StopSignal(), start, CodebookWatch(settings)
     try:
         look(run, log, state, started.frozen, start)  # in case the run was stopped right after writing this checkpoint
         for step in range(start, num_steps):
@@ -310,7 +310,10 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
                 log.restart_clock()
             log_now = due(settings.log_every, done, num_steps)
             if log_now:
-                log.write(done, jax.device_get(metrics), shown=run.task.loss)
+                values = jax.device_get(metrics)
+                log.write(done, values, shown=run.task.loss)
+                if run.first_process and (warning := codebook.warning(done, values)):
+                    print(warning, flush=True)
             stopping = stop.agreed(done)
             save_now = due(settings.checkpoint_every, done, num_steps) or stopping
             if log_now or save_now:

@@ -97,12 +97,15 @@ def stage1_loss(
 
 
 def codebook_metrics(tokens: jax.Array, codebook_size: int) -> Metrics:
-    """How `tokens` (int, any shape) use the codebook. "codebook_usage" is the share of codes that occur.
-    "codebook_perplexity" is the exp of the entropy: the number of equally frequent codes with the same entropy."""
+    """How `tokens` (int, [B, ...]) use the codebook. "codebook_usage" is the share of codes that occur.
+    "codebook_perplexity" is the exp of the entropy: the number of equally frequent codes with the same entropy.
+    "tokens_differ" is the share of tokens unlike those at the same place of the first image: 0 if they do not tell images
+    apart."""
     p = jnp.zeros(codebook_size, jnp.float32).at[tokens.reshape(-1)].add(1.0) / tokens.size
     return {
         "codebook_usage": jnp.mean(p > 0),
         "codebook_perplexity": jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p))),
+        "tokens_differ": jnp.mean(tokens[1:] != tokens[:1]) if len(tokens) > 1 else jnp.nan,
     }
 
 

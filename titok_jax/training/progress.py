@@ -1,6 +1,7 @@
 """Metrics on held-out examples and preview images during training. Both use the averaged parameters."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -131,3 +132,47 @@ class Previews:
         with (self._folder / f"{step:07d}.png").open("wb") as file:
             picture.save(file, "PNG")
         log.picture(step, "preview", np.asarray(picture))
+
+
+class CodebookWatch:
+    """Notices a collapsed codebook: after the warm-up, `LINES` log lines in a row whose perplexity is below `SHARE` of the
+    codes that a batch can use. It is said once."""
+
+    LINES, SHARE, ALIKE = 5, 0.02, 0.05
+
+    def __init__(self, settings: Settings):
+        self._settings, self._low, self._said = settings, 0, settings.task in ("stage2", "generator")
+
+    def warning(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """What to print after a log line; None if there is nothing to say.
+
+        Args:
+          step: number of updates made.
+          metrics: those of the line, with the values of `losses.codebook_metrics`.
+        """
+        settings = self._settings
+        if self._said or "codebook_perplexity" not in metrics or step <= settings.optimizer.warmup_steps:
+            return None
+        codes, perplexity = settings.model.codebook_size, float(metrics["codebook_perplexity"])
+        usable = min(codes, settings.data.batch_size * int(np.prod(settings.model.token_shape)))
+        self._low = self._low + 1 if perplexity < self.SHARE * usable else 0
+        if self._low < self.LINES:
+            return None
+        self._said = True
+        return (
+            f"WARNING: the codebook has collapsed: its perplexity has stayed below {100 * self.SHARE:g} % of {usable:,} "
+            f"codes for {self.LINES} lines, and is {perplexity:.1f}; {self._remedy(float(metrics['tokens_differ']))}"
+        )
+
+    def _remedy(self, differ: float) -> str:
+        if self._settings.task == "maskgit_vqgan":
+            return "a higher --config.loss.entropy_weight spreads the codes"
+        lower = "a lower --config.loss.quantizer_weight (a tenth) lets the latents move apart"
+        if differ < self.ALIKE:
+            return (
+                f"only {100 * differ:.1f} % of the tokens differ between images, so the decoder does not use them. "
+                f"--config.restart_codes=True cannot help: it moves codes onto latents that are alike. {lower}"
+            )
+        if self._settings.restart_codes:
+            return f"restart_codes is on and does not suffice; {lower}"
+        return f"--config.restart_codes=True moves unused codes onto latents of the batch, and {lower}"
