@@ -371,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(measure(case, dtype, batch, published, args.rounds, args.torch_compile))
                 progress.write(table(rows[-1:]).splitlines()[-1])
                 if args.json:
-                    with new_file(args.json) as partial:
+                    with new_file(args.json, replace=args.overwrite or len(rows) > 1) as partial:
                         partial.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
                 gc.collect()
                 jax.clear_caches()

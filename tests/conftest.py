@@ -1,10 +1,12 @@
 """Settings of the whole test suite, also of the processes that tests start: they are in the environment."""
 
+import contextlib
 import gc
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import resource
 
 import pytest
 
@@ -45,3 +47,19 @@ def tool(request):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def full_disk():
+    """A context manager in which writes beyond a number of bytes in a file fail, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores the signal that comes with the error
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited

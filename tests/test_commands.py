@@ -1,6 +1,6 @@
 """The commands: what they write, what they refuse, and that they refuse it before they do any work."""
 
-import fcntl
+import contextlib
 import json
 import os
 import re
@@ -20,7 +20,7 @@ from titok_jax.data.transforms import center_crop_torchvision, to_uint8_truncate
 from titok_jax.evaluation import metrics
 from titok_jax.inference import many
 from titok_jax.models import MaskgitVQGANConfig
-from titok_jax.runtime import command, outputs
+from titok_jax.runtime import command
 from titok_jax.training import recipes
 from titok_jax.weights import pretrained, published_models
 
@@ -145,33 +145,6 @@ def test_sample_refuses(arguments, message, model, tmp_path, capsys, no_weights)
     assert files(tmp_path) == before
 
 
-def test_an_output_appears_whole_or_not_at_all(tmp_path):
-    def fail_in_the_middle(new, path):
-        with new(path) as partial:
-            (partial / "2.txt" if new is outputs.new_folder else partial).write_text("half")
-            raise RuntimeError
-
-    old = tmp_path / "old.txt"
-    old.write_text("old")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "1.txt").write_text("old")
-    for new, path in (
-        (outputs.new_file, old),
-        (outputs.new_file, tmp_path / "new.txt"),
-        (outputs.new_folder, tmp_path / "folder"),
-    ):
-        with pytest.raises(RuntimeError):
-            fail_in_the_middle(new, path)
-    assert files(tmp_path) == {"old.txt": b"old", "folder/1.txt": b"old"}
-    assert len(list(tmp_path.iterdir())) == 2
-    with outputs.new_folder(tmp_path / "folder") as partial:
-        (partial / "2.txt").write_text("new")
-    with outputs.new_file(old) as partial:
-        partial.write_text("new")
-    assert files(tmp_path) == {"old.txt": b"new", "folder/2.txt": b"new"}
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 def test_reconstruct_with_a_vqgan(tmp_path, capsys):
     config = MaskgitVQGANConfig(hidden_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, resolution=32)
     model = pretrained.save(tmp_path / "vqgan", config, tiny.params(config))
@@ -207,58 +180,6 @@ def clone(folder):
 def test_no_more_digits_than_there_are(tmp_path, capsys):
     assert reconstruct.main(["--num", "361", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "error: --num is 361, but there are 360 held-out digits\n"
-
-
-def test_outputs_that_cannot_be_replaced(tmp_path, monkeypatch):
-    (tmp_path / "here" / "below").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here" / "below")
-    long = "ä" * 128  # 256 bytes
-    for output, folder_of, message in (
-        (".", ".*", "it is the current folder or holds it"),
-        ("..", ".*", "it is the current folder or holds it"),
-        ("/", ".*", "device or a mount point"),
-        ("/dev/null", None, "device or a mount point"),
-        (tmp_path / long, None, "its name has 256 bytes, at most 255"),
-        (tmp_path / "nothing" / "a", None, "is not an existing folder"),
-    ):
-        with pytest.raises((ValueError, OSError), match=rf"^cannot write .*{message}"):
-            outputs.check_output(output, True, folder_of=folder_of)
-
-
-def test_names_as_long_as_can_be(tmp_path):
-    for new, name in ((outputs.new_file, "ä" * 125 + ".png"), (outputs.new_folder, "ö" * 127)):
-        path = outputs.check_output(tmp_path / name, False, folder_of=None if new is outputs.new_file else ".*")
-        with new(path) as partial:
-            (partial if new is outputs.new_file else partial / "a").write_text("whole")
-    assert [len(path.name.encode()) for path in sorted(tmp_path.iterdir())] == [254, 254]
-
-
-def test_a_folder_is_replaced_where_a_file_system_has_no_locks(tmp_path, monkeypatch, capsys):
-    def flock(file, operation):
-        raise OSError("no locks")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    for text in ("old", "new"):
-        with outputs.new_folder(tmp_path / "folder") as partial:
-            (partial / "file").write_text(text)
-    assert files(tmp_path) == {"folder/file": b"new"}
-    assert capsys.readouterr().out == ""
-
-
-def test_links_stay_links(tmp_path):
-    """The target of a link is replaced, on the disk where it lies."""
-    (tmp_path / "disk" / "folder").mkdir(parents=True)
-    (tmp_path / "disk" / "folder" / "old").write_text("old")
-    for link, target in (("folder", "disk/folder"), ("file", "disk/file")):
-        (tmp_path / link).symlink_to(target)
-    with outputs.new_folder(outputs.check_output(tmp_path / "folder", True, folder_of="old")) as partial:
-        assert partial.parent == tmp_path / "disk"
-        (partial / "new").write_text("new")
-    with outputs.new_file(outputs.check_output(tmp_path / "file", False)) as partial:
-        partial.write_text("new")
-    assert (tmp_path / "folder").is_symlink()
-    assert (tmp_path / "file").is_symlink()
-    assert files(tmp_path / "disk") == {"folder/new": b"new", "file": b"new"}
 
 
 @pytest.mark.parametrize(
@@ -450,6 +371,7 @@ def test_a_killed_process_is_continued_with_the_same_images(model, tmp_path, cap
     assert sorted(name for name in there if not name.startswith(".")) == [
         *("00000.npz", "00001.npz", "00002.npz", "settings.json")
     ]
+    assert there.pop(".lock")
     assert len(there) == 5  # including half a piece
     # Another seed makes another job, which is refused; nothing is touched.
     assert sample.main([*arguments, "--out", str(killed), "--seed", "1"]) == 2
@@ -478,6 +400,7 @@ def test_processes_share_the_batches(model, tmp_path, monkeypatch, capsys):
     arguments = ["--model", model, "--num", "20", "--steps", "3", "--batch-size", "3", "--out"]
     assert sample.main([*arguments, str(tmp_path / "one.npz")]) == 0
     monkeypatch.setattr(sample.Shards, "wait", lambda self, event: None)
+    monkeypatch.setattr(sample, "lock_run", lambda *args, **options: contextlib.nullcontext())
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     with monkeypatch.context() as patch:  # so that the others find the settings

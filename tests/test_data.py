@@ -703,8 +703,10 @@ def test_a_tar_is_written_whole_or_not_at_all(tmp_path):
     source = sources.make_source({"name": "webdataset", "paths": path})
     assert [source.encoded(i)[:2] for i in range(2)] == [(encoded(0), 0), (encoded(1, "WEBP"), 1)]
     before = path.read_bytes()
-    with pytest.raises(AttributeError), webdataset.tar_writer(path) as write:
+    with pytest.raises(AttributeError), webdataset.tar_writer(tmp_path / "new/b.tar") as write:
         write(None, 5)
+    with pytest.raises(FileExistsError, match=r"a\.tar exists and nothing was overwritten"):
+        webdataset.tar_writer(path).__enter__()
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
@@ -891,8 +893,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, suffix):
         write(TOKENS[0], 1)
         assert not path.exists()
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="got float64"), records.token_writer(path) as write:
+    with pytest.raises(ValueError, match="got float64"), records.token_writer(path.with_stem("others")) as write:
         write(TOKENS[1] * 1.0, 1)
+    with pytest.raises(FileExistsError, match=r"tokens\.\w+ exists and nothing was overwritten"):
+        records.token_writer(path).__enter__()
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 

@@ -119,10 +119,11 @@ STOPPED = (
     + """
 import os, signal
 import jax, pytest
-from etils import epath
-with loop.lock_workdir(epath.Path(workdir)):
+from titok_jax.runtime import locks
+several = {"process_index": jax.process_index(), "process_count": 2}
+with locks.lock_run(workdir, **several):
     with pytest.raises(ValueError, match="another run"):
-        with loop.lock_workdir(epath.Path(workdir)):
+        with locks.lock_run(workdir, **several):
             pass
 real, steps = loop.sharding.put_batch, iter(range(100))
 def put_batch(mesh, batch):
@@ -266,15 +267,14 @@ def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(which, tmp
 # Here the bucket is a folder. Only the first process looks into it.
 LOST = """
 import sys
-from titok_jax.training import lock
+from titok_jax.runtime import locks
 from titok_jax.runtime import processes
-from titok_jax.runtime import sharding
 processes.initialize_distributed()
 import jax
 from etils import epath
-lock.is_remote, lock.BEAT = lambda path: True, 20
+locks.is_remote = lambda path: True
 workdir = epath.Path(sys.argv[1])
-with lock.lock_workdir(workdir) as held:
+with locks.lock_run(workdir, process_index=jax.process_index(), process_count=2) as held:
     held.check()
     if jax.process_index() == 0:
         (workdir / ".lock").write_text("host-3, process 17, 0123")

@@ -3,6 +3,7 @@
 Most tests replace the feature network with a random projection; test_features.py tests the networks themselves.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -409,6 +410,12 @@ def test_processes_share_an_evaluation(model, networks, loaded_once, tmp_path, m
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "process_index", lambda: process.index)
     monkeypatch.setattr(Shards, "wait", lambda self, event: barrier.wait(300))
+    lock = jobs.lock_run
+
+    def lock_run(place, *, process_index, process_count, temporary):
+        return contextlib.nullcontext() if process_index else lock(place, temporary=temporary)
+
+    monkeypatch.setattr(jobs, "lock_run", lock_run)
     write = Shards.write
 
     def counts(self, number, **arrays):
@@ -646,7 +653,8 @@ def test_evaluate_refuses(arguments, message, model, networks, tmp_path, capsys,
     np.savez(places["small"], images[:, ::2, ::2])
     np.savez(places["misfit"], arr_0=images, mu=np.zeros(5), sigma=np.eye(5))
     stats = metrics.FeatureStatistics(7, "another").update(np.random.default_rng(0).random((9, 7)))
-    references.Reference(stats, None, np.zeros((9, 7), np.float32), {"image_size": 32}).save(places["other"])
+    other = references.Reference(stats, None, np.zeros((9, 7), np.float32), {"image_size": 32})
+    other.save(places["other"], replace=False)
     places["broken"].write_bytes(b"PK\x03\x04 half")
     places["there"] = tmp_path / "there.json"
     places["there"].write_text("{}")

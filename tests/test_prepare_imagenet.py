@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -329,6 +328,77 @@ def test_a_result_is_replaced_only_if_asked_for(small, tmp_path, capsys):
     assert sorted(read(tmp_path / "out", "val")) == sorted(read(tmp_path / "out")) == sorted(IMAGES.values())
 
 
+MINE = ["train-extra-mine.array_record", ".train-notes.txt", "train.shards/notes.txt", ".train-00000-of-00003.partial-1.tar"]
+
+
+def keep(out, names=MINE):
+    """Writes files of the user's -> a function that checks that they are there."""
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+
+    def check():
+        assert {name: (out / name).read_text() for name in names} == dict.fromkeys(names, "mine")
+
+    return check
+
+
+def test_files_of_the_user_stay(small, tmp_path, capsys):
+    archive = train_archive(tmp_path / "ILSVRC2012_img_train.tar")
+    out = tmp_path / "out"
+    command = [str(archive), "--split", "train", "--out", str(out)]
+    check = keep(out)
+    for more in ([], ["--overwrite"]):  # a folder in the place of ours is refused
+        assert small.main([*command, *more]) == 2
+        assert "train.shards holds files of other origin (notes.txt)" in capsys.readouterr().err
+        check()
+    (out / "train.shards/notes.txt").unlink()
+    check = keep(out, [name for name in MINE if "shards" not in name])
+    left = out / f".train-00007-of-00009.partial-{17:016x}.array_record"
+    left.write_text("half")
+    assert small.main(command) == 0
+    assert not left.exists()
+    check()
+    extra = out / "train-extra-mine.array_record"
+    assert f"WARNING: {extra} is of other origin, and the pattern train-* matches it too" in capsys.readouterr().out
+    check = keep(out)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert small.main([*command, "--overwrite"]) == 2
+    assert "train.shards holds files of other origin (notes.txt)" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before  # the result is still whole
+    check()
+    (out / "train.shards/notes.txt").unlink()
+    assert small.main([*command, "--overwrite", "--shards", "2"]) == 0
+    assert len(list(out.glob("train-0*"))) == 2
+
+
+def test_what_it_would_write_is_not_replaced_unasked(small, tmp_path, capsys, monkeypatch):
+    folder = class_folders(tmp_path / "in")
+    (folder / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").write_bytes(b"no image")
+    out = tmp_path / "out"
+    command = [str(folder), "--split", "train", "--out", str(out)]
+    check = keep(out, ["train.left_out.txt"])
+    assert small.main(command) == 2
+    assert f"{out}/train.left_out.txt exists and nothing was overwritten" in capsys.readouterr().err
+    check()
+    (out / "train.left_out.txt").unlink()
+    real = small.check_shards
+    for name in ("train.json", "train.left_out.txt"):  # it appears during the work
+
+        def during(*args, name=name):
+            during.check = keep(out, [name])
+            return real(*args)
+
+        monkeypatch.setattr(small, "check_shards", during)
+        assert small.main(command) == 2
+        assert f"{out}/{name} has appeared during the work" in capsys.readouterr().err
+        during.check()
+        (out / name).unlink()
+        monkeypatch.setattr(small, "check_shards", real)
+    assert small.main(command) == 1
+    assert "no image" not in (out / "train.left_out.txt").read_text()
+
+
 def test_another_input_is_no_continuation(small, tmp_path, capsys, monkeypatch):
     archive = train_archive(tmp_path / "ILSVRC2012_img_train.tar")
     command = [str(archive), "--split", "train", "--out", str(tmp_path / "out"), "--workers", "1"]
@@ -378,7 +448,7 @@ def test_two_at_once(small, tmp_path, capsys, monkeypatch):
     def during(*args):
         for arguments in ([], ["--overwrite"], ["--overwrite", "--shards", "2"]):
             results.append(small.main([*command, *arguments]))
-            assert "another process is at work" in capsys.readouterr().err
+            assert "is at work in" in capsys.readouterr().err
         return real(*args)
 
     monkeypatch.setattr(small, "check_shards", during)
@@ -439,17 +509,11 @@ def test_labels_out_of_range_are_left_out(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("form", ["array_record", "webdataset"])
-def test_a_full_disk_leaves_no_partial_shard(form, small, tmp_path, capsys):
+def test_a_full_disk_leaves_no_partial_shard(form, small, tmp_path, capsys, full_disk):
     archive, images = many(tmp_path)
     command = [str(archive), "--split", "train", "--out", str(tmp_path / "out"), "--shards", "2", "--format", form]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write beyond it fails, as on a full disk
-    try:
+    with full_disk(100_000):
         assert small.main(command) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, former)
     assert "cannot write" in (error := capsys.readouterr().err)
     assert f"-of-00002.{'tar' if form == 'webdataset' else form}" in error
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.shards"]

@@ -278,7 +278,7 @@ def killing(function, last):
 
 tiny.save(f"{sys.argv[1]}/original")
 tiny.params(tiny.VAE)  # not in each fork anew
-exchange = outputs._exchange
+exchange, remove = outputs._renameat2, outputs._remove
 for kind in ("new", "over", "no-exchange"):
     for last in range(1, 100):
         folder = f"{sys.argv[1]}/{kind}_{last}"
@@ -286,9 +286,9 @@ for kind in ("new", "over", "no-exchange"):
             shutil.copytree(f"{sys.argv[1]}/original", folder)
         child = os.fork()
         if child == 0:
-            os.fsync, os.replace = killing(os.fsync, last), killing(os.replace, last)
-            shutil.rmtree = killing(shutil.rmtree, last)
-            outputs._exchange = killing(exchange, last) if kind == "over" else lambda one, two: False
+            os.fsync, os.rename = killing(os.fsync, last), killing(os.rename, last)
+            outputs._remove = killing(remove, last)
+            outputs._renameat2 = killing(exchange, last) if kind == "over" else lambda one, two, flag: False
             tiny.pretrained.save(folder, tiny.VAE, tiny.params(tiny.VAE), overwrite=kind != "new")
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
@@ -301,11 +301,11 @@ def test_a_save_killed_in_each_of_its_steps_leaves_no_half_folder(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     arguments = [sys.executable, "-W", "ignore", "-c", STEPWISE, str(tmp_path)]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
-    # The steps: two files, one or two renames or an exchange, and the removal of leftovers, even if there are none.
-    assert result.stdout == "new 4\nover 4\nno-exchange 6\n", result.stderr
+    # The steps: two files, one or two renames or an exchange, and the removal of what was replaced.
+    assert result.stdout == "new 3\nover 4\nno-exchange 5\n", result.stderr
     for step in (1, 2, 3):
         assert not (tmp_path / f"new_{step}").exists()
-    for name in ("new_4", "new_5", "over_4", "over_5", "no-exchange_5", "no-exchange_6", "no-exchange_7"):
+    for name in ("new_4", "over_4", "over_5", "no-exchange_5", "no-exchange_6"):
         assert pretrained.load(tmp_path / name, TiTokConfig)[0] == tiny.VAE
     for name in ("over_1", "over_2", "over_3", "no-exchange_1", "no-exchange_2", "no-exchange_3"):
         assert inference.load_pair(tmp_path / name)[1].config == tiny.GENERATOR
@@ -319,16 +319,17 @@ def test_a_save_killed_in_each_of_its_steps_leaves_no_half_folder(tmp_path):
     with pytest.raises(FileExistsError, match="no-exchange_4 is back, which a killed process had moved aside"):
         pretrained.save(tmp_path / "no-exchange_4", tiny.VAE, tiny.params(tiny.VAE))
     assert inference.load_pair(tmp_path / "no-exchange_4")[1].config == tiny.GENERATOR
-    for kind, last in (("new", 5), ("over", 5), ("no-exchange", 7)):
+    for kind, last in (("new", 4), ("over", 5), ("no-exchange", 6)):
         for step in range(1, last + 1):
             pretrained.save(tmp_path / f"{kind}_{step}", tiny.VAE, tiny.params(tiny.VAE), overwrite=True)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_writer_at_work_is_not_disturbed(tmp_path):
-    with outputs.new_folder(tmp_path / "model") as first:
+    options = {"files": "a", "replace": True}
+    with outputs.new_folder(tmp_path / "model", **options) as first:
         (first / "a").write_text("first")
-        with outputs.new_folder(tmp_path / "model") as second:
+        with outputs.new_folder(tmp_path / "model", **options) as second:
             (second / "a").write_text("second")
         assert (first / "a").read_text() == "first"
     assert (tmp_path / "model" / "a").read_text() == "first"

@@ -27,10 +27,10 @@ from titok_jax.data.records import image_writer, token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.data.webdataset import tar_writer
 from titok_jax.evaluation import features, references
-from titok_jax.runtime import outputs
+from titok_jax.runtime import locks, outputs
 from titok_jax.runtime import paths as storage
 from titok_jax.runtime.shards import Shards
-from titok_jax.training import lock, loop
+from titok_jax.training import loop
 from titok_jax.training.checkpoint import Checkpoints
 from titok_jax.training.settings import parse_settings
 from titok_jax.weights import perceptual_files as perceptual
@@ -137,8 +137,8 @@ def test_a_model_is_saved_and_loaded(bucket):
 def clock(monkeypatch):
     """A list of functions. Each time the lock waits, it calls the next one."""
     events = []
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: events.pop(0)() if events else None)
-    monkeypatch.setattr(lock, "BEAT", 1e6)  # nothing beats by itself
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: events.pop(0)() if events else None)
+    monkeypatch.setattr(locks, "BEAT", 1e6)  # nothing beats by itself
     return events
 
 
@@ -313,11 +313,11 @@ def test_a_bucket_whose_metadata_may_not_be_read_is_told(bucket, google, monkeyp
 
 
 def test_a_second_run_is_refused_while_the_first_lives(bucket, clock):
-    with loop.lock_workdir(bucket / "run") as first:
+    with locks.lock_run(bucket / "run") as first:
         clock += [lambda: None, first.beat]
         with (
-            pytest.raises(ValueError, match="another run is training in gs://bucket/run"),
-            loop.lock_workdir(bucket / "run"),
+            pytest.raises(ValueError, match=r"another run \(.*, process \d+\) is at work in gs://bucket/run; wait for it"),
+            locks.lock_run(bucket / "run"),
         ):
             pass
         assert not clock
@@ -331,32 +331,39 @@ def test_the_lock_of_a_killed_run_is_taken_over(bucket, clock, capsys):
     (bucket / "run/.lock").write_text("host-3, process 17, 0123\n5\n")
     looked = []
     clock += [lambda: looked.append((bucket / "run/.lock").read_text())] * 3
-    with loop.lock_workdir(bucket / "run") as now:
+    with locks.lock_run(bucket / "run") as now:
         assert len(looked) == 3
-        assert "a run (host-3, process 17, 0123) began here and has not ended in order" in capsys.readouterr().out
+        assert "a run (host-3, process 17) began here and has not ended in order" in capsys.readouterr().out
         now.beat()
         assert not (bucket / "run/.lock").read_text().startswith("host-3")
     assert objects() == []
 
 
+def test_what_is_no_lock_is_left_alone(bucket, clock):
+    (bucket / "run/.lock").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"gs://bucket/run/\.lock is of other origin"), locks.lock_run(bucket / "run"):
+        pass
+    assert (bucket / "run/.lock").read_text() == "mine"
+
+
 def test_a_lock_that_is_given_back_meanwhile_is_free(bucket, clock):
-    first = lock.BucketLock(bucket / "run/.lock")
+    first = locks.BucketLock(bucket / "run/.lock")
     assert first.acquire()
     clock += [first.release]
-    with loop.lock_workdir(bucket / "run"):
+    with locks.lock_run(bucket / "run"):
         assert objects() == ["run/.lock"]
 
 
 def test_of_two_runs_that_begin_in_the_same_moment_one_goes_on(bucket, clock):
     """Both have found no lock, and both write one."""
-    first, second = (lock.BucketLock(bucket / "run/.lock") for _ in range(2))
+    first, second = (locks.BucketLock(bucket / "run/.lock") for _ in range(2))
     clock += [second._write]
     assert not first.acquire()
     assert (bucket / "run/.lock").read_text().startswith(second._name)  # the second goes on
 
 
 def test_who_lost_the_lock_writes_nothing_more(bucket, clock, tmp_path, monkeypatch):
-    with loop.lock_workdir(bucket / "run") as first:
+    with locks.lock_run(bucket / "run") as first:
         (bucket / "run/.lock").write_text("host-3, process 17, 0123\n1\n")
         with pytest.raises(OSError, match=r"another run \(host-3, process 17, 0123\) has taken gs://bucket/run over"):
             first.check()
@@ -480,7 +487,7 @@ def test_tokens_are_written_there_whole_and_read(form, bucket, tmp_path):
         raise KeyboardInterrupt
     assert objects() == [f"tokens/0.{form}"]
     # As for local files, a pattern does not match what a killed upload may have left.
-    (bucket / f"tokens/0.{form}").copy(bucket / f"tokens/.1.partial-17.{form}")
+    (bucket / f"tokens/0.{form}").copy(bucket / f"tokens/.1.partial-{17:016x}.{form}")
     assert len(make_source({"name": "tokens", "paths": f"gs://bucket/tokens/*.{form}"})) == 5
 
 
@@ -503,11 +510,11 @@ def test_what_needs_a_mounted_bucket_says_so(bucket):
 
 def test_a_file_appears_whole_or_not_at_all(bucket):
     path = bucket / "folder/a.txt"
-    with outputs.new_file(path) as partial:
+    with outputs.new_file(path, replace=False) as partial:
         partial.write_text("one")
         assert objects() == []
     assert objects() == ["folder/a.txt"]
-    with interrupted(), outputs.new_file(path) as partial:
+    with interrupted(), outputs.new_file(path, replace=True) as partial:
         partial.write_text("two")
         raise KeyboardInterrupt
     assert objects() == ["folder/a.txt"]
@@ -525,7 +532,7 @@ def test_an_interrupted_upload_changes_nothing(bucket, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(type(path), "copy", copy)
-    with interrupted(), outputs.new_file(path) as partial:
+    with interrupted(), outputs.new_file(path, replace=True) as partial:
         partial.write_text("two")
     assert objects() == ["a.txt"]
     assert path.read_text() == "one"
@@ -543,13 +550,38 @@ def test_a_folder_is_whole_when_it_holds_its_last_file(bucket, monkeypatch):
         return copy(self, place, overwrite)
 
     monkeypatch.setattr(type(folder), "copy", recorded)
-    with outputs.new_folder(folder, last="last.txt") as partial:
+    with outputs.new_folder(folder, files=r"(in/)?\w+\.txt", replace=True, last="last.txt") as partial:
         for name in ("a.txt", "last.txt", "z.txt"):
             (partial / name).write_text("new")
     assert objects() == ["folder/a.txt", "folder/last.txt", "folder/z.txt"]
     assert all((folder / name).read_text() == "new" for name in ("a.txt", "last.txt", "z.txt"))
     assert [name for name, _ in order][2].startswith(".last.partial-")
     assert not any(there for _, there in order)
+
+
+def test_what_appears_during_the_work_is_not_replaced(bucket):
+    def write(name, replace):
+        options = {"files": r"a\.txt", "replace": replace}
+        folder = name.endswith("/")
+        with (
+            outputs.new_folder(bucket / name, **options) if folder else outputs.new_file(bucket / name, replace=False) as new
+        ):
+            (new / "a.txt" if folder else new).write_text("new")
+            (bucket / "folder/in/.notes.txt" if folder else bucket / "file.txt").write_text("mine")
+
+    for name, replace in (("file.txt", False), ("folder/", False), ("folder/", True)):
+        with pytest.raises(
+            FileExistsError, match=r"/(file\.txt|folder\S*) has appeared .*; what was made is gs\S+$"
+        ) as error:
+            write(name, replace)
+        kept = epath.Path(str(error.value).rpartition(" ")[2])
+        made = kept / "a.txt" if name == "folder/" else kept
+        assert made.read_text() == "new"
+        other = "folder/in/.notes.txt" if name == "folder/" else name
+        assert objects() == sorted([str(made).removeprefix("gs://bucket/"), other])
+        assert (bucket / other).read_text() == "mine"
+        made.unlink()
+        (bucket / other).unlink()
 
 
 def test_outputs_there_are_refused_as_here(bucket, monkeypatch):
@@ -600,7 +632,8 @@ def test_without_what_reaches_it_the_error_says_what_to_install(monkeypatch, cap
 
 def test_pieces_of_a_long_job(bucket):
     def job(**changes):
-        return Shards(bucket / "out.shards", {"seed": 0} | changes, length=5, size=2)
+        restart = changes.pop("restart", False)
+        return Shards(bucket / "out.shards", {"seed": 0} | changes, length=5, size=2, restart=restart)
 
     shards = job()
     shards.write(0, x=np.arange(2))
@@ -611,8 +644,12 @@ def test_pieces_of_a_long_job(bucket):
         job(seed=1)
     again.write(1, x=np.arange(2, 4))
     assert np.concatenate([piece["x"] for piece in job()]).tolist() == [0, 1, 2, 3, 4]
+    (bucket / f"out.shards/.00001.partial-{17:016x}.npz").write_text("half")  # left by a killed process
+    (bucket / "out.shards/0001_mine.npz").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds files of other origin \(0001_mine.npz\)"):
+        job(seed=1, restart=True)
     again.remove()
-    assert objects() == []
+    assert objects() == ["out.shards/0001_mine.npz"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -633,6 +670,18 @@ def arrays(path):
         return dict(file)
 
 
+def test_a_second_command_is_refused_while_the_first_lives(bucket, clock, capsys):
+    for command, out, options in ((sample, "a.png", {}), (reconstruct, "folder", {"beside": True})):
+        with locks.lock_run(bucket / (out if options else f"{out}.shards"), **options) as first:
+            clock += [lambda: None, first.beat]
+            error = refused(capsys, command, "--out", bucket / out)
+            assert f"gs://bucket/{out}" in error
+            assert "is at work in" in error
+            assert not clock
+    assert objects() == []
+
+
+@pytest.mark.usefixtures("clock")
 def test_samples(model, bucket, tmp_path, capsys, monkeypatch):
     """Also with a model in the bucket. The samples are pictures of noise, which need no compilation."""
     tiny_models.save(bucket / "model")
@@ -675,6 +724,7 @@ def test_samples(model, bucket, tmp_path, capsys, monkeypatch):
     assert all((tmp_path / "folder" / name).read_bytes() == (bucket / "folder" / name).read_bytes() for name in files)
 
 
+@pytest.mark.usefixtures("clock")
 def test_reconstructions(model, photos, bucket, tmp_path, capsys):
     local, remote = photos
     run(reconstruct, "--model", model, local, "--out", tmp_path / "out")
@@ -694,6 +744,7 @@ def test_reconstructions(model, photos, bucket, tmp_path, capsys):
     assert "gs://bucket/photos/class0/2.png: 50 x 42 pixels" in refused(capsys, parity, *options)
 
 
+@pytest.mark.usefixtures("clock")
 def test_pretokenizing_goes_on(model, photos, bucket, tmp_path, monkeypatch, capsys):
     local, remote = photos
     options = ("--model", model, "--shards", 3, "--batch-size", 4)
@@ -725,6 +776,7 @@ def test_pretokenizing_goes_on(model, photos, bucket, tmp_path, monkeypatch, cap
     )
 
 
+@pytest.mark.usefixtures("clock")
 def test_evaluations(model, photos, bucket, tmp_path, capsys):
     options = ("--model", model, "--features", "digits", "--batch-size", 8)
     for root, images in ((tmp_path, photos[0]), (bucket, photos[1])):

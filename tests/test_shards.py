@@ -76,13 +76,51 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
         begin(tmp_path / "file")
     shards = begin(tmp_path / "s")
     shards.write(0, x=np.zeros(1))
-    (tmp_path / "s" / ".00001.partial-17.npz").write_bytes(b"half")  # left by a killed process
+    (tmp_path / "s" / f".00001.partial-{17:016x}.npz").write_bytes(b"half")  # left by a killed process
     (tmp_path / "s" / "notes.txt").write_bytes(b"precious")
     shards.remove()
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]
     (tmp_path / "s" / "notes.txt").unlink()
     shards.remove()
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["0001_mine.npz", "1.npz", "settings.json", "00001.npz.bak", ".lock-mine"])
+def test_other_names_than_those_of_pieces_are_not_removed(name, tmp_path):
+    """Neither in a folder of ours nor in a folder of the user's."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text('{"num": 14, "batch_size": 3}')
+    if not name.startswith("."):  # hidden files, as of operating systems, do not matter
+        with pytest.raises(FileExistsError, match=rf"mine holds files of other origin \({name}\)"):
+            begin(tmp_path / "mine", restart=True)
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+        assert (tmp_path / "mine" / name).read_text() == '{"num": 14, "batch_size": 3}'
+    if name == "settings.json":
+        return
+    shards = begin(tmp_path / "s")
+    shards.write(1, x=np.zeros(1))
+    (tmp_path / "s" / name).write_text("mine")
+    if not name.startswith("."):
+        with pytest.raises(FileExistsError, match=rf"holds files of other origin \({name}\)"):
+            begin(tmp_path / "s", {"seed": 2}, restart=True)
+        assert begin(tmp_path / "s").missing() == [0, 2, 3, 4]  # nothing was removed
+    shards.remove()
+    assert [path.name for path in (tmp_path / "s").iterdir()] == [name]
+    assert (tmp_path / "s" / name).read_text() == "mine"
+
+
+def test_a_piece_of_another_run_is_not_taken(tmp_path):
+    """As on a file system without locks, where a second run has replaced the first one's settings."""
+    first = begin(tmp_path / "s")
+    second = begin(tmp_path / "s", {"seed": 2}, restart=True)
+    second.write(0, x=np.zeros(1))
+    first.write(1, x=np.ones(1))
+    assert second.read(0)["x"].tolist() == [0]
+    with pytest.raises(ValueError, match=r"00001\.npz was made by another run; remove it, and the same command makes it"):
+        second.read(1)
+    with pytest.raises(ValueError, match=r"00000\.npz was made by another run"):
+        first.read(0)
+    assert begin(tmp_path / "s", {"seed": 2}).read(0)["x"].tolist() == [0]  # after a kill it is the same run
 
 
 def test_damage_is_named(tmp_path):

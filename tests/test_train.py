@@ -22,7 +22,6 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 import tiny_models
-from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint._src.serialization import serialization
 from test_data import kill_with_workers
@@ -33,6 +32,7 @@ from titok_jax.data.loader import make_loader
 from titok_jax.data.records import token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.evaluation import metrics
+from titok_jax.runtime import locks
 from titok_jax.runtime.outputs import sha256
 from titok_jax.training import loop, same_run
 from titok_jax.training.build import build_task
@@ -454,7 +454,7 @@ def test_held_out_loss_of_a_generator_is_that_of_its_examples():
 
 
 def test_a_second_run_on_one_workdir_is_refused(tmp_path):
-    with loop.lock_workdir(epath.Path(tmp_path)), pytest.raises(ValueError, match="another run"):
+    with locks.lock_run(tmp_path), pytest.raises(ValueError, match=r"another run \(.*, process \d+\) is at work in"):
         loop.train(parse_settings(small("tokenizer")), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -464,7 +464,7 @@ def test_where_a_file_system_has_no_locks_a_run_warns_and_goes_on(tmp_path, monk
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with loop.lock_workdir(epath.Path(tmp_path)):
+    with locks.lock_run(tmp_path):
         assert f"warning: {tmp_path} cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
 
 

@@ -39,7 +39,7 @@ def _read_rows(path: Path | epath.Path) -> list[dict[str, Any]]:
 
 def _write_row(path: Path | epath.Path, row: Mapping[str, Any]) -> None:
     rows = [old for old in _read_rows(path) if (old["name"], old["slice"]) != (row["name"], row["slice"])]
-    with new_file(path) as partial:
+    with new_file(path, replace=True) as partial:  # the file that the rows were read from
         partial.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
 
 

@@ -200,7 +200,7 @@ def _show(args: argparse.Namespace, mode: str, result: dict[str, Any]) -> None:
     for note in result.get("notes", ()):
         print(f"note: {note}")
     if args.json:
-        write_json(args.json, result)
+        write_json(args.json, result, replace=args.overwrite)
         print(f"wrote {args.json}")
 
 
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"sampling: {said}, seed {args.seed}", flush=True)
             figures = (runs.run_digits if mode == "digits" else runs.run_generation)(run, grid[0])
         if work.first and mode == "reference":
-            figures.save(args.save_reference)
+            figures.save(args.save_reference, replace=args.overwrite)
             print(f"wrote {args.save_reference}: statistics of {figures.about['num_images']} images")
         elif work.first and mode != "sweep":
             _show(args, mode, run.result | figures)

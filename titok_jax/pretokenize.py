@@ -14,6 +14,7 @@ from titok_jax.data.sources import make_source, parse_source
 from titok_jax.data.token_shards import CROPS, pretokenize
 from titok_jax.inference.arguments import add_precision_arguments, precision_settings
 from titok_jax.runtime.command import command, require
+from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.paths import as_path
 from titok_jax.weights import published_models
 
@@ -109,17 +110,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "shards": args.shards,
         "format": args.format,
     }
-    written, there = pretokenize(
-        load_image_model(args.model, revision=args.revision, mesh="local", **precision),
-        source,
-        args.out,
-        settings=settings,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        batch_size=args.batch_size,
-    )
-    print(f"wrote {written} shards of {args.out}; {there} were there")
-    multihost_utils.sync_global_devices("tokenized")  # a process that ends early would end the others
+    several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    with lock_run(args.out, **several):
+        tokenizer = load_image_model(args.model, revision=args.revision, mesh="local", **precision)
+        options = {"settings": settings, "batch_size": args.batch_size, **several}
+        written, there = pretokenize(tokenizer, source, args.out, **options)
+        print(f"wrote {written} shards of {args.out}; {there} were there")
+        multihost_utils.sync_global_devices("tokenized")  # a process that ends early would end the others
 
 
 if __name__ == "__main__":

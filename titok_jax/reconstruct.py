@@ -17,6 +17,7 @@ from titok_jax.inference.arguments import add_precision_arguments, precision_set
 from titok_jax.inference.many import reconstruct
 from titok_jax.pictures import grids
 from titok_jax.runtime.command import command
+from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.outputs import check_output, new_folder
 from titok_jax.weights import published_models
 
@@ -30,7 +31,7 @@ _EPILOG = """examples:
   python -m titok_jax.reconstruct --model runs/tokenizer/pretrained photos/ --out photos_reconstructed
       every image in a folder and below
 """
-_FILES = r".*_reconstruction\.png|grid\.png|tokens\.json|settings\.json"  # files in the output folder
+_FILES = r"[^/]*_reconstruction\.png|grid\.png|tokens\.json|settings\.json"  # files in the output folder
 _SHOWN = 64  # images in grid.png
 
 
@@ -133,20 +134,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = config.image_size
     names, images = _inputs(args, files, size)
     precision = precision_settings(args)
-    tokenizer = inference.load_image_model(args.model, revision=args.revision, mesh="local", **precision)
     if config.has_tokens:
         what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
     else:
         what = f"{config.num_latent_tokens} latents of {config.token_size} channels"
     print(f"{args.model}: {size}x{size} pixels to {what}\ncompiling; the first batch takes longer")
     key = args.seed if args.latents == "sample" else None
-    batches = reconstruct(tokenizer, images, batch_size=args.batch_size, key=key)
-    with new_folder(out, last="tokens.json") as folder:
-        mean = _write(folder, names, images, batches)
-        about = {"model": args.model, "revision": args.revision, **precision, "num_images": len(images), "psnr": mean}
-        if not config.has_tokens:
-            about |= {"latents": args.latents or "mean", "seed": key}
-        (folder / "settings.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    about = {"model": args.model, "revision": args.revision, **precision, "num_images": len(images)}
+    if not config.has_tokens:
+        about |= {"latents": args.latents or "mean", "seed": key}
+    with lock_run(out, beside=True):
+        tokenizer = inference.load_image_model(args.model, revision=args.revision, mesh="local", **precision)
+        batches = reconstruct(tokenizer, images, batch_size=args.batch_size, key=key)
+        with new_folder(out, files=_FILES, replace=args.overwrite, last="tokens.json") as folder:
+            mean = _write(folder, names, images, batches)
+            (folder / "settings.json").write_text(json.dumps({**about, "psnr": mean}, indent=2) + "\n", encoding="utf-8")
     print(
         f"mean PSNR {mean:.2f} dB over {len(images)} images\nwrote {out}: the pictures, grid.png, tokens.json, settings.json"
     )

@@ -17,8 +17,9 @@ from titok_jax.inference.arguments import (
     sampling_settings,
 )
 from titok_jax.inference.many import balanced_labels, sample
-from titok_jax.inference.sample_files import FolderWriter, output_kind
+from titok_jax.inference.sample_files import FOLDER_FILES, output_writer, write_folder
 from titok_jax.runtime.command import command
+from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.outputs import check_output, new_file, new_folder
 from titok_jax.runtime.shards import Shards
 from titok_jax.weights import published_models
@@ -33,7 +34,6 @@ _EPILOG = """examples:
   python -m titok_jax.sample --num 1000 --steps 4 --guidance-scale 2 --seed 7 --out samples/
       a folder with one PNG per image, INDEX_LABEL.png, and grid.png
 """
-_FILES = r"\d{6,}_\d+\.png|grid\.png"  # files in a folder of samples
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.num < 1:
         raise ValueError(f"--num is {args.num}, expected at least 1")
-    kind = output_kind(args.out, args.num)
-    out = check_output(args.out, args.overwrite, folder_of=_FILES if kind is FolderWriter else None)
+    write = output_writer(args.out, args.num)
+    folder_of = FOLDER_FILES if write is write_folder else None
+    out = check_output(args.out, args.overwrite, folder_of=folder_of)
     published_models.find(args.model, "generator")  # before JAX is imported
 
     from titok_jax import inference
@@ -91,45 +92,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     from titok_jax.runtime import processes
 
     processes.initialize_distributed()
+    several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batch_size = min(args.batch_size, args.num)
     precision = precision_settings(args)
-    shards = Shards(
-        f"{out}.shards",
-        {"labels": args.labels, "seed": args.seed}
-        | precision
-        | dataclasses.asdict(settings)
-        | weights_sha256(model, tokenizer or model, **revisions),
-        args.num,
-        batch_size,
-        restart=args.overwrite,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    tokenizer, generator = inference.load_pair(model, tokenizer, mesh="local", **precision, **revisions)
+    made_with = {"labels": args.labels, "seed": args.seed} | precision | dataclasses.asdict(settings)
+    made_with |= weights_sha256(model, tokenizer or model, **revisions)
+    with lock_run(f"{out}.shards", temporary=True, **several):
+        shards = Shards(f"{out}.shards", made_with, args.num, batch_size, restart=args.overwrite, **several)
+        tokenizer, generator = inference.load_pair(model, tokenizer, mesh="local", **precision, **revisions)
 
-    def pieces(numbers):
-        options = {"batch_size": batch_size, "numbers": numbers, "sampling": settings}
-        for _, _, images in sample(tokenizer, generator, labels, args.seed, **options):
-            yield {"images": images}
+        def pieces(numbers):
+            options = {"batch_size": batch_size, "numbers": numbers, "sampling": settings}
+            for _, _, images in sample(tokenizer, generator, labels, args.seed, **options):
+                yield {"images": images}
 
-    print(
-        f"{args.model}: {config.num_classes} classes, {config.num_tokens} tokens of {config.codebook_size} codes per image, "
-        f"{tokenizer_config.image_size}x{tokenizer_config.image_size} pixels\n"
-        + "sampling: "
-        + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items())
-        + f", seed {args.seed}\ncompiling; the first batch takes longer",
-        flush=True,
-    )
-    print(shards.make(pieces))
-    if shards.first:
-        with new_folder(out, last="grid.png") if kind is FolderWriter else new_file(out) as path:
-            writer = kind(path, labels)
-            for number, piece in enumerate(shards):
-                writer.add(shards.items(number), piece["images"])
-            writer.close()
-        shards.remove()
-        print(f"wrote {out}")
-    shards.wait("written")
+        print(
+            f"{args.model}: {config.num_classes} classes, {config.num_tokens} tokens of {config.codebook_size} codes per "
+            f"image, {tokenizer_config.image_size}x{tokenizer_config.image_size} pixels\n"
+            + "sampling: "
+            + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items())
+            + f", seed {args.seed}\ncompiling; the first batch takes longer",
+            flush=True,
+        )
+        print(shards.make(pieces))
+        if shards.first:
+            if folder_of is None:
+                output = new_file(out, replace=args.overwrite)
+            else:
+                output = new_folder(out, files=folder_of, replace=args.overwrite, last="grid.png")
+            with output as path:
+                write(path, labels, ((shards.items(number), piece["images"]) for number, piece in enumerate(shards)))
+            shards.remove()
+            print(f"wrote {out}")
+        shards.wait("written")
 
 
 if __name__ == "__main__":

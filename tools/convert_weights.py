@@ -202,17 +202,17 @@ def _check(args: argparse.Namespace, output: Path, format: str, files: pretraine
 def _write_output(output: Path, format: str, tensors: Mapping[str, Any], config: models.Config | None) -> None:
     """Writes a folder or a file, with its configuration beside it unless it is that of a known model; reads it back."""
     if format == "folder":
-        with new_folder(output, last=pretrained.CONFIG_FILE) as folder:
+        with new_folder(output, files=pretrained.FOLDER_FILES, replace=False, last=pretrained.CONFIG_FILE) as folder:
             write(folder / pretrained.WEIGHTS_FILE, "safetensors", tensors, config)
             compare(folder / pretrained.WEIGHTS_FILE, tensors, config)
             config_files.write_config(folder / pretrained.CONFIG_FILE, config)
         return
-    with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(new_file(output))
+    with new_file(output, replace=False) as partial:
         write(partial, format, tensors, config)
         compare(partial, tensors, config)
-        if _needs_config(config):
-            config_files.write_config(stack.enter_context(new_file(output.with_suffix(".json"))), config)
+    if _needs_config(config):
+        with new_file(output.with_suffix(".json"), replace=False) as partial:
+            config_files.write_config(partial, config)
 
 
 def _needs_config(config: models.Config | None) -> bool:

@@ -35,8 +35,8 @@ from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource
 from titok_jax.data.transforms import decode_image
 from titok_jax.data.webdataset import WebDatasetSource, tar_files, tar_writer
 from titok_jax.runtime.command import command
-from titok_jax.runtime.locks import file_lock
-from titok_jax.runtime.outputs import check_output, new_file
+from titok_jax.runtime.locks import lock_run
+from titok_jax.runtime.outputs import check_output, new_file, remove_leftovers
 from titok_jax.runtime.paths import is_remote
 from titok_jax.runtime.shards import Shards
 
@@ -465,9 +465,9 @@ def _check_arguments(args: argparse.Namespace) -> int:
 def _write_report(report: Path, listed: Path, left_out: Sequence[str], summary: dict[str, Any]) -> None:
     """Writes what was made, and why images were left out."""
     if left_out:
-        with new_file(listed) as partial:
+        with new_file(listed, replace=False) as partial:
             partial.write_text("".join(f"{reason}\n" for reason in left_out), encoding="utf-8")
-    with new_file(report) as partial:
+    with new_file(report, replace=False) as partial:
         partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
@@ -496,23 +496,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     paths = [args.out / f"{args.split}-{n:05d}-of-{num_shards:05d}{WRITERS[args.format][0]}" for n in range(num_shards)]
     work = args.out / f"{args.split}.shards"  # records the contents of each finished shard
-    old = {path for suffix, _ in WRITERS.values() for path in args.out.glob(f"{args.split}-*{suffix}")}
-    stale = sorted(old if complete or not work.exists() else old - set(paths))
+    names = rf"{args.split}-\d{{5,}}-of-\d{{5,}}({'|'.join(re.escape(suffix) for suffix, _ in WRITERS.values())})"
+    old = {path for path in args.out.iterdir() if re.fullmatch(names, path.name) or path == listed}
+    stale = old if complete or not work.exists() else old - {*paths, listed}
     if stale and not args.overwrite:
-        raise FileExistsError(f"{stale[0]} exists and nothing was overwritten; choose another output or add --overwrite")
+        raise FileExistsError(f"{min(stale)} exists and nothing was overwritten; choose another output or add --overwrite")
     settings = {"kind": kind, "images": len(source), "files": fingerprint(files), "verify": not args.no_verify}
     settings |= {"format": args.format} if args.format != "array_record" else {}  # older work has none, and goes on
-    work.mkdir(exist_ok=True)
-    with file_lock(work, wait=False, go_on=True) as alone:
-        if not alone:
-            raise ValueError(f"another process is at work in {work}; wait for it")
-        # The order matters: if the process is killed here, the remaining files must not look complete, nor seem to come from
-        # these settings.
-        for path in (*(work.iterdir() if complete else ()), report, listed, *stale):
-            path.unlink(missing_ok=True)
+    with lock_run(work, temporary=True):
+        # The order matters: nothing is removed before the folder is known to be ours. If the process is killed here, the
+        # remaining files must not look complete: a shard counts only together with its piece of `shards`.
         shards = Shards(work, settings, num_shards, 1, restart=args.overwrite)
-        for path in args.out.glob(f".{args.split}-*"):  # leftovers of killed writers
-            path.unlink()
+        unfinished = {listed, *(paths[number] for number in shards.missing())}
+        for path in ([report] if complete else []) + sorted(stale | (old & unfinished)):
+            path.unlink(missing_ok=True)
+        remove_leftovers(args.out, names)  # also of shards with other numbers
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             write_shards(source, shards, paths, verify=not args.no_verify, workers=args.workers)
@@ -529,6 +527,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         _write_report(report, listed, left_out, summary)
         shards.remove()
+    for other in sorted(args.out.glob(f"{args.split}-*")):
+        if not re.fullmatch(names, other.name):
+            print(f"WARNING: {other} is of other origin, and the pattern {args.split}-* matches it too")
     for text in found:
         print(f"WARNING: {text}")
     state = "all is as in ImageNet" if not found else f"see {listed} and {report}" if left_out else f"see {report}"

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--steps is {args.steps}, expected at least 1")
     output = check_output(args.output, args.overwrite)
     params = train(args.steps, args.seed)
-    with new_file(output) as partial:
+    with new_file(output, replace=args.overwrite) as partial:
         safetensors_file.write_safetensors(partial, convert.to_published(convert.table_for(DigitsNetConfig()), params))
     network = features.load_digits_features(output)
     accuracy = {}

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from titok_jax.data.transforms import Example, decode_image
-from titok_jax.runtime.outputs import new_file
+from titok_jax.runtime.outputs import check_absent, new_file
 from titok_jax.runtime.paths import as_path
 
 _HEADER = struct.Struct("<HiH")
@@ -90,9 +90,11 @@ def token_writer(path: str | os.PathLike) -> Iterator[Callable[[np.ndarray, int]
             write(tokens, label)  # ids [N] and a class index
 
     The file appears under its name when the block ends without an exception, so an interrupted run leaves no file that
-    looks complete. Until then it is a hidden file beside it, or a local file if the output is in a bucket.
+    looks complete. Until then it is a hidden file beside it, or a local file if the output is in a bucket. A file that is
+    there is not replaced.
 
     Raises:
+      FileExistsError: there is such a file, or one has appeared during the work.
       ValueError: the path has neither suffix, or `encode_tokens` rejects the tokens.
     """
     suffix = Path(path).suffix
@@ -139,7 +141,8 @@ def _array_record_writer(path: str | os.PathLike, compression: str) -> Iterator[
 
 @contextlib.contextmanager
 def _whole_or_nothing(path: str | os.PathLike) -> Iterator[Path]:
-    """`outputs.new_file`, but creates the parent folder if it does not exist."""
+    """`outputs.new_file`, but creates the parent folder if it does not exist, and refuses a file that does."""
+    check_absent(path)
     as_path(path).parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as partial:
+    with new_file(path, replace=False) as partial:
         yield partial

@@ -116,7 +116,7 @@ def pretokenize(
     process_count: int = 1,
     batch_size: int = 64,
 ) -> tuple[int, int]:
-    """Writes the shards of one process that do not exist yet.
+    """Writes the shards of one process that do not exist yet. No other run may work in that folder (`locks.lock_run`).
 
     Args:
       settings: crops, seed, passes, shards, format, and everything else that the records depend on. The manifest holds them.
@@ -137,7 +137,7 @@ def pretokenize(
         if different:
             raise ValueError(f"{folder} was begun with other settings ({'; '.join(different)}); choose another folder")
     elif process_index == 0:
-        with new_file(manifest) as partial:
+        with new_file(manifest, replace=False) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
     num_shards, length = settings["shards"], settings["passes"] * len(source)
     written = there = 0

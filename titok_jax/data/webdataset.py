@@ -12,7 +12,7 @@ import numpy as np
 
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example
-from titok_jax.runtime.outputs import new_file
+from titok_jax.runtime.outputs import check_absent, new_file
 from titok_jax.runtime.paths import file_size, open_bytes, read_bytes
 
 # How files of these kinds begin; all others are named JPEG, as ImageNet's are.
@@ -125,16 +125,10 @@ def tar_writer(path: str | os.PathLike) -> Iterator[Callable[[bytes, int], None]
 
     Raises:
       OSError: the file cannot be written.
+      FileExistsError: there is such a file, or one has appeared during the work.
     """
     path = Path(path)
     stem, count = path.stem.replace(".", "-"), 0
-
-    @contextlib.contextmanager
-    def named() -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
 
     def write(data: bytes, label: int) -> None:
         nonlocal count
@@ -142,15 +136,10 @@ def tar_writer(path: str | os.PathLike) -> Iterator[Callable[[bytes, int], None]
         for ending, content in ((suffix, data), ("cls", str(label).encode())):
             member = tarfile.TarInfo(f"{stem}-{count:06d}.{ending}")
             member.size = len(content)
-            with named():
-                tar.addfile(member, io.BytesIO(content))
+            tar.addfile(member, io.BytesIO(content))
         count += 1
 
+    check_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as partial:
-        tar = tarfile.open(partial, "w")  # noqa: SIM115 (closed below, where errors get the name)
-        try:
-            yield write
-        finally:
-            with named():
-                tar.close()
+    with new_file(path, replace=False) as partial, tarfile.open(partial, "w") as tar:
+        yield write

@@ -13,6 +13,7 @@ from etils import epath
 
 from titok_jax import __version__
 from titok_jax.evaluation import pieces
+from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
 from titok_jax.runtime.sharding import round_up_batch_size
@@ -48,8 +49,6 @@ class Work:
         if self.first:
             for shards in self.jobs:
                 shards.remove()
-            with contextlib.suppress(OSError, ValueError):  # etils raises ValueError
-                self.folder.rmdir()
 
 
 def versions() -> dict[str, str]:
@@ -69,18 +68,25 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_json(path: str, result: dict[str, Any]) -> None:
-    with new_file(path) as partial:
+def write_json(path: str, result: dict[str, Any], *, replace: bool) -> None:
+    with new_file(path, replace=replace) as partial:
         partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def work_folder(json_file: str | None) -> Iterator[Path | epath.Path]:
-    if json_file:
-        yield as_path(f"{json_file}.shards")
-        return
+def work_folder(output: str | None) -> Iterator[Path | epath.Path]:
+    """Yields the folder for the pieces of an evaluation that writes this file. No other run works there.
+
+    Raises:
+      ValueError: another run works there; or there are several processes and no output.
+    """
     import jax
 
+    if output:
+        several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        with lock_run(f"{output}.shards", temporary=True, **several):
+            yield as_path(f"{output}.shards")
+        return
     if jax.process_count() > 1:
         raise ValueError(
             "several processes need --json FILE, in a folder that all of them reach: they share their work there"

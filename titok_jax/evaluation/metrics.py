@@ -219,16 +219,16 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def save(self, path: str | os.PathLike, spatial: "FeatureStatistics | None" = None) -> None:
-        """Writes an .npz file, which is either complete or absent. It holds `mu`, `sigma`, `count` and `network`. If
-        `spatial` is given, the statistics for sFID, it also holds `mu_s`, `sigma_s` and `count_s`. ADM's evaluator can read
-        it as a reference."""
+        """Writes an .npz file, which is either complete or absent, and replaces one that is there. It holds `mu`, `sigma`,
+        `count` and `network`. If `spatial` is given, the statistics for sFID, it also holds `mu_s`, `sigma_s` and
+        `count_s`. ADM's evaluator can read it as a reference."""
         arrays: dict[str, np.ndarray] = {}
         for suffix, stats in (("", self), ("_s", spatial)):
             if stats is not None:
                 arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = stats.mean, stats.covariance
                 arrays[f"count{suffix}"] = np.asarray(stats.count, np.int64)
         arrays["network"] = np.asarray(self.network)
-        with new_file(path) as partial, open(partial, "wb") as file:
+        with new_file(path, replace=True) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())

@@ -34,14 +34,14 @@ class Reference:
     neighbourhoods: np.ndarray
     about: dict[str, Any]
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, replace: bool) -> None:
         """Writes an .npz file, which is either complete or absent. It holds the arrays of `FeatureStatistics.save`,
         `neighbourhoods`, and `about` as JSON."""
         arrays: dict[str, np.ndarray] = {"network": np.asarray(self.pool.network)}
         for suffix, stats in (("", self.pool), ("_s", self.spatial)):
             if stats is not None:
                 arrays |= {f"mu{suffix}": stats.mean, f"sigma{suffix}": stats.covariance, f"count{suffix}": stats.count}
-        with new_file(path) as partial, open(partial, "wb") as file:
+        with new_file(path, replace=replace) as partial, open(partial, "wb") as file:
             np.savez(file, neighbourhoods=self.neighbourhoods, about=json.dumps(self.about), **arrays)
 
 

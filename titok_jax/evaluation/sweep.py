@@ -23,6 +23,7 @@ from titok_jax.runtime.paths import as_path
 def run_sweep(run: Evaluation, grid: Sequence[SamplingConfig]) -> None:
     """Evaluates each setting of a grid, except those already in the JSON file, and writes the JSON file and the plot."""
     args, path = run.args, as_path(run.args.json)
+    replace_picture = args.overwrite or path.exists()
     points = _finished_points(run) if path.exists() else []
     missing = [settings for settings in grid if all(point["sampling"] != dataclasses.asdict(settings) for point in points)]
     if missing:
@@ -35,13 +36,14 @@ def run_sweep(run: Evaluation, grid: Sequence[SamplingConfig]) -> None:
         if job.first:
             figures = scores.generation_figures(job, reference, run.prefix)
             figures |= scores.codebook_figures(job, generator.codebook_size)
+            ours = args.overwrite or bool(points)  # after the first point the file is that of this sweep
             points.append({"sampling": dataclasses.asdict(settings), "metrics": figures, "versions": versions()})
             points.sort(key=lambda point: (point["sampling"]["temperature"], point["sampling"]["guidance_scale"]))
-            write_json(args.json, {**run.result, "reference": reference.about, "points": points})
+            write_json(args.json, {**run.result, "reference": reference.about, "points": points}, replace=ours)
             job.remove()
             print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
     if run.work.first:
-        with new_file(path.with_suffix(".png")) as partial:
+        with new_file(path.with_suffix(".png"), replace=replace_picture) as partial:
             sweep_plot(points, f"{args.model}, {args.num:,} samples").savefig(partial, format="png")
         print(f"wrote {path} and {path.with_suffix('.png')}")
 

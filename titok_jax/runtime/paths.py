@@ -8,11 +8,13 @@ only read, by `open_bytes` and `read_bytes`.
 
 import atexit
 import contextlib
+import errno
 import functools
 import importlib.util
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -129,6 +131,30 @@ def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = No
         return file.read(length)
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Makes the error that a full or failing disk raises in the block say what was being written. By itself it does not.
+
+    Raises:
+      OSError: "cannot write PATH: No space left on device" and the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        reason = error.strerror
+        if error.errno == errno.EIO:
+            reason += ", of its disk or of what is read for it"
+        raise OSError(f"cannot write {os.fspath(path)}: {reason}") from error
+
+
+def short_name(name: str) -> str:
+    """Shortens a long name, to leave room for additions within the 255 bytes that a file name may have."""
+    data = os.fsencode(name)
+    return name if len(data) <= 100 else f"{data[:80].decode(errors='ignore')}-{zlib.crc32(data):08x}"
+
+
 def files_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
     """Yields the files in a folder and its sub-folders, in no particular order, each as a tuple of path components.
 
@@ -139,17 +165,25 @@ def files_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
       OSError: a folder that cannot be read; the message names it.
     """
 
+    if not is_remote(folder):
+        top = os.fspath(folder)
+        yield from _local_files(top, (), _identities(os.path.realpath(top)))
+        return
+    for names in objects_below(folder):
+        if not any(map(is_system_name, names[:-1])):
+            yield names
+
+
+def objects_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
+    """Yields all objects in a folder of a bucket, also hidden ones, in the form of `files_below`."""
+
     def stem(place: str | os.PathLike) -> str:
         return os.fspath(place).rpartition("://")[2].strip("/")  # etils may leave out the scheme
 
     top = as_path(folder)
-    if not is_remote(top):
-        yield from _local_files(os.fspath(top), (), _identities(os.path.realpath(top)))
-        return
     for place, _, names in top.walk():
         between = tuple(filter(None, stem(place).removeprefix(stem(top)).split("/")))
-        if not any(map(is_system_name, between)):
-            yield from ((*between, name) for name in names if name)
+        yield from ((*between, name) for name in names if name)
 
 
 def is_system_name(name: str) -> bool:
@@ -206,7 +240,8 @@ def _copied(path: str, length: int, mtime: int) -> Path:
     local = _local_root() / path.replace("://", "/")
     local.parent.mkdir(parents=True, exist_ok=True)
     local.unlink(missing_ok=True)  # a reader that has the previous copy open keeps it
-    as_path(path).copy(local, overwrite=True)
+    with writing(local):
+        as_path(path).copy(local, overwrite=True)
     return local
 
 

@@ -8,7 +8,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,10 +24,16 @@ from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
 
 _SETTINGS = "settings.json"
+_JOB = "job"  # the id of a job, in its settings and in each of its pieces
+# The pieces of a job, and what killed writers left of pieces and settings.
+_PIECES = re.compile(r"\d{5,}\.npz|\.(\d{5,}|settings)\.partial-[0-9a-f]{16}\.(npz|json)")
 
 
 class Shards:
     """A folder with the pieces of one job, such as `00012.npz`, and the settings that they were made with.
+
+    The folder is to be locked (`locks.lock_run`) as long as a job works there. Where nothing can be locked, pieces of two
+    jobs are still told apart: each has the id of its job.
 
     Attributes:
       folder: the folder. All processes must reach it, for example in a bucket.
@@ -54,33 +62,22 @@ class Shards:
 
         Raises:
           ValueError: the folder was begun with other settings; the message lists them.
-          NotADirectoryError, FileExistsError: there is a file of that name, or a folder with other files.
+          NotADirectoryError, FileExistsError: there is a file of that name, or a folder with other files. They stay.
         """
         self.folder, self.length, self.size, self.count = as_path(folder), length, size, math.ceil(length / size)
         self.first = process_index == 0
         self._index, self._processes = process_index, process_count
-        path = self.folder / _SETTINGS
         settings = json.loads(json.dumps({"num": length, "batch_size": size} | settings, allow_nan=False))
         if self.first:
-            if self.folder.exists() and not self.folder.is_dir():
-                raise NotADirectoryError(f"{self.folder} is a file, expected a folder of unfinished work, or nothing")
-            if restart and path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-                self.remove()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                there = self.folder.iterdir() if self.folder.exists() else ()  # a bucket has no empty folders
-                foreign = sorted(child.name for child in there if not child.name.startswith("."))
-                if foreign:
-                    raise FileExistsError(f"{self.folder} holds files of other origin ({foreign[0]}); choose another output")
-                with new_file(path) as partial:
-                    partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            self._begin(settings, restart)
         self.wait("begun")
-        if not path.exists():
+        found = self._found()
+        if found is None:
             raise FileNotFoundError(
-                f"{path}: process 0 wrote it, but process {process_index} does not see it; name an output in a folder that "
-                "all processes share"
+                f"{self.folder / _SETTINGS}: process 0 wrote it, but process {process_index} does not see it; name an "
+                "output in a folder that all processes share"
             )
-        found = json.loads(path.read_text(encoding="utf-8"))
+        self._job = found.pop(_JOB)
         keys = dict.fromkeys([*found, *settings])
         different = [
             f"{k}: {found.get(k)!r} there, {settings.get(k)!r} now" for k in keys if found.get(k) != settings.get(k)
@@ -90,6 +87,36 @@ class Shards:
                 f"{self.folder} holds unfinished work with other settings ({'; '.join(different)}); finish it with those, "
                 "or remove that folder"
             )
+
+    def _begin(self, settings: dict[str, Any], restart: bool) -> None:
+        """Makes the folder of a new job; leaves that of one that is to go on as it is."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file, expected a folder of unfinished work, or nothing")
+        found = self._found()
+        if found is not None and not (restart and {**found, _JOB: ""} != {**settings, _JOB: ""}):
+            return
+        for name in self._names():
+            ours = found is not None and (name == _SETTINGS or _PIECES.fullmatch(name))
+            if not ours and not name.startswith("."):
+                raise FileExistsError(f"{self.folder} holds files of other origin ({name}); choose another output")
+        if found is not None:
+            self.remove()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with new_file(self.folder / _SETTINGS, replace=False) as partial:
+            partial.write_text(json.dumps({_JOB: uuid.uuid4().hex, **settings}, indent=2) + "\n", encoding="utf-8")
+
+    def _found(self) -> dict[str, Any] | None:
+        """The settings that the folder holds, with the id of its job. None if it has none, or such of other origin."""
+        try:
+            found = json.loads((self.folder / _SETTINGS).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        ours = isinstance(found, dict) and re.fullmatch("[0-9a-f]{32}", str(found.get(_JOB)))
+        return found if ours else None
+
+    def _names(self) -> list[str]:
+        there = self.folder.iterdir() if self.folder.exists() else ()  # a bucket has no empty folders
+        return sorted(child.name for child in there)
 
     def wait(self, event: str) -> None:
         """Waits until every process has called this."""
@@ -152,8 +179,8 @@ class Shards:
 
     def write(self, number: int, **arrays: np.ndarray) -> None:
         """Writes a piece. Returns when it is on the disk."""
-        with new_file(self._path(number)) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays)
+        with new_file(self._path(number), replace=True) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays, **{_JOB: np.array(self._job)})
             file.flush()
             os.fsync(file.fileno())
 
@@ -162,14 +189,17 @@ class Shards:
 
         Raises:
           FileNotFoundError: the piece does not exist.
-          ValueError: the piece is damaged.
+          ValueError: the piece is damaged, or of another job.
         """
         path = self._path(number)
         try:
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+                arrays = {name: file[name] for name in file.files}
         except (zipfile.BadZipFile, ValueError, EOFError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from None
+        if str(arrays.pop(_JOB, None)) != self._job:
+            raise ValueError(f"{path} was made by another run; remove it, and the same command makes it again")
+        return arrays
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields the pieces of all processes, in order. Only one is in memory at a time."""
@@ -178,9 +208,9 @@ class Shards:
 
     def remove(self) -> None:
         """Removes the pieces, and the folder if it is then empty."""
-        for pattern in ("[0-9]*.npz", ".*.partial-*", _SETTINGS):  # settings last: a job without them cannot be continued
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+        for name in filter(_PIECES.fullmatch, self._names()):
+            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / _SETTINGS).unlink(missing_ok=True)  # last: a job without them cannot be continued
         with contextlib.suppress(OSError, ValueError):  # etils raises ValueError
             self.folder.rmdir()
 

@@ -20,12 +20,12 @@ from titok_jax.data.loader import Loader, make_loader
 from titok_jax.data.token_shards import MANIFEST
 from titok_jax.data.transforms import make_train_transform
 from titok_jax.runtime import sharding
+from titok_jax.runtime.locks import BucketLock, lock_run
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path, is_remote
 from titok_jax.training import same_run
 from titok_jax.training.build import build_task
 from titok_jax.training.checkpoint import Checkpoints
-from titok_jax.training.lock import BucketLock, lock_workdir
 from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.progress import CodebookWatch, Evaluation, Previews, check_classes
 from titok_jax.training.settings import Settings, check_batch, open_source
@@ -241,8 +241,8 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
     shardings = sharding.state_shardings(run.mesh, abstract)
     frozen_shardings = sharding.state_shardings(run.mesh, run.task.frozen)
     frozen = jax.device_put(run.task.frozen, frozen_shardings)
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    lock = held.enter_context(lock_workdir(run.workdir))
+    several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    lock = held.enter_context(lock_run(run.workdir, what="workdir", **several))
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=run.settings.keep_checkpoints)
     stored = run.stored
 
@@ -273,7 +273,7 @@ def write_config(run: Run) -> None:
             if not (isinstance(found, Mapping) and found.keys() >= {"task", "model", "data"}):
                 print(f"WARNING: {path} is of another origin, so the configuration is in the checkpoints only", flush=True)
                 return
-    with new_file(path) as partial:
+    with new_file(path, replace=True) as partial:
         partial.write_text(json.dumps(run.settings.given, indent=2) + "\n")
 
 

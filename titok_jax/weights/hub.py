@@ -106,7 +106,7 @@ def check_download(path: Path) -> None:
     if noted is not None and noted == _note(blob):  # it did not change while it was hashed
         with contextlib.suppress(OSError):  # the note only saves time
             noted[0].parent.mkdir(parents=True, exist_ok=True)
-            with new_file(noted[0]) as partial:
+            with new_file(noted[0], replace=True) as partial:
                 partial.write_bytes(noted[1])
 
 

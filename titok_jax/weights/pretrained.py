@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from etils import epath
 
 from titok_jax import models
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig, tables
-from titok_jax.runtime.outputs import new_folder
+from titok_jax.runtime.outputs import find_foreign, moved_aside, new_folder
 from titok_jax.runtime.paths import HUB_PREFIX, as_path, is_remote, local_copy
 from titok_jax.weights import convert, published_models, safetensors_file, tensor_files
 from titok_jax.weights.config_files import (
@@ -41,6 +42,8 @@ from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.hub import DownloadError, Repository, check_download, weights_checksum
 from titok_jax.weights.known_models import match, published_shapes
 
+# The files of a model folder that is written here, as a regular expression.
+FOLDER_FILES = rf"({TOKENIZER_FOLDER}/)?({re.escape(CONFIG_FILE)}|{re.escape(WEIGHTS_FILE)})"
 TRAINER_MODELS = ("ema_model", "unwrapped_model")  # in a checkpoint folder of the published trainer, the best first
 
 
@@ -98,7 +101,7 @@ def locate(
         beside = path.with_name(CONFIG_FILE) if path.name in (WEIGHTS_FILE, TRAINER_FILE) else path.with_suffix(".json")
         return Source(path, beside if beside.is_file() else None)
     if not path.is_dir():
-        kept = next(path.absolute().parent.glob(f".{path.name}.old-*"), None) if path.name else None
+        kept = moved_aside(path.absolute()) if path.name else None
         hint = f"; a save was killed; what was there before is {kept}" if kept else ""
         raise FileNotFoundError(f"{path} is not a folder or file{hint}")
     if kind is TiTokConfig and (path / TOKENIZER_FOLDER).is_dir():
@@ -425,12 +428,11 @@ def save(
     folder = as_path(folder) if is_remote(folder) else Path(folder).absolute()
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; remove it, choose another, or allow overwriting")
-    if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER})
-        if foreign:
-            raise FileExistsError(f"{folder} holds other files ({foreign[0]}) and is not replaced; move them away")
+    foreign = find_foreign(folder, FOLDER_FILES) if folder.is_dir() else None
+    if foreign:
+        raise FileExistsError(f"{folder} holds other files ({foreign}) and is not replaced; move them away")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder, last=CONFIG_FILE) as partial:
+    with new_folder(folder, files=FOLDER_FILES, replace=overwrite, last=CONFIG_FILE) as partial:
         _write(partial, config, params)
         if tokenizer is not None:
             (partial / TOKENIZER_FOLDER).mkdir()
