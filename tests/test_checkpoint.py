@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ def restore(checkpoints):
     return checkpoints.restore_newest(abstract, shardings, lambda step, config: None)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, full_disk):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, state(1), CONFIG)
 
@@ -35,13 +34,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             checkpoints.save(2, state(2), CONFIG)
 
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write beyond it fails, as on a full disk
-    try:
-        with pytest.raises(OSError, match=r"cannot be written to .*is the disk full\? the newest complete one, of step 1, "):
-            save_again()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = r"cannot be written to .*is the disk full\? the newest complete one, of step 1, "
+    with full_disk(100_000), pytest.raises(OSError, match=message):
+        save_again()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         step, found = restore(checkpoints)
         assert step == 1
@@ -117,3 +112,16 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
         assert checkpoints.latest() is None
         checkpoints.save(1, state(1), CONFIG)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_folder_that_is_named_like_a_checkpoint_is_not_removed(tmp_path):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "3" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"checkpoints/3 is named like a checkpoint, but is none.*move it away"):
+        Checkpoints(tmp_path / "checkpoints", keep=1)
+    assert (tmp_path / "checkpoints" / "3" / "notes.txt").read_text() == "mine"
+    (tmp_path / "checkpoints" / "3").rename(tmp_path / "checkpoints" / "three")
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        for step in (4, 5):
+            checkpoints.save(step, state(step), CONFIG)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["5", "three"]

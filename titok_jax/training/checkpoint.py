@@ -37,6 +37,9 @@ _STORAGE_FAILS = (
 _CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.", "urllib3.")
 
 
+_PARTS = {"state", "config", "_CHECKPOINT_METADATA"}  # every checkpoint has some of these, also a damaged one
+
+
 class Checkpoints:
     """The checkpoints of one run. Call `close` or use a `with` block; both wait for the last write."""
 
@@ -48,6 +51,7 @@ class Checkpoints:
 
         Raises:
           OSError: if the checkpoints in the folder cannot be listed.
+          FileExistsError: if a folder in it is named like a checkpoint and is none. Orbax would remove it.
         """
         # Removes incomplete checkpoints of a killed run. No other run writes here.
         options = ocp.CheckpointManagerOptions(
@@ -60,12 +64,27 @@ class Checkpoints:
                 from google.cloud import storage
 
                 storage.Client().get_bucket(str(self._folder).split("/")[2])
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            foreign = self._foreign()
+            self._manager = None if foreign else ocp.CheckpointManager(self._folder, options=options)
         except Exception as error:
             raise OSError(
                 f"the checkpoints in {self._folder} cannot be listed ({_one_line(error)}). Is the storage reachable, with "
                 "permission to read? Of a bucket that is storage.buckets.get too (docs/tpu.md). The same command tries again"
             ) from error
+
+        if foreign:
+            raise FileExistsError(
+                f"{foreign} is named like a checkpoint, but is none, and older checkpoints are removed; move it away"
+            )
+
+    def _foreign(self) -> epath.Path | None:
+        """A folder that is named like a checkpoint and holds other things."""
+        for place in self._folder.iterdir() if self._folder.exists() else ():
+            if place.name.isdigit() and place.is_dir():
+                names = {path.name for path in place.iterdir()}
+                if names and not names & _PARTS:
+                    return place
+        return None
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -190,7 +209,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step, problem in damaged.items():
                 place = self._folder.parent / "damaged" / str(step)
-                while place.exists():
+                while place.exists() or place.with_name(place.name + ".txt").exists():
                     place = place.with_name(place.name + "_again")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 # Write this file first, because a bucket cannot rename into an empty folder.
