@@ -1,5 +1,6 @@
 """curves.png: every logged number, even a constant, is drawn over its steps and has its place in the file."""
 
+import contextlib
 import json
 import math
 
@@ -10,7 +11,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from titok_jax.pictures import plots
-from titok_jax.training.log import MetricLog
+from titok_jax.training.log import MetricLog, TextLog
 
 
 @pytest.fixture
@@ -131,3 +132,21 @@ def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
     assert line["disc_loss"] is None
     assert line["loss"] == 8.0
     assert line["step"] == 1
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "tensorboard", "curves.png", "log.txt"])
+def test_a_full_disk_says_of_which_file_and_nothing_waits(file, tmp_path, full_disk):
+    log, text = open_log(tmp_path, 0), TextLog()
+    text.open(epath.Path(tmp_path))
+    not_computed = {f"of step {number}": math.nan for number in range(100)}  # TensorBoard gets no such number
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    write = {
+        "metrics.jsonl": lambda step: log.write(step, metrics(step) | not_computed, shown="loss"),
+        "tensorboard": lambda step: log.picture(step, "noise", noise),
+        "curves.png": lambda step: (log.write(step, metrics(step), shown="loss"), log.draw_curves()),
+        "log.txt": lambda step: text.write("words\n"),
+    }[file]
+    with full_disk(2000), pytest.raises(OSError, match=rf"^cannot write {tmp_path}/{file}: File too large$"):
+        list(map(write, range(1, 200)))
+    with contextlib.suppress(OSError):
+        log.close()

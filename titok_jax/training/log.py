@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from titok_jax.pictures import plots
-from titok_jax.runtime.paths import is_remote
+from titok_jax.runtime.outputs import new_file
+from titok_jax.runtime.paths import is_remote, writing
 
 # These have no useful curve, or too many: the step axis itself, times, values that the configuration fixes, norms by group.
 _NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight", "grad_norm/", "disc_grad_norm/")
@@ -53,6 +56,35 @@ class _LogFolder:
             epath.Path(path).copy(place, overwrite=True)
 
 
+class _EventFile:
+    """A new file of events for TensorBoard.
+
+    `tensorboardX.SummaryWriter` writes such a file in a thread. If the disk is full, that thread dies, and the training
+    waits for it for ever. So the events are written here, where an error ends the training.
+    """
+
+    def __init__(self, folder: epath.Path, first_step: int):
+        """TensorBoard hides the events of earlier files from `first_step` on."""
+        self._folder = folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = EventsWriter(str(folder / "events"))
+            self._file.write_event(Event(step=first_step, file_version="brain.Event:2"))
+            self._file.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: summary.Summary) -> None:
+        with writing(self._folder):
+            self._file.write_event(Event(step=step, wall_time=time.time(), summary=values))
+
+    def flush(self) -> None:
+        with writing(self._folder):
+            self._file.flush()
+
+    def close(self) -> None:
+        with writing(self._folder):
+            self._file.close()
+
+
 class TextLog(io.TextIOBase):
     """A copy of what a training prints, in `log.txt` of its workdir, each line with the date and time (UTC).
 
@@ -85,7 +117,8 @@ class TextLog(io.TextIOBase):
         self._terminal.flush()
 
     def _append(self) -> None:
-        with (self._folder.path / "log.txt").open("a") as file:
+        path = self._folder.path / "log.txt"
+        with writing(path), path.open("a") as file:
             file.write("".join(self._kept))
         self._kept = []
         if self._folder.is_due:
@@ -127,10 +160,9 @@ class MetricLog:
         self._folder = _LogFolder(workdir)
         workdir = self._folder.path
         self._path, self._picture = workdir / "metrics.jsonl", workdir / "curves.png"
-        partial = workdir / ".metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(record) + "\n" for record in self._records))
-        partial.replace(self._path)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        with new_file(self._path, replace=True) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in self._records))
+        self._tensorboard = _EventFile(workdir / "tensorboard", first_step + 1)
 
     def waited(self, seconds: float) -> None:
         """Adds the time that a step waited for its data."""
@@ -170,8 +202,8 @@ class MetricLog:
         self._records.append(record)
         for name, value in line.items():
             if not math.isnan(value):  # NaN: not computed in this step
-                self._tensorboard.add_scalar(name, value, step)
-        with self._path.open("a") as file:
+                self._tensorboard.add(step, summary.scalar(name, value))
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self._folder.is_due:
             self._copy()
@@ -190,16 +222,14 @@ class MetricLog:
         curves = {n: p for n, p in curves.items() if any(value for _, value in p)}
         if not curves:
             return
-        partial = self._picture.with_name(".curves.png.partial")
-        with partial.open("wb") as file:
-            plots.training_curves(curves, self._changed).savefig(file, format="png")
-        partial.replace(self._picture)
+        with new_file(self._picture, replace=True) as partial:
+            plots.training_curves(curves, self._changed).savefig(partial, format="png")
         self._copy()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Logs an image, uint8 [H, W, 3]."""
         if self._active:
-            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+            self._tensorboard.add(step, summary.image(name, image, dataformats="HWC"))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -214,8 +244,10 @@ class MetricLog:
 
     def close(self) -> None:
         if self._active:
-            self._tensorboard.close()
-            self._copy()
+            try:
+                self._tensorboard.close()
+            finally:
+                self._folder.copy()
 
 
 def _records(path: epath.Path) -> list[dict]:

@@ -296,7 +296,9 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
     )
     loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
     stop, done, codebook = StopSignal(), start, CodebookWatch(settings)
-    try:
+    with contextlib.ExitStack() as closing:  # closes all of them, even if one cannot write what is left
+        for opened in (stop, started.checkpoints, log, loader):
+            closing.callback(opened.close)
         look(run, log, state, started.frozen, start)  # in case the run was stopped right after writing this checkpoint
         for step in range(start, num_steps):
             began = time.perf_counter()
@@ -325,11 +327,6 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
             if stopping and done < num_steps:
                 break
             look(run, log, state, started.frozen, done)
-    finally:
-        loader.close()
-        log.close()
-        started.checkpoints.close()
-        stop.close()
     return state, done
 
 

@@ -14,6 +14,7 @@ from titok_jax.data.loader import Loader, make_eval_loader
 from titok_jax.data.transforms import make_eval_transform
 from titok_jax.pictures import grids
 from titok_jax.runtime import sharding
+from titok_jax.runtime.outputs import new_file
 from titok_jax.training.log import MetricLog
 from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import Task
@@ -129,8 +130,8 @@ class Previews:
             row_labels=[name for name, _ in chunks],
             title=f"step {step}",
         )
-        with (self._folder / f"{step:07d}.png").open("wb") as file:
-            picture.save(file, "PNG")
+        with new_file(self._folder / f"{step:07d}.png", replace=True) as partial:
+            picture.save(partial)
         log.picture(step, "preview", np.asarray(picture))
 
 
