@@ -1,9 +1,11 @@
 """tpu_scripts against a fake `gcloud` that records its calls and plays a slice of two workers, preempted once."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -67,6 +69,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LIBTPU_LOCKFILE", str(tmp_path / "lockfile"))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     yield tmp_path
@@ -75,9 +78,9 @@ def cloud(tmp_path, monkeypatch):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
-def tpu(cloud, *arguments):
+def tpu(cloud, *arguments, scripts=SCRIPTS):
     return subprocess.run(
-        [SCRIPTS / "tpu.sh", "--config", cloud / "config.sh", *arguments],
+        [scripts / "tpu.sh", "--config", cloud / "config.sh", *arguments],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -365,6 +368,142 @@ def test_a_bucket_is_mounted_once(cloud):
     command = ["bash", SCRIPTS / "with_bucket.sh", "b", "bash", "-c", f'test -e {cloud}/b/file && exit "$0"', "7"]
     assert [subprocess.run(command).returncode for _ in range(2)] == [7, 7]
     assert (cloud / "mounts").read_text() == f"--implicit-dirs -o ro b {cloud}/b\n"
+
+
+@pytest.mark.parametrize("wrong", ["link", "broken link", "file", "name"])
+def test_only_a_folder_of_ours_becomes_a_mount(cloud, wrong):
+    (cloud / "elsewhere").mkdir()
+    (cloud / "elsewhere/file").touch()
+    for name, text in {"mountpoint": '[[ -e "$2/file" ]]', "gcsfuse": f"touch {cloud}/mounted"}.items():
+        (cloud / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (cloud / "bin" / name).chmod(0o755)
+    if wrong == "file":
+        (cloud / "b").touch()
+    elif wrong != "name":
+        (cloud / "b").symlink_to("elsewhere" if wrong == "link" else "nothing")
+    command = ["bash", SCRIPTS / "with_bucket.sh", "../b" if wrong == "name" else "b", "touch", cloud / "ran"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: \S+ is (a link|no folder|no name of a bucket).*\n", done.stderr), done.stderr
+    assert not {"ran", "mounted", "nothing"} & {path.name for path in cloud.iterdir()}
+
+
+def test_the_lock_of_babysit_changes_no_file(cloud):
+    (cloud / "precious").write_text("mine")
+    lock = cloud / "cache/titok_jax/babysit_p_z_t.lock"
+    assert tpu(cloud, "--dry-run", "babysit", "--", "true").returncode == 0
+    assert not lock.parent.exists()  # nor does it take the lock
+    lock.parent.mkdir(parents=True)
+    lock.symlink_to(cloud / "precious")
+    done = tpu(cloud, "babysit", *train(cloud))
+    assert (done.returncode, done.stderr) == (2, f"error: {lock} is no regular file; remove it\n")
+    lock.unlink()
+    lock.write_text("mine")
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = tpu(cloud, "babysit", *train(cloud))
+    assert (done.returncode, done.stderr) == (2, "error: another babysit watches over t\n")
+    assert lock.read_text() == (cloud / "precious").read_text() == "mine"
+    assert calls(cloud) == []
+
+
+RUNS = "$(touch {0}/ran)"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"TOKEN={RUNS}", "nothing is expanded here; write TOKEN='...'"),
+        (f'TOKEN="{RUNS}"', "nothing is expanded here; write TOKEN='...'"),
+        ("TOKEN=`touch {0}/ran`", "nothing is expanded here; write TOKEN='...'"),
+        ("TOKEN=a secret", "nothing is expanded here; write TOKEN='...'"),
+        ("TOKEN='a secret", "nothing is expanded here; write TOKEN='...'"),
+        ("TOKEN=a; touch {0}/ran", "nothing is expanded here; write TOKEN='...'"),
+        ("touch {0}/ran", "expected KEY=VALUE"),
+        (f"BASH_ENV='{RUNS}'", "bash keeps BASH_ENV to itself"),
+    ],
+)
+def test_the_environment_is_read_and_not_run(cloud, line, message):
+    (cloud / "env").write_text("# tokens\n\n" + line.format(cloud) + "\n")
+    done = tpu(cloud, "--dry-run", "setup")
+    assert (done.returncode, done.stderr) == (2, f"error: {cloud}/env, line 3: {message}\n")
+    # Nor by a worker, whoever has put the file there.
+    home = cloud / "worker0"
+    (home / "titok_jax").mkdir(parents=True)
+    shutil.copy(cloud / "env", home / ".titok_env")
+    environment = {**os.environ, "HOME": str(home), "WORKER": "worker0"}
+    command = ["bash", SCRIPTS / "worker.sh", "start", f"touch {cloud}/started"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (cloud / "ran").exists()
+    assert not (cloud / "started").exists()
+
+
+def test_the_environment_arrives_as_it_is(cloud):
+    values = {"TOKEN": RUNS, "RUN": "x=y", "PATHS": "a:b", "QUOTE": "it's", "EMPTY": "", "key": "#1", "command": "?*[]"}
+    lines = [f"TOKEN='{RUNS}'", "export RUN=x=y", " PATHS=a:b \r", "# NOT=1", "", 'QUOTE="it\'s"', "EMPTY=", "key=#1"]
+    home = cloud / "worker0"
+    (home / "titok_jax").mkdir(parents=True)
+    (home / ".titok_env").write_text("\n".join([*lines, "command=?*[]"]))  # the last line has no end
+    program = "import json, os; print(json.dumps(dict(os.environ)))"
+    environment = {**os.environ, "HOME": str(home), "WORKER": "worker0"}
+    subprocess.run(["bash", SCRIPTS / "worker.sh", "start", f"{sys.executable} -c '{program}'"], env=environment, check=True)
+    while not (home / "titok_run/exit").exists():
+        pass
+    found = json.loads((home / "titok_run/log").read_text())
+    assert {name: found.get(name) for name in (*values, "NOT")} == {**values, "NOT": None}
+    assert (home / "titok_run/exit").read_text() == "exit 0\n"
+
+
+def test_tracked_files_are_copied_as_they_are_and_no_others(cloud):
+    repository = cloud / "repository"
+    shutil.copytree(SCRIPTS, repository / "tpu_scripts", ignore=shutil.ignore_patterns("config.sh"))
+    for name, text in {"setup.py": "committed", "constraints.txt": "", ".gitignore": "ignored\n", "gone.py": ""}.items():
+        (repository / name).write_text(text)
+    git = ["git", "-C", repository, "-c", "user.name=a", "-c", "user.email=a@b"]
+    untracked = tpu(cloud, "--dry-run", "setup", scripts=repository / "tpu_scripts")
+    assert untracked.returncode == 2
+    assert untracked.stderr.endswith(f"{repository} is no git repository; setup copies the files that git tracks\n")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    assert tpu(cloud, "create").returncode == 0
+    done = tpu(cloud, "setup", scripts=repository / "tpu_scripts")
+    assert (done.returncode, "not" in done.stderr) == (0, False)
+    (repository / "setup.py").write_text("changed")
+    (repository / "added.py").write_text("")
+    (repository / "gone.py").unlink()
+    subprocess.run([*git, "add", "added.py"], check=True)
+    for name in ("token", "ignored"):
+        (repository / name).write_text("a secret")
+    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
+    shutil.rmtree(cloud / "worker1/titok_jax")
+    done = tpu(cloud, "setup", scripts=repository / "tpu_scripts")
+    assert done.returncode == 0, done.stderr
+    assert f"copying {repository} with its changes that are not committed\n" in done.stderr
+    assert "not copying what git does not track: token; git add what the workers need\n" in done.stderr
+    copied = cloud / "worker1/titok_jax"
+    assert {path.name for path in copied.iterdir()} >= {"setup.py", "added.py", "tpu_scripts"}
+    assert not {"token", "ignored", "gone.py"} & {path.name for path in copied.iterdir()}
+    assert (copied / "setup.py").read_text() == "changed"
+    assert subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout == status
+
+
+@pytest.mark.parametrize(
+    "variable", ["NAME", "PROJECT", "ZONE", "STOP_SECONDS", "POLL_SECONDS", "MAX_FAILURES", "VALID_UNTIL"]
+)
+def test_settings_are_words_and_numbers(cloud, variable):
+    (cloud / "config.sh").write_text((cloud / "config.sh").read_text() + f"{variable}='x[$(touch {cloud}/ran)]'\n")
+    for command in (["stop"], ["babysit", "--", "true"]):
+        done = tpu(cloud, "--dry-run", *command)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(f"error: {variable} is 'x[$(touch {cloud}/ran)]', expected ")
+    worker = subprocess.run(
+        ["bash", SCRIPTS / "worker.sh", "stop", f"x[$(touch {cloud}/ran)]"], capture_output=True, text=True
+    )
+    assert worker.returncode == 2
+    assert "error: stop needs a number of seconds" in worker.stderr
+    assert not (cloud / "ran").exists()
 
 
 def test_shellcheck_finds_nothing():

@@ -190,13 +190,26 @@ on_workers() {
     --command="$*" 9>&-
 }
 
+# Writes an archive of the files that git tracks, as they are now. Others, which may hold secrets, stay here.
+pack() {
+  local archive=$1 changed untracked
+  git -C "$ROOT" rev-parse --verify --quiet HEAD >/dev/null || die "$ROOT is no git repository; setup copies the files that git tracks"
+  # A commit of the changes to tracked files, on no branch; empty if there are none.
+  changed=$(git -C "$ROOT" -c user.name=tpu.sh -c user.email=tpu.sh@localhost stash create) || die "git cannot read the changes in $ROOT"
+  [[ -z $changed ]] || say "copying $ROOT with its changes that are not committed" >&2
+  untracked=$(git -C "$ROOT" ls-files --others --exclude-standard | head -n 5 | tr '\n' ' ')
+  [[ -z $untracked ]] || say "not copying what git does not track: ${untracked% }; git add what the workers need" >&2
+  git -C "$ROOT" archive --format=tar.gz --output="$archive" "${changed:-HEAD}"
+}
+
 setup() {
   local archive status=0
   archive=$(mktemp -d)/titok_jax.tar.gz
-  (cd "$ROOT" && git ls-files -z --cached --others --exclude-standard | tar -czf "$archive" --null --files-from=-)
+  pack "$archive"
   run gcloud compute tpus tpu-vm scp "$archive" "$NAME:titok_jax.tar.gz" "${WHERE[@]}" --worker=all --quiet || status=$?
   if [[ -n $ENV_FILE ]]; then
-    run gcloud compute tpus tpu-vm scp "$ENV_FILE" "$NAME:.titok_env" "${WHERE[@]}" --worker=all --quiet || status=$?
+    run gcloud compute tpus tpu-vm scp "$(realpath "$ENV_FILE")" "$NAME:.titok_env" "${WHERE[@]}" --worker=all --quiet ||
+      status=$?
   fi
   rm -r "$(dirname "$archive")"
   ((status == 0)) || return "$status"
@@ -215,7 +228,7 @@ launch() {
 }
 
 stop() {
-  on_workers all "bash titok_jax/tpu_scripts/worker.sh stop $STOP_SECONDS"
+  on_workers all "bash titok_jax/tpu_scripts/worker.sh stop $(quoted "$STOP_SECONDS")"
 }
 
 # Prints the state of the run on all workers in one word:
@@ -338,6 +351,7 @@ COMMAND=${1:-}
 shift
 
 [[ -f $CONFIG ]] || die "there is no $CONFIG; copy tpu_scripts/config.sh.example to it and fill it in"
+[[ $CONFIG == */* ]] || CONFIG=./$CONFIG # bash would look for it on the PATH
 # shellcheck source=tpu_scripts/config.sh.example
 source "$CONFIG"
 for variable in NAME PROJECT ZONE ACCELERATOR_TYPE PROVISIONING POLL_SECONDS STOP_SECONDS MAX_FAILURES; do
@@ -348,13 +362,35 @@ case $PROVISIONING in
   on-demand | spot | queued | queued-spot) ;;
   *) die "PROVISIONING is $PROVISIONING, expected on-demand, spot, queued or queued-spot" ;;
 esac
-[[ -z $ENV_FILE || -f $ENV_FILE ]] || die "ENV_FILE $ENV_FILE does not exist"
+# These words get into command lines and file names, here and on the workers, and bash computes with the numbers.
+for variable in NAME PROJECT ZONE ACCELERATOR_TYPE RUNTIME_VERSION SERVICE_ACCOUNT VALID_UNTIL; do
+  [[ ${!variable} =~ ^([A-Za-z0-9][A-Za-z0-9.:@_-]*)?$ ]] || die "$variable is ${!variable@Q}, expected letters, digits and . : @ _ -"
+done
+for variable in STOP_SECONDS MAX_FAILURES; do
+  [[ ${!variable} =~ ^[0-9]{1,9}$ ]] || die "$variable is ${!variable@Q}, expected a whole number"
+done
+[[ $POLL_SECONDS =~ ^[0-9]{1,9}(\.[0-9]+)?$ ]] || die "POLL_SECONDS is ${POLL_SECONDS@Q}, expected a number"
+if [[ -n $ENV_FILE ]]; then
+  [[ -f $ENV_FILE ]] || die "ENV_FILE $ENV_FILE does not exist"
+  bash "$HERE/worker.sh" check_environment "$ENV_FILE" || exit 2
+fi
 [[ $DRY_RUN == yes ]] || command -v gcloud >/dev/null || die "gcloud is not on the PATH: install the Google Cloud CLI"
 WHERE=(--project="$PROJECT" --zone="$ZONE")
 
 # Checks that the arguments are -- CMD...
 take_command() {
   [[ ${1:-} == -- && $# -ge 2 ]] || die "$COMMAND needs a command after --, such as: $COMMAND -- python -m titok_jax.train ..."
+}
+
+# Two babysits for one slice would undo each other's work. The lock is in a folder of the user's own, where nobody else can lay
+# a link, and opening it changes no file.
+hold_lock() {
+  local folder=${XDG_CACHE_HOME:-$HOME/.cache}/titok_jax lock
+  lock=$folder/babysit_${PROJECT}_${ZONE}_$NAME.lock
+  mkdir -p "$folder"
+  [[ ! -e $lock && ! -L $lock || -f $lock && ! -L $lock ]] || die "$lock is no regular file; remove it"
+  exec 9>>"$lock"
+  flock -n 9 || die "another babysit watches over $NAME"
 }
 
 case $COMMAND in
@@ -386,9 +422,7 @@ case $COMMAND in
       shift
     fi
     take_command "$@"
-    # Two babysits for one slice would undo each other's work.
-    exec 9>"${TMPDIR:-/tmp}/titok_babysit_${PROJECT}_${ZONE}_$NAME.lock"
-    flock -n 9 || die "another babysit watches over $NAME"
+    [[ $DRY_RUN == yes ]] || hold_lock
     babysit "${@:2}"
     if [[ $delete_at_end == yes && $DRY_RUN == yes ]]; then
       delete_slice

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The part of tpu.sh that runs on each worker. tpu.sh copies it there and calls it:
+#   check_environment FILE
+#                      whether FILE can be the ENV_FILE; tpu.sh also calls this where it runs
 #   setup              installs the repository
 #   start CMD          runs CMD, a bash command line, in the background
 #   status [CMD]       prints "worker HOST none|running|dead|stopped|exit N". none: there is no run, or its command is not
@@ -11,10 +13,47 @@
 # to newest; the newest 20 are kept.
 set -euo pipefail
 
+SCRIPT=$(realpath "${BASH_SOURCE[0]}")
 CODE=$HOME/titok_jax
 RUN=$HOME/titok_run
 VENV=$HOME/titok_venv
 LOCKFILE=${LIBTPU_LOCKFILE:-/tmp/libtpu_lockfile} # the TPU runtime leaves it behind when it is killed
+
+# Reads KEY=VALUE lines into the array `environment`. They are data: nothing in them is expanded or run. A value that a shell
+# would change stands between single quotes. "export " may stand in front; empty lines and those that begin with # do not
+# count. Names that mean something to bash itself are refused: it would run what BASH_ENV says. Messages show no values.
+read_environment() {
+  local file=$1 line key value number=0 plain='[^[:space:]"$`\;&|<>()~'"']*"
+  local pattern="^(export[[:blank:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$"
+  local forms="^($plain|'([^']*)'|\"([^\"\$\`\\]*)\")$"
+  environment=()
+  while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
+    line=${line#"${line%%[![:space:]]*}"} line=${line%"${line##*[![:space:]]}"} # without space at its ends
+    [[ -n $line && $line != \#* ]] || continue
+    if ! [[ $line =~ $pattern ]]; then
+      echo "error: $file, line $number: expected KEY=VALUE" >&2
+      return 2
+    fi
+    key=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+    if [[ $key == BASH* || $key == ENV || $key == UID || $key == EUID || $key == PPID || $key == SHELLOPTS ]]; then
+      echo "error: $file, line $number: bash keeps $key to itself" >&2
+      return 2
+    fi
+    if ! [[ $value =~ $forms ]]; then
+      echo "error: $file, line $number: nothing is expanded here; write $key='...'" >&2
+      return 2
+    fi
+    if [[ $value == [\"\']* ]]; then
+      value=${value:1:-1}
+    fi
+    environment+=("$key=$value")
+  done <"$file"
+}
+
+check_environment() {
+  read_environment "$1"
+}
 
 setup() {
   local python
@@ -54,10 +93,13 @@ free_chips() {
 }
 
 start() {
-  local command=$1 number=1 earlier
+  local command=$1 number=1 earlier environment=()
   if alive; then
     echo "worker $(hostname): a run is going on; stop it first" >&2
     exit 1
+  fi
+  if [[ -f $HOME/.titok_env ]]; then
+    read_environment "$HOME/.titok_env"
   fi
   mkdir -p "$RUN"
   free_chips
@@ -71,20 +113,27 @@ start() {
   rm -f "$RUN/exit" "$RUN/pid"
   printf '%s' "$command" >"$RUN/command"
   # The run gets its own session, so it outlives this connection and its process group has its process id.
-  # shellcheck disable=SC2016 # expanded by the inner bash
-  setsid nohup bash -c '
-    echo $$ >"$1/pid"
-    if [[ -f $HOME/.titok_env ]]; then set -a; source "$HOME/.titok_env"; set +a; fi
-    export PATH="$2/bin:$PATH" JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
-    ended= interrupted=
-    trap "ended=stopped interrupted=yes" TERM # the command gets it too, and may well exit with 0
-    cd "$3"
-    { eval "exec env $4"; } & # env: for VARIABLE=value in front
-    until wait $!; status=$?; [[ -z $interrupted ]]; do interrupted=; done # a signal ends `wait`
-    echo "${ended:-exit $status}" >"$1/exit.new"; mv "$1/exit.new" "$1/exit"
-  ' run "$RUN" "$VENV" "$CODE" "$command" >"$RUN/log" 2>&1 </dev/null &
+  setsid nohup bash "$SCRIPT" run "$command" >"$RUN/log" 2>&1 </dev/null &
   while [[ ! -s $RUN/pid ]]; do sleep 0.05; done
   echo "worker $(hostname) running"
+}
+
+# Runs a command, records its process id and its exit status, and waits for it.
+run() {
+  local ended="" interrupted="" status environment=()
+  echo $$ >"$RUN/pid"
+  [[ ! -f $HOME/.titok_env ]] || read_environment "$HOME/.titok_env"
+  trap "ended=stopped interrupted=yes" TERM # the command gets it too, and may well exit with 0
+  {
+    cd "$CODE"
+    set -- "$1" "$VENV/bin" # the names below may be any
+    ((${#environment[@]} == 0)) || export "${environment[@]}"
+    export PATH="$2:$PATH" JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
+    eval "exec env $1" # env: for VARIABLE=value in front
+  } &
+  until wait $!; status=$?; [[ -z $interrupted ]]; do interrupted=""; done # a signal ends `wait`
+  echo "${ended:-exit $status}" >"$RUN/exit.new"
+  mv "$RUN/exit.new" "$RUN/exit"
 }
 
 status() {
@@ -104,6 +153,10 @@ status() {
 
 stop() {
   local left=$1
+  [[ $left =~ ^[0-9]{1,9}$ ]] || {
+    echo "error: stop needs a number of seconds, found ${left@Q}" >&2
+    exit 2
+  }
   alive || return 0
   kill -TERM -- "-$(<"$RUN/pid")" || return 0 # it has just ended
   while alive && ((left-- > 0)); do sleep 1; done
