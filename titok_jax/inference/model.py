@@ -47,7 +47,7 @@ class Model:
           mesh: the mesh that holds the parameters; batches are sharded along it. None means one device.
 
         Raises:
-          WeightsError: the parameters do not fit the configuration; the message lists every difference.
+          WeightsError: the parameters do not fit the configuration.
           ValueError: another dtype or precision.
         """
         functions = self.functions_class(config, dtype, precision)

@@ -20,6 +20,7 @@ from titok_jax.models.inception import InceptionConfig, InceptionV3
 from titok_jax.models.maskgit_vqgan import MaskgitVQGAN, MaskgitVQGANConfig
 from titok_jax.models.perceptual import PerceptualConfig, PerceptualLoss
 from titok_jax.models.titok import TiTok, TiTokConfig
+from titok_jax.runtime.messages import shown
 
 ENTRY_POINTS = "titok_jax.families"  # group of entry points whose modules register families
 
@@ -91,7 +92,9 @@ def family_named(name: str) -> Family:
             entry_point.load()
     if name not in _FAMILIES:
         known = ", ".join(_FAMILIES)
-        raise ValueError(f"unknown family of models {name!r}, expected one of {known}; import the module that registers it")
+        raise ValueError(
+            f"unknown family of models '{shown(name)}', expected one of {known}; import the module that registers it"
+        )
     return _FAMILIES[name]
 
 

@@ -107,8 +107,7 @@ class GeneratorConfig:
         sampling = published.take(generator, SAMPLING_KEYS, SamplingConfig, "model.generator")
         fields = published.take(generator, _GENERATOR_KEYS, cls, "model.generator")
         fields |= published.take(vq, {"codebook_size": "codebook_size"}, cls, "model.vq_model")
-        if generator:
-            raise ValueError(f"unknown keys in model.generator: {sorted(generator)}")
+        published.check_all_taken(generator, "model.generator", (*SAMPLING_KEYS, *_GENERATOR_KEYS))
         missing = [
             k
             for k in ("model_type", "hidden_size", "num_hidden_layers", "image_seq_len", "condition_num_classes")

@@ -4,8 +4,10 @@ its key."""
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from titok_jax.runtime.messages import first_lines, near, shown
 
 # Upper limits, so that a damaged number causes an error and not hours of building a model.
 _LARGEST = {"num_layers": 1000, "num_res_blocks": 100, "image_size": 8192, "resolution": 8192, "num_steps": 10_000}
@@ -41,14 +43,22 @@ def take_all(values: Any, cls: type, where: str) -> Any:
     errors of `take`, and ValueError for an unknown key."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} is {_shown(values)}, expected an object")
-    values = dict(values)
-    fields = take(values, {field.name: field.name for field in dataclasses.fields(cls)}, cls, where)
-    if values:
-        raise ValueError(f"unknown keys in {where}: {sorted(values)}")
+    values, names = dict(values), {field.name: field.name for field in dataclasses.fields(cls)}
+    fields = take(values, names, cls, where)
+    check_all_taken(values, where, names)
     try:
         return cls(**fields)
     except (TypeError, ValueError) as error:  # TypeError: a field without a default is missing
         raise ValueError(f"{where}: {error}") from None
+
+
+def check_all_taken(values: Mapping[str, Any], where: str, known: Iterable[str]) -> None:
+    """Raises ValueError if `take` has left a key. The message names the nearest one of the `known` keys."""
+    if values:
+        keys = sorted(map(str, values))
+        raise ValueError(
+            f"unknown keys in {where}: {', '.join(first_lines([shown(k) for k in keys]))}{near(keys[0], known)}"
+        )
 
 
 def check(key: str, value: Any, field: str, kind: Any) -> Any:
@@ -101,5 +111,8 @@ def check_fields(config: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:80] + "..."

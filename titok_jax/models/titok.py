@@ -189,8 +189,7 @@ class TiTokConfig:
         if "pixel_decoder" in vq:
             where = "model.vq_model.pixel_decoder"
             fields["pixel_decoder"] = published.take_all(vq.pop("pixel_decoder"), MaskgitVQGANConfig, where)
-        if vq:
-            raise ValueError(f"unknown keys in model.vq_model: {sorted(vq)}")
+        published.check_all_taken(vq, "model.vq_model", (*names, *required, *_OF_TRAINING))
         return cls(**fields)
 
     def to_published(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from titok_jax import models
 from titok_jax.models.generator import SAMPLING_KEYS
+from titok_jax.runtime.messages import shown
 from titok_jax.weights.convert import WeightsError
 
 # The files of a model folder.
@@ -19,6 +20,8 @@ TRAINER_FILE = "pytorch_model.bin"  # the weights file of the published trainer
 TOKENIZER_FOLDER = "tokenizer"  # of a generator's folder
 
 YAML = (".yaml", ".yml")  # endings of the published configurations in configs/
+
+_MOST_VALUES = 100_000  # in a configuration; YAML can name one part in many places, and so on in each part
 
 FAMILY_KEY = "family"  # in a config.json: the name of a model family that the published code does not have
 
@@ -113,10 +116,16 @@ def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, 
     """Replaces every string `${a.b.c}` (OmegaConf) by the value at that path of the same configuration.
 
     Raises:
-      WeightsError: a reference has no target, its target is not a single value, or references are circular.
+      WeightsError: a reference has no target, its target is not a single value, or references are circular, or
+        there are more than 100,000 values.
     """
+    count = 0
 
     def resolve(value: Any, depth: int = 0) -> Any:
+        nonlocal count
+        count += 1
+        if count > _MOST_VALUES:
+            raise WeightsError(f"{source} is not a configuration: it has more than {_MOST_VALUES} values")
         if isinstance(value, dict):
             return {key: resolve(item, depth) for key, item in value.items()}
         if isinstance(value, list):
@@ -129,7 +138,7 @@ def resolve_interpolations(config: dict[str, Any], *, source: str) -> dict[str, 
             target = target.get(key) if isinstance(target, dict) else None
         if match is None or target is None or isinstance(target, dict | list) or depth > 10:
             raise WeightsError(
-                f"{source}: cannot resolve {value!r}; expected ${{a.b.c}}, the path of a single value in this file"
+                f"{source}: cannot resolve '{shown(value)}'; expected ${{a.b.c}}, the path of a single value in this file"
             )
         return resolve(target, depth + 1)
 

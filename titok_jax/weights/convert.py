@@ -14,12 +14,13 @@ import numpy as np
 from titok_jax import models
 from titok_jax.models import tables
 from titok_jax.models.tables import Layout, Table
+from titok_jax.runtime.messages import first_lines, shown
 
 Params = dict[str, Any]  # nested dict of arrays (or of ShapeDtypeStructs)
 
 
 class WeightsError(ValueError):
-    """The weights do not fit the model; the message lists every difference."""
+    """The weights do not fit the model. The message counts the differences, and lists five of each kind."""
 
 
 def flatten(params: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -94,16 +95,20 @@ def to_published(table: Table, params: Params) -> dict[str, np.ndarray]:
 
 
 def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], source: str) -> None:
-    """Raises WeightsError if names are missing or unexpected, or shapes are wrong; the message lists all of them."""
-    problems = [f"missing: {n} {list(expected[n])}" for n in expected if n not in found]
-    problems += [f"surplus: {n} {list(found[n])}" for n in found if n not in expected]
-    problems += [
+    """Raises WeightsError if names are missing or unexpected, or shapes are wrong. The message lists five of each kind."""
+    missing = [f"missing: {n} {list(expected[n])}" for n in expected if n not in found]
+    surplus = [f"surplus: {shown(n)} {list(found[n])}" for n in found if n not in expected]
+    misshapen = [
         f"shape of {n}: {list(found[n])}, expected {list(expected[n])}"
         for n in expected
         if n in found and tuple(found[n]) != tuple(expected[n])
     ]
-    if problems:
-        raise WeightsError(f"{source}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
+    if missing or surplus or misshapen:
+        lines = [*first_lines(missing, "missing"), *first_lines(surplus, "surplus"), *first_lines(misshapen, "misshapen")]
+        raise WeightsError(
+            f"{source}: {len(missing) + len(surplus) + len(misshapen)} tensors do not fit the model:\n  "
+            + "\n  ".join(lines)
+        )
 
 
 def from_published(
@@ -124,8 +129,7 @@ def from_published(
       place: (path, array) -> array on its device; the default keeps numpy arrays.
 
     Raises:
-      WeightsError: the message lists every missing or unexpected tensor and every wrong shape, or names the first tensor
-        that is not floating-point or not finite.
+      WeightsError: as `check_shapes`; or the message names the first tensor that is not floating-point or not finite.
     """
     check_shapes(published_shapes(table, abstract), {n: tuple(w.shape) for n, w in weights.items()}, source)
     flat = {
@@ -158,7 +162,7 @@ def _float(value: Any, name: str, source: str) -> np.ndarray:
 def check_float(dtype: np.dtype, name: str, source: str) -> None:
     """Raises WeightsError unless a tensor has a floating-point dtype."""
     if dtype.kind != "f" and dtype.name != "bfloat16":
-        raise WeightsError(f"{source}: tensor {name} has dtype {dtype}, expected a floating-point type")
+        raise WeightsError(f"{source}: tensor {shown(name)} has dtype {dtype}, expected a floating-point type")
 
 
 def decay_mask(table: Table, params: Params, exempt: Iterable[str]) -> Params:
@@ -191,16 +195,26 @@ def jax_vqgan_to_published(
       source: name of the checkpoint in errors.
 
     Raises:
-      WeightsError: the message lists every missing or unexpected path.
+      WeightsError: as `check_jax_vqgan_names`.
     """
     flat = flatten(tree.get("params", tree))
     names = tables.jax_vqgan_names(config)
-    problems = [f"missing: {path}" for path in names if path not in flat]
-    problems += [f"surplus: {path}" for path in flat if path not in names]
-    if problems:
-        raise WeightsError(f"{source}: {len(problems)} arrays are not a JAX MaskGIT-VQGAN's:\n  " + "\n  ".join(problems))
+    check_jax_vqgan_names(names, flat, source)
     arrays = {path: np.asarray(array) for path, array in flat.items()}
     return {name: a.transpose(3, 2, 0, 1) if (a := arrays[path]).ndim == 4 else a for path, name in names.items()}
+
+
+def check_jax_vqgan_names(expected: Iterable[str], found: Iterable[str], source: str) -> None:
+    """Raises WeightsError if paths of the original JAX MaskGIT-VQGAN are missing or unexpected. The message lists five of
+    each kind."""
+    expected, found = dict.fromkeys(expected), dict.fromkeys(found)
+    missing = [f"missing: {path}" for path in expected if path not in found]
+    surplus = [f"surplus: {shown(path)}" for path in found if path not in expected]
+    if missing or surplus:
+        lines = [*first_lines(missing, "missing"), *first_lines(surplus, "surplus")]
+        raise WeightsError(
+            f"{source}: {len(missing) + len(surplus)} arrays are not a JAX MaskGIT-VQGAN's:\n  " + "\n  ".join(lines)
+        )
 
 
 def published_to_jax_vqgan(

@@ -1,13 +1,13 @@
 """Flax files: nested maps in msgpack. An array is an extension of type 1 that holds shape, dtype and bytes as msgpack."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from titok_jax.runtime.messages import shown
 from titok_jax.weights.convert import WeightsError
-from titok_jax.weights.tensors import DTYPE_NAMES, Tensor
+from titok_jax.weights.tensors import DTYPE_NAMES, MOST_AXES, MOST_TENSORS, Tensor, num_bytes
 
 # first byte -> (kind, number of bytes of the length that follows)
 _MSGPACK = {
@@ -18,6 +18,7 @@ _MSGPACK = {
     **{0xDC + i: ("array", 2 << i) for i in range(2)},
     **{0xDE + i: ("map", 2 << i) for i in range(2)},
 }
+_LONGEST_NAME = 1000  # bytes of one part of a path
 
 
 class FlaxFile:
@@ -26,6 +27,7 @@ class FlaxFile:
     def __init__(self, path: Path, file: BinaryIO, size: int):
         self._path, self._file, self._size = path, file, size
         self.tensors: dict[str, Tensor] = {}
+        self._entries = 0
         self._map("", self._head("map")[1], 0)
         if file.tell() != size:
             raise self._wrong(f"{size - file.tell()} bytes too many")
@@ -61,8 +63,11 @@ class FlaxFile:
         return kind, length
 
     def _string(self) -> str:
+        length = self._head("str")[1]
+        if length > _LONGEST_NAME:
+            raise self._wrong(f"a name of {length} bytes")
         try:
-            return self._read(self._head("str")[1]).decode("utf-8")
+            return self._read(length).decode("utf-8")
         except UnicodeDecodeError:
             raise self._wrong("a name is not UTF-8") from None
 
@@ -73,7 +78,10 @@ class FlaxFile:
             name = prefix + self._string()
             kind, length = self._head("map", "ext")
             if name in self.tensors:
-                raise self._wrong(f"{name} occurs twice")
+                raise self._wrong(f"{shown(name)} occurs twice")
+            self._entries += 1  # maps too
+            if self._entries > MOST_TENSORS:
+                raise self._wrong(f"more than {MOST_TENSORS} entries")
             if kind == "ext":
                 self.tensors[name] = self._array(name, length)
             else:
@@ -82,18 +90,21 @@ class FlaxFile:
     def _array(self, name: str, length: int) -> Tensor:
         code = self._read(1)[0]
         if code != 1:
-            raise self._wrong(f"{name} is of extension type {code}, expected 1 (an array)")
+            raise self._wrong(f"{shown(name)} is of extension type {code}, expected 1 (an array)")
         end = self._file.tell() + length
         if self._head("array")[1] != 3:
-            raise self._wrong(f"{name} is no array")
-        shape = tuple(self._head("int")[1] for _ in range(self._head("array")[1]))
+            raise self._wrong(f"{shown(name)} is no array")
+        axes = self._head("array")[1]
+        if axes > MOST_AXES:
+            raise self._wrong(f"{shown(name)} has {axes} axes, expected at most {MOST_AXES}")
+        shape = tuple(self._head("int")[1] for _ in range(axes))
         dtype_name = self._string()
-        if dtype_name not in {dtype.name for dtype in DTYPE_NAMES}:
-            raise self._wrong(f"{name} has dtype {dtype_name!r}")
-        dtype = next(dtype for dtype in DTYPE_NAMES if dtype.name == dtype_name)
-        num_bytes = self._head("bin")[1]
-        if num_bytes != math.prod(shape) * dtype.itemsize or self._file.tell() + num_bytes != end or end > self._size:
-            raise self._wrong(f"the bytes of {name} do not make {dtype_name} {list(shape)}")
+        dtype = next((dtype for dtype in DTYPE_NAMES if dtype.name == dtype_name), None)
+        if dtype is None:
+            raise self._wrong(f"{shown(name)} has dtype {shown(dtype_name)}")
+        given = self._head("bin")[1]
+        if given != num_bytes(shape, dtype) or self._file.tell() + given != end or end > self._size:
+            raise self._wrong(f"the bytes of {shown(name)} do not make {dtype_name} {list(shape)}")
         tensor = Tensor(self._file, self._file.tell(), shape, dtype)
         self._file.seek(end)
         return tensor

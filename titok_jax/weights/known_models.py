@@ -7,6 +7,7 @@ from typing import Any
 
 from titok_jax import models
 from titok_jax.models import DiscriminatorConfig, InceptionConfig, TiTokConfig
+from titok_jax.runtime.messages import shown
 from titok_jax.weights import convert, published_models
 from titok_jax.weights.config_files import CONFIG_FILE, TRAINER_FILE, WEIGHTS_FILE
 from titok_jax.weights.convert import WeightsError
@@ -56,5 +57,5 @@ def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> mode
         f"{source}: there is no configuration beside it, and its {len(found)} tensors are those of no known model. Put one "
         f"beside it: named {CONFIG_FILE} for a {WEIGHTS_FILE} or {TRAINER_FILE}, else like the file with the ending .json. "
         "The closest known models are:"
-        + "".join(f"\n  {name}: {count} tensors differ, the first is {first}" for name, (count, first) in closest)
+        + "".join(f"\n  {name}: {count} tensors differ, the first is {shown(first)}" for name, (count, first) in closest)
     )

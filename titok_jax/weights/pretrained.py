@@ -277,7 +277,7 @@ def load(
       The configuration, and the parameters as a nested dict of float32 arrays.
 
     Raises:
-      WeightsError: a file is damaged, or the weights do not fit the model; the message lists every difference.
+      WeightsError: a file is damaged, or the weights do not fit the model.
       ValueError, FileNotFoundError, DownloadError: as in `locate`.
     """
     files = locate(source, kind, revision=revision, token=token)
@@ -335,8 +335,8 @@ def open_model(
       model, and each tensor is read on use.
 
     Raises:
-      WeightsError: the file is damaged, does not fit the configuration, or is not a known model. The message lists every
-        difference, or the closest known models.
+      WeightsError: the file is damaged, does not fit the configuration, or is not a known model. The message lists
+        differences, or the closest known models.
     """
     with tensor_files.open_weights(path) as (format, tensors):
         if format == "flax":
@@ -376,10 +376,7 @@ def _from_jax_vqgan(tensors: Mapping[str, Any], config: MaskgitVQGANConfig, sour
     """Renames the tensors of the original JAX MaskGIT-VQGAN to the published PyTorch names, without reading them."""
     tensors = {path.removeprefix("params/"): tensor for path, tensor in tensors.items()}
     names = tables.jax_vqgan_names(config)
-    problems = [f"missing: {path}" for path in names if path not in tensors]
-    problems += [f"surplus: {path}" for path in tensors if path not in names]
-    if problems:
-        raise WeightsError(f"{source}: {len(problems)} arrays are not a JAX MaskGIT-VQGAN's:\n  " + "\n  ".join(problems))
+    convert.check_jax_vqgan_names(names, tensors, source)
     return {
         name: _Transposed(tensors[path], (3, 2, 0, 1)) if len(tensors[path].shape) == 4 else tensors[path]
         for path, name in names.items()

@@ -15,10 +15,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from titok_jax.runtime.messages import shown
 from titok_jax.weights.convert import WeightsError
-from titok_jax.weights.tensors import DTYPE_NAMES, DTYPES, Tensor
+from titok_jax.weights.tensors import DTYPE_NAMES, DTYPES, MOST_TENSORS, Tensor, num_bytes
 
-_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+# Bytes, for 200,000 tensors. The safetensors library allows 100 MB, which can take gigabytes of memory to read.
+_LARGEST_HEADER = 20_000_000
 _CHECKSUMS = "crc32"
 
 
@@ -40,6 +42,8 @@ def read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, str], 
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise wrong("its header has bad metadata")
+    if len(header) > MOST_TENSORS:
+        raise wrong(f"its header has {len(header)} tensors, expected at most {MOST_TENSORS}")
     checksums = metadata[_CHECKSUMS].split(" ") if _CHECKSUMS in metadata else [None] * len(header)
     if len(checksums) != len(header):
         raise wrong(f"its header has {len(checksums)} checksums for {len(header)} tensors")
@@ -49,14 +53,17 @@ def read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, str], 
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
-            raise wrong(f"its header has a bad entry for {name!r}") from None
-        numbers = shape if isinstance(shape, list) else [None]
-        if any(type(n) is not int or n < 0 for n in [*numbers, start, end]) or not isinstance(dtype, str):
-            raise wrong(f"its header has a bad entry for {name!r}")
+            raise wrong(f"its header has a bad entry for {shown(name)}") from None
+        if any(type(n) is not int or not 0 <= n <= size for n in (start, end)) or not isinstance(dtype, str):
+            raise wrong(f"its header has a bad entry for {shown(name)}")
         if dtype not in DTYPES:
-            raise WeightsError(f"{path}: tensor {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
-        if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise wrong(f"{name} has {end - start} bytes, which do not make {dtype} {shape}")
+            known = ", ".join(DTYPES)
+            raise WeightsError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, expected one of {known}")
+        needed = num_bytes(shape, DTYPES[dtype])
+        if needed is None:
+            raise wrong(f"its header has a bad entry for {shown(name)}")
+        if end - start != needed:
+            raise wrong(f"{shown(name)} has {end - start} bytes, which do not make {dtype} {shape}")
         spans.append((start, end))
         verify = None if checksum is None else functools.partial(_verify, path, name, (dtype, shape), checksum)
         tensors[name] = Tensor(file, 8 + length + start, tuple(shape), DTYPES[dtype], verify)
@@ -78,7 +85,7 @@ def _checksum(name: str, dtype: str, shape: list[int], raw: np.ndarray) -> str:
 def _verify(path: Path, name: str, kind: tuple[str, list[int]], checksum: str, raw: np.ndarray) -> None:
     if _checksum(name, *kind, raw) != checksum:
         raise WeightsError(
-            f"{path}: tensor {name} is not what was written (checksum {checksum}); download or write it again"
+            f"{path}: tensor {shown(name)} is not what was written (checksum {shown(checksum)}); download or write it again"
         )
 
 

@@ -1,7 +1,8 @@
-"""A tensor in a file, and the dtypes that files may hold."""
+"""A tensor in a file, and the dtypes and shapes that files may hold."""
 
+import math
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,19 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MOST_AXES = 32
+MOST_TENSORS = 100_000  # in a file
+
+
+def num_bytes(shape: Any, dtype: np.dtype) -> int | None:
+    """The number of bytes of a tensor whose shape a file gives; None if it cannot be the shape of one: it is no list of at
+    most 32 whole numbers from 0 to 2**63 - 1. (The product of a long list of long numbers would take minutes.)"""
+    if not isinstance(shape, list | tuple) or len(shape) > MOST_AXES:
+        return None
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in shape):
+        return None
+    return math.prod(shape) * dtype.itemsize
 
 
 class Tensor:

@@ -1,0 +1,51 @@
+"""How messages show names that files or users give: escaped, short, few, and with what was perhaps meant. No JAX."""
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+
+_LONGEST = 200  # characters of a name
+_MOST = 5  # lines of a list
+
+
+def shown(name: object) -> str:
+    """A name as it may be printed: at most 200 characters, with escapes for line breaks and what else is not printable."""
+    text = str(name)
+    return escaped(text[:_LONGEST]) + ("..." if len(text) > _LONGEST else "")
+
+
+def escaped(text: str, kept: str = "") -> str:
+    """A text with Python's escapes in place of all characters that are not printable, except those in `kept`."""
+    return "".join(
+        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode("ascii") for char in text
+    )
+
+
+def first_lines(lines: Sequence[str], what: str = "") -> list[str]:
+    """The first five of a list of lines, then "... and 145 more WHAT"."""
+    more = len(lines) - _MOST
+    return [*lines[:_MOST], *([f"... and {more:,} more {what}".rstrip()] if more > 0 else [])]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean NAME?" with the nearest of the known names, or "" if none is near."""
+    found = difflib.get_close_matches(name[:_LONGEST], list(known), n=1)
+    return f"; did you mean {shown(found[0])}?" if found else ""
+
+
+def near_path(path: str | os.PathLike) -> str:
+    """`near` for a local path that does not exist: with the nearest name in the last of its folders that exists."""
+    path = os.path.normpath(path)
+    while True:
+        folder, name = os.path.split(path)
+        if os.path.isdir(folder or os.curdir):
+            break
+        if folder == path:
+            return ""
+        path = folder
+    try:
+        names = os.listdir(folder or os.curdir)
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {shown(os.path.join(folder, found[0]))}?" if found else ""
