@@ -298,7 +298,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     assert not pathlib.Path("it_ran").exists()
     for content, message in (
         ([torch.zeros(2)], "expected a state dict .*, found list"),
-        ({"state_dict": {"a": torch.zeros(2)}}, "found dict under 'state_dict'"),
+        ({"state_dict": {"a": torch.zeros(2), "step": 3}}, "found dict under 'state_dict'"),
         ({"a": torch.zeros(2), "step": 3}, "found int under 'step'"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "no known model"),
         ({"a": torch.zeros(2).to_sparse()}, "tensor a is .*sparse"),

@@ -274,11 +274,10 @@ def test_a_checkpoint_of_the_published_trainer(tmp_path, caplog):
 )
 def test_a_pytorch_file_without_pytorch(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"PK\x03\x04" + b"\0" * 20)
-    with pytest.raises(
-        convert.WeightsError,
-        match=r"a\.bin is a PyTorch file and PyTorch is not installed.*pip install torch, or convert it",
-    ):
+    with pytest.raises(convert.WeightsError) as error:
         pretrained.load(tmp_path / "a.bin", TiTokConfig)
+    assert "a.bin is a PyTorch file and PyTorch is not installed" in str(error.value)
+    assert ": pip install torch --index-url https://download.pytorch.org/whl/cpu, or convert it" in str(error.value)
 
 
 def test_headers_that_lie(tmp_path):

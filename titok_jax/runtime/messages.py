@@ -1,6 +1,8 @@
 """How messages show names that files or users give: escaped, short, few, and with what was perhaps meant. No JAX."""
 
 import difflib
+import functools
+import logging
 import os
 from collections.abc import Iterable, Sequence
 
@@ -19,6 +21,12 @@ def escaped(text: str, kept: str = "") -> str:
     return "".join(
         char if char.isprintable() or char in kept else char.encode("unicode_escape").decode("ascii") for char in text
     )
+
+
+@functools.lru_cache(maxsize=1000)
+def say_once(text: str) -> None:
+    """Logs a warning, once per process: a command may read a file more than once."""
+    logging.getLogger(__name__).warning("%s", text)
 
 
 def first_lines(lines: Sequence[str], what: str = "") -> list[str]:

@@ -11,7 +11,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from titok_jax.runtime.messages import first_lines, say_once, shown
 from titok_jax.weights.convert import WeightsError
+
+# PyTorch without CUDA, 200 MB in place of gigabytes. It reads files as well.
+INSTALL = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+
+# Keys of a trainer's file under which the weights are.
+_WRAPPERS = ("state_dict", "model")
+
+# Dicts that are no weights, by their keys.
+_OTHERS = {
+    "an optimizer's state": {"state", "param_groups"},
+    "a learning rate schedule's state": {"last_epoch", "_step_count"},
+}
 
 
 def import_torch(path: Path, purpose: str):
@@ -25,10 +38,17 @@ def import_torch(path: Path, purpose: str):
         import torch
     except ImportError:
         raise WeightsError(
-            f"{path} is a PyTorch file and PyTorch is not installed, which is needed to {purpose} it: "
-            "pip install torch, or convert it to .safetensors where PyTorch is (tools/convert_weights.py)"
+            f"{path} is a PyTorch file and PyTorch is not installed, which is needed to {purpose} it: {INSTALL}, or convert "
+            "it to .safetensors where PyTorch is (tools/convert_weights.py)"
         ) from None
     return torch
+
+
+def _numpy_dtype(tensor: Any, torch: Any) -> np.dtype:
+    """The dtype of a tensor. Raises TypeError if numpy does not have it."""
+    if tensor.dtype == torch.bfloat16:
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(str(tensor.dtype).removeprefix("torch."))
 
 
 class _TorchTensor:
@@ -41,9 +61,7 @@ class _TorchTensor:
     def __init__(self, tensor: Any, torch: Any, mapped: bool):
         self._tensor, self._bfloat16 = tensor, tensor.dtype == torch.bfloat16
         self._int16, self._mapped = torch.int16, mapped
-        self.shape = tuple(tensor.shape)
-        name = str(tensor.dtype).removeprefix("torch.")
-        self.dtype = np.dtype(ml_dtypes.bfloat16) if self._bfloat16 else np.dtype(name)
+        self.shape, self.dtype = tuple(tensor.shape), _numpy_dtype(tensor, torch)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         tensor = self._tensor.detach()
@@ -78,6 +96,12 @@ def _check_archive(path: Path) -> None:
 
 
 def read_torch(path: Path) -> dict[str, _TorchTensor]:
+    """The tensors of a PyTorch file by name, each read on use.
+
+    Raises:
+      WeightsError: PyTorch is not installed; the file is damaged or holds other things than tensors; or tensors that claim
+        more numbers than the file has.
+    """
     torch = import_torch(path, "read")
     mapped = zipfile.is_zipfile(path)  # the old format (before PyTorch 1.6) cannot be mapped into memory
     try:
@@ -87,25 +111,63 @@ def read_torch(path: Path) -> dict[str, _TorchTensor]:
     except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, AttributeError, ...
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0])
+        reason = reason.partition(" Please use ")[0]  # which is how to have the code run
         raise WeightsError(
-            f"{path} is damaged, or holds more than tensors, such as code, which is not run: {reason[:300]}"
+            f"{path} is damaged, or holds more than tensors, such as code, which is not run: {shown(reason)}"
         ) from None
-    if not isinstance(state, Mapping):
-        raise WeightsError(f"{path}: expected a state dict (names and tensors), found {type(state).__name__}")
-    tensors = {}
+    state = _state_dict(path, state, torch)
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise WeightsError(
-                f"{path}: expected a state dict (names and tensors), found {type(tensor).__name__} under {name!r}; save "
-                "only the state dict of the model"
-            )
-        try:
-            tensors[name] = _TorchTensor(tensor, torch, mapped)
-            if tensor.layout != torch.strided:
-                raise TypeError
-        except TypeError:
-            raise WeightsError(f"{path}: tensor {name} is {tensor.dtype} and {tensor.layout}, which is not read") from None
-    return tensors
+        _check_tensor(path, name, tensor, torch)
+    claimed = sum(tensor.nbytes for tensor in state.values())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+    if claimed > 2 * sum(storages.values()):  # 2: a network may use one tensor under two names
+        raise WeightsError(f"{path}: its tensors are of {claimed:,} bytes, but it has only {sum(storages.values()):,}")
+    return {name: _TorchTensor(tensor, torch, mapped) for name, tensor in state.items()}
+
+
+def _state_dict(path: Path, state: Any, torch: Any) -> Mapping[str, Any]:
+    """The names and tensors in what a file holds: it may have them under a key, beside other things. Says if so."""
+
+    def is_state_dict(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+        )
+
+    if is_state_dict(state):
+        return state
+    expected = "expected a state dict (names and tensors)"
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{path}: {expected}, found {type(state).__name__}")
+    for key in _WRAPPERS:
+        if key in state and is_state_dict(state[key]):
+            others = ", ".join(first_lines([shown(other) for other in state if other != key]))
+            say_once(f"{path}: taking what it has under {key!r}" + (f", not {others}" if others else ""))
+            return state[key]
+    for what, keys in _OTHERS.items():
+        if keys <= state.keys():
+            raise WeightsError(f"{path} is {what}: {expected} of a model")
+    name, value = next((n, v) for n, v in state.items() if not (isinstance(n, str) and isinstance(v, torch.Tensor)))
+    raise WeightsError(
+        f"{path}: {expected}, found {type(value).__name__} under '{shown(name)}'; save only the state dict of the model"
+    )
+
+
+def _check_tensor(path: Path, name: str, tensor: Any, torch: Any) -> None:
+    """Raises WeightsError for a tensor that is not a plain array, or that shows its memory more than once."""
+    try:
+        _numpy_dtype(tensor, torch)
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        plain = plain and not tensor.is_neg() and not tensor.is_conj()
+    except TypeError:  # a dtype that numpy does not have
+        plain = False
+    if not plain:
+        kind = f"{tensor.dtype} and {tensor.layout} on {tensor.device.type}"
+        raise WeightsError(f"{path}: tensor {shown(name)} is {kind}, which is not read")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise WeightsError(
+            f"{path}: tensor {shown(name)} is of {tensor.nbytes:,} bytes, but the file has only "
+            f"{tensor.untyped_storage().nbytes():,} for it"
+        )
 
 
 def write_torch(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
