@@ -34,7 +34,7 @@ from titok_jax.inference import decoding, many
 from titok_jax.models import MaskgitVQGANConfig, SamplingConfig
 from titok_jax.runtime import outputs
 from titok_jax.runtime.shards import Shards
-from titok_jax.weights import pretrained
+from titok_jax.weights import model_files, pretrained
 
 # There are fewer images than features; the metrics handle that.
 pytestmark = pytest.mark.filterwarnings("ignore:Matrix is singular")
@@ -175,7 +175,7 @@ def test_reconstruction_figures(kind, model, networks, tmp_path, capsys):
     assert ("perplexity" in result["metrics"]) == (kind != "vae")
     assert (result.get("latents"), result.get("seed")) == (("sample", 0) if kind == "vae" else (None, None))
     assert (result["crop"], result["num_images"], result["features"]["network"]) == ("torchvision", 7, "inception")
-    assert result["sha256"]["tokenizer"] == outputs.sha256(pretrained.locate(folder, type(tokenizer.config)).weights)
+    assert result["sha256"]["tokenizer"] == outputs.sha256(model_files.locate(folder, type(tokenizer.config)).weights)
     assert result["features"]["sha256"] == features.INCEPTION_SHA256
     assert "rFID-7" in capsys.readouterr().out
     assert not (tmp_path / "r.json.shards").exists()

@@ -23,7 +23,7 @@ import tiny_models as tiny
 
 from titok_jax import inference
 from titok_jax.inference import loading
-from titok_jax.weights import convert, pretrained
+from titok_jax.weights import convert, model_files, pretrained
 from titok_jax.weights.hub import DownloadError
 
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
@@ -330,7 +330,7 @@ def test_a_repository_of_a_generator_brings_its_tokenizer(hub, cache, folders, m
     assert fetched(hub) == ["model.safetensors"]
     expected = [digest(model) for model in inference.load_pair(folders["pair"])]
     assert [digest(tokenizer), digest(generator)] == expected
-    names, revisions = pretrained.pin_pair(source)
+    names, revisions = model_files.pin_pair(source)
     assert names == (f"{source}@{COMMIT}",) * 2
     sums = pretrained.weights_sha256(*names, **revisions)
     files = hub.repositories[PAIR]["main"][1]
@@ -357,8 +357,8 @@ def test_the_name_of_a_pair_names_two_repositories(hub, cache):
     tokenizer, generator = inference.load_pair("titok_l32", revision=COMMIT)
     assert (tokenizer.config, generator.config) == (tiny.TOKENIZER, tiny.GENERATOR)
     commits = {"revision": COMMIT, "tokenizer_revision": OLD_COMMIT}
-    assert pretrained.pin_pair("titok_l32", tokenizer_revision="v0") == (("titok_l32", None), commits)
-    assert pretrained.pin_pair("titok_l32", **commits) == (("titok_l32", None), commits)
+    assert model_files.pin_pair("titok_l32", tokenizer_revision="v0") == (("titok_l32", None), commits)
+    assert model_files.pin_pair("titok_l32", **commits) == (("titok_l32", None), commits)
     with pytest.raises(ValueError, match="is a VAE"):  # v0 of the tokenizer is another model
         inference.load_pair("titok_l32", tokenizer_revision="v0")
     message = f"cannot download hf://{GENERATOR}/config.json: there is no revision 'v9' of it"

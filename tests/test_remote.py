@@ -33,8 +33,8 @@ from titok_jax.runtime.shards import Shards
 from titok_jax.training import loop
 from titok_jax.training.checkpoint import Checkpoints
 from titok_jax.training.settings import parse_settings
+from titok_jax.weights import model_files, published_models
 from titok_jax.weights import perceptual_files as perceptual
-from titok_jax.weights import pretrained, published_models
 
 TOOL = test_train.ROOT / "tools" / "convert_weights.py"
 # When one read fails, TensorStore may finish others after their event loop is closed.
@@ -130,7 +130,7 @@ def test_a_model_is_saved_and_loaded(bucket):
         for a, b in zip(jax.tree.leaves(generator.params), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(a, b)
     with pytest.raises(FileNotFoundError, match=r"gs://bucket/nothing is no model folder: it has no config\.json"):
-        pretrained.locate("gs://bucket/nothing")
+        model_files.locate("gs://bucket/nothing")
 
 
 @pytest.fixture

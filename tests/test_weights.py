@@ -141,14 +141,13 @@ import sys
 import numpy as np
 from titok_jax import models
 from titok_jax.weights import config_files
-from titok_jax.weights import known_models
-from titok_jax.weights import pretrained
+from titok_jax.weights import known_models, model_files, pretrained
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 source, kind = sys.argv[1], getattr(models, sys.argv[2])
-files = pretrained.locate(source, kind)
+files = model_files.locate(source, kind)
 known_models.published_shapes(pretrained.load_config(source, kind))
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew

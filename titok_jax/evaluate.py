@@ -174,7 +174,7 @@ def _models(args: argparse.Namespace, mode: str) -> "tuple[int, list[SamplingCon
     from titok_jax import inference
     from titok_jax.evaluation.runs import check_generator, tokenizer_revision
     from titok_jax.evaluation.sweep import settings_grid
-    from titok_jax.weights.pretrained import pin_pair
+    from titok_jax.weights.model_files import pin_pair
 
     if mode in ("reconstruction", "reference"):
         revision = tokenizer_revision(args, None)

@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     published_models.find(args.model, "generator")  # before JAX is imported
 
     from titok_jax import inference
-    from titok_jax.weights.pretrained import pin_pair, weights_sha256
+    from titok_jax.weights.model_files import pin_pair
+    from titok_jax.weights.pretrained import weights_sha256
 
     revisions = {"revision": args.revision, "tokenizer_revision": args.tokenizer_revision}
     (model, tokenizer), revisions = pin_pair(args.model, args.tokenizer, **revisions)

@@ -27,6 +27,7 @@ from titok_jax.weights import (
     flax_file,
     hub,
     known_models,
+    model_files,
     pretrained,
     published_models,
     safetensors_file,
@@ -88,7 +89,7 @@ class Cast:
         return result if dtype is None else result.astype(dtype)
 
 
-def config_of(files: pretrained.Source, kind: type | None) -> models.Config | None:
+def config_of(files: model_files.Source, kind: type | None) -> models.Config | None:
     """Reads the configuration file. Returns None if there is none.
 
     A published file may describe both a tokenizer and a generator. The weights decide: the result is the configuration whose
@@ -115,7 +116,7 @@ def family_of(config: models.Config | None) -> models.Family:
 
 
 @contextlib.contextmanager
-def open_input(files: pretrained.Source, kind: type | None) -> Iterator[tuple[models.Config | None, Mapping[str, Any]]]:
+def open_input(files: model_files.Source, kind: type | None) -> Iterator[tuple[models.Config | None, Mapping[str, Any]]]:
     """Yields the configuration and the tensors of the input. The configuration of a perceptual network's file is None."""
     with contextlib.ExitStack() as stack:
         if files.config is None and kind is None:
@@ -188,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace, output: Path, format: str, files: pretrained.Source, config: Any) -> None:
+def _check(args: argparse.Namespace, output: Path, format: str, files: model_files.Source, config: Any) -> None:
     """Raises ValueError if a model cannot be written in a format."""
     family = family_of(config)
     if format not in family.formats:
@@ -234,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = None if args.kind is None else _KINDS[args.kind]
     if kind is None and all(args.input in published_models.names(name) for name in ("generator", "tokenizer")):
         raise ValueError(f"{args.input} is a tokenizer and a generator; add --kind tokenizer or --kind generator")
-    files = pretrained.locate(args.input, kind, revision=args.revision)
+    files = model_files.locate(args.input, kind, revision=args.revision)
     if args.published_config is not None:
         if not args.published_config.is_file():
             raise FileNotFoundError(f"--published-config {args.published_config}: no such file")

@@ -16,7 +16,7 @@ from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.runtime import sharding
-from titok_jax.weights import pretrained, published_models
+from titok_jax.weights import model_files, pretrained, published_models
 
 
 def load_tokenizer(
@@ -157,7 +157,7 @@ def load_pair(
       FileNotFoundError: as `load_tokenizer`, and if no tokenizer is named and none belongs to the generator.
     """
     revisions = {"revision": revision, "tokenizer_revision": tokenizer_revision}
-    (source, tokenizer), revisions = pretrained.pin_pair(source, tokenizer, **revisions, token=token)
+    (source, tokenizer), revisions = model_files.pin_pair(source, tokenizer, **revisions, token=token)
     pair_configs(source, tokenizer, **revisions, token=token)  # reports a mismatch before weights are read
     options = {"dtype": dtype, "precision": precision, "param_dtype": param_dtype, "mesh": mesh, "token": token}
     generator = load_generator(source, revision=revisions["revision"], **options)
@@ -175,7 +175,7 @@ def pair_configs(
 ) -> tuple[TiTokConfig, GeneratorConfig]:
     """Loads only the configurations of a pair and checks that they fit together. Errors are those of `load_pair`."""
     revisions = {"revision": revision, "tokenizer_revision": tokenizer_revision}
-    (source, tokenizer), revisions = pretrained.pin_pair(source, tokenizer, **revisions, token=token)
+    (source, tokenizer), revisions = model_files.pin_pair(source, tokenizer, **revisions, token=token)
     generator = pretrained.load_config(source, GeneratorConfig, revision=revisions["revision"], token=token)
     if (
         tokenizer is None

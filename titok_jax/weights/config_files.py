@@ -51,6 +51,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is not valid {'YAML' if path.suffix in YAML else 'JSON'}: {error}") from None
 
 
+def model_section(path: Path) -> Mapping[str, Any]:
+    """The section `model` of a configuration file; empty if there is none. Errors as in `read_config`."""
+    section = read_config(path).get("model")
+    return section if isinstance(section, dict) else {}
+
+
 def _parse(path: Path) -> Any:
     if path.suffix not in YAML:
         return json.loads(path.read_text(encoding="utf-8"))
