@@ -126,7 +126,15 @@ def mutate_json(rng: random.Random, text: str) -> bytes:
         return text.replace(f'"{key}":', f'"{key}": {json.dumps(rng.choice(ODD))}, "{key}":', 1).encode()
     depth = 100_000
     return rng.choice(
-        [b"[" * depth, b'{"a":' * depth, text.encode("utf-16"), b"\xef\xbb\xbf" + text.encode(), b"NaN", b'"text"', b"\xff\xfe"]
+        [
+            b"[" * depth,
+            b'{"a":' * depth,
+            text.encode("utf-16"),
+            b"\xef\xbb\xbf" + text.encode(),
+            b"NaN",
+            b'"text"',
+            b"\xff\xfe",
+        ]
     )
 
 
@@ -136,7 +144,9 @@ def an_image(rng: random.Random) -> bytes:
     size = rng.choice([(40, 30), (32, 32), (1, 1), (1, 20_000), (20_000, 1), (3, 500)])
     image = PIL.Image.new(mode, size)
     if mode in ("RGB", "L", "RGBA"):
-        image.putdata([tuple(rng.randrange(256) for _ in mode) if len(mode) > 1 else 9 for _ in range(min(900, size[0] * size[1]))])
+        image.putdata(
+            [tuple(rng.randrange(256) for _ in mode) if len(mode) > 1 else 9 for _ in range(min(900, size[0] * size[1]))]
+        )
     kinds = {"CMYK": ["JPEG", "TIFF"], "RGB": ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"], "L": ["JPEG", "PNG", "BMP"]}
     kind, options = rng.choice(kinds.get(mode, ["PNG", "TIFF"])), {}
     if kind in ("JPEG", "PNG", "WEBP") and rng.randrange(3) == 0:
@@ -364,14 +374,25 @@ class Archive:
         return read
 
     def add(self, rng, tar, key, place):
-        names = [f"{key}.jpg", f"{key}.jpg", f"../{key}/escaped.jpg", "/tmp/escaped.jpg", f"a/{key}.png", ".hidden.jpg", "k0.jpg", "x" * 300 + ".jpg"]
+        names = [
+            f"{key}.jpg",
+            f"{key}.jpg",
+            f"../{key}/escaped.jpg",
+            "/tmp/escaped.jpg",
+            f"a/{key}.png",
+            ".hidden.jpg",
+            "k0.jpg",
+            "x" * 300 + ".jpg",
+        ]
         member = tarfile.TarInfo(rng.choice(names))
         kind = rng.randrange(8)
         content = self.image
         if kind == 0:
             member.type, member.linkname = rng.choice([tarfile.SYMTYPE, tarfile.LNKTYPE]), "/etc/passwd"
         elif kind == 1:
-            member.type = rng.choice([tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE])
+            member.type = rng.choice(
+                [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE]
+            )
         elif kind == 2:
             content = mutate_bytes(rng, content)
         if kind not in (0, 1):
@@ -398,7 +419,13 @@ class Images:
         data = bomb(rng) if rng.randrange(8) == 0 else an_image(rng)
         if rng.randrange(2):
             data = mutate_bytes(rng, data)
-        crop = rng.choice([transforms.center_crop_adm, transforms.center_crop_torchvision, lambda image, size: transforms.ten_crop(image, size)])
+        crop = rng.choice(
+            [
+                transforms.center_crop_adm,
+                transforms.center_crop_torchvision,
+                lambda image, size: transforms.ten_crop(image, size),
+            ]
+        )
 
         def read():
             image = transforms.decode_image(data)
@@ -420,7 +447,15 @@ class Arrays:
         rng = np.random.default_rng(0)
         np.savez(folder / "images.npz", arr_0=rng.integers(0, 255, (4, 8, 8, 3)).astype(np.uint8), labels=np.arange(4))
         about = {"image_size": 8, "network": "net", "source": "x", "num_images": 4, "crop": "adm"}
-        np.savez(folder / "reference.npz", network="net", mu=np.zeros(3), sigma=np.eye(3), count=4, neighbourhoods=np.zeros((2, 3)), about=json.dumps(about))
+        np.savez(
+            folder / "reference.npz",
+            network="net",
+            mu=np.zeros(3),
+            sigma=np.eye(3),
+            count=4,
+            neighbourhoods=np.zeros((2, 3)),
+            about=json.dumps(about),
+        )
         self.files = [folder / "images.npz", folder / "reference.npz"]
         self.shards = folder / "shards"
         Shards(self.shards, {"seed": 0}, 4, 2).write(0, images=np.zeros((2, 4)))
@@ -462,7 +497,9 @@ class Arrays:
                     if way == 0:
                         data = mutate_bytes(rng, data)
                     elif way == 1:
-                        shape = rng.choice([(10**12,), (10**10, 8, 8, 3), (0, 8, 8, 3), (4, 8, 9, 3), (-1,), (2**40, 2**40), ()])
+                        shape = rng.choice(
+                            [(10**12,), (10**10, 8, 8, 3), (0, 8, 8, 3), (4, 8, 9, 3), (-1,), (2**40, 2**40), ()]
+                        )
                         header = {"descr": rng.choice(["|u1", "<f8", "|O", "<U9"]), "fortran_order": False, "shape": shape}
                         out = io.BytesIO()
                         with contextlib.suppress(ValueError):
@@ -503,7 +540,9 @@ class Notes:
         return read
 
 
-KINDS = {kind.__name__: kind for kind in (ModelFolder, ForeignFolder, FlaxFile, Recipe, Tokens, Archive, Images, Arrays, Notes)}
+KINDS = {
+    kind.__name__: kind for kind in (ModelFolder, ForeignFolder, FlaxFile, Recipe, Tokens, Archive, Images, Arrays, Notes)
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

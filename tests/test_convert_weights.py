@@ -104,8 +104,8 @@ def test_dry_run_prints_the_table_and_writes_nothing(tool, tmp_path, capsys):
         (["{folder}", "{tmp}/no/a.safetensors"], "no is not an existing folder; create it first"),
         (["{folder}", "{tmp}/a.npz"], "unknown ending .npz; expected one of .safetensors, .bin"),
         (["{folder}", "{tmp}/a.msgpack"], "a tokenizer is written as folder or safetensors or torch, not as flax"),
-        (["{folder}", "{tmp}/a/", "--kind", "vqgan"], "not a MaskGIT-VQGAN configuration"),
-        (["{tmp}/nothing", "{tmp}/a/"], "unknown model"),
+        (["{folder}", "{tmp}/a/", "--kind", "vqgan"], "is the configuration of a tokenizer; a MaskGIT-VQGAN belongs here"),
+        (["{tmp}/nothing", "{tmp}/a/"], "nothing: no such file or folder"),
         (["titok_l32", "{tmp}/a/"], "titok_l32 is a tokenizer and a generator; add --kind"),
         (["{short}", "{tmp}/a/"], "short.safetensors is not a whole safetensors file"),
         (["{large}", "{tmp}/a/", "--dtype", "float16"], "latent_tokens is not finite in float16"),
@@ -300,7 +300,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
         ([torch.zeros(2)], "expected a state dict .*, found list"),
         ({"state_dict": {"a": torch.zeros(2), "step": 3}}, "found dict under 'state_dict'"),
         ({"a": torch.zeros(2), "step": 3}, "found int under 'step'"),
-        ({"a": torch.zeros(2, dtype=torch.complex64)}, "no known model"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "of no kind of model that is known"),
         ({"a": torch.zeros(2).to_sparse()}, "tensor a is .*sparse"),
     ):
         torch.save(content, "a.bin")

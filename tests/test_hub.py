@@ -2,32 +2,28 @@
 
 import functools
 import hashlib
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import types
-import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import huggingface_hub.constants
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny_models as tiny
+from fake_hub import COMMIT, OLD_COMMIT, PRIVATE, files_of, serve, use
 
 from titok_jax import inference
 from titok_jax.inference import loading
 from titok_jax.weights import convert, model_files, pretrained
 from titok_jax.weights.hub import DownloadError
 
-COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
-PUBLIC, PRIVATE = "yucornetto/tokenizer_titok_l32_imagenet", "someone/private"
+PUBLIC = "yucornetto/tokenizer_titok_l32_imagenet"
 GENERATOR = "yucornetto/generator_titok_l32_imagenet"
 PAIR = "someone/pair"  # a generator with its tokenizer
 
@@ -55,104 +51,6 @@ for step in sys.argv[1:]:
 """
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves repositories by name, revision and file. As on the hub, a redirect leads large files to another address."""
-
-    def __init__(self, repositories):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories = repositories  # {name: {revision: (commit, {file: bytes})}}
-        self.blobs = {}
-        self.requests = []  # (method, path, requested Range)
-        self.break_after = None  # bytes after which the next download ends
-        self.truncated = None  # a large file that is announced and sent too short
-        self.headers = {}  # headers of the answers about a file that are other than they should be
-        self.pushes = {}  # {(method, path): function to call when the next answer to it is ready}
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    @property
-    def other_url(self):
-        """The same server under another host name: the client downloads from the host to which it is redirected."""
-        return f"http://localhost:{self.server_address[1]}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, headers, body=b""):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        hub = self.server
-        hub.requests.append((self.command, self.path, self.headers.get("Range")))
-        if self.path.startswith("/large/"):
-            return self.large(hub.blobs[self.path.removeprefix("/large/")])
-        match = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
-        if match is None:
-            return self.answer(404, {})
-        repository, revision, file = map(urllib.parse.unquote, match.groups())
-        allowed = repository != PRIVATE or self.headers.get("Authorization") == "Bearer good"
-        if repository not in hub.repositories or not allowed:
-            return self.answer(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
-        commits = {commit: (commit, files) for commit, files in hub.repositories[repository].values()}
-        revisions = commits | hub.repositories[repository]
-        if revision not in revisions:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
-        commit, files = revisions[revision]
-        hub.pushes.pop((self.command, self.path), lambda: None)()
-        if file not in files:
-            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
-        data = files[file]
-        digest = hashlib.sha256(data).hexdigest()
-        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        forged = {name: value for name, value in hub.headers.items() if self.command == "HEAD"}
-        if file.endswith(".json"):
-            digest = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's checksum identifies a small file
-            return self.answer(200, {**headers, "ETag": f'"{digest}"'} | forged, data)
-        hub.blobs[digest] = data
-        linked = {
-            "X-Linked-Etag": f'"{digest}"',
-            "X-Linked-Size": str(len(data)),
-            "Location": f"{hub.other_url}/large/{digest}",
-        }
-        return self.answer(302, {**headers, **linked} | forged)
-
-    def large(self, data):
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-")).group(1))
-        body = data[start:]
-        if hashlib.sha256(data).hexdigest() == self.server.truncated:
-            body = body[:-100]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        stop, self.server.break_after = self.server.break_after, None
-        self.wfile.write(body[:stop])
-        if stop is not None:
-            self.close_connection = True
-
-
-def files_of(folder):
-    """The files as the published code writes them, without the checksums that our files have."""
-    weights = safetensors.numpy.load_file(folder / "model.safetensors")
-    files = {"config.json": (folder / "config.json").read_bytes(), "model.safetensors": safetensors.numpy.save(weights)}
-    if (folder / "tokenizer").is_dir():
-        files |= {f"tokenizer/{name}": data for name, data in files_of(folder / "tokenizer").items()}
-    return files
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("models")
@@ -164,21 +62,15 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def hub(folders):
     tokenizer = files_of(folders["tokenizer"])
-    hub = Hub(
-        {
-            PUBLIC: {"main": (COMMIT, tokenizer), "v0": (OLD_COMMIT, files_of(folders["vae"]))},
-            GENERATOR: {"main": (COMMIT, files_of(folders["generator"]))},
-            PRIVATE: {"main": (COMMIT, files_of(folders["generator"]))},
-            PAIR: {"main": (COMMIT, files_of(folders["pair"])), "v0": (OLD_COMMIT, files_of(folders["generator"]))},
-            "someone/empty": {"main": (COMMIT, {"README.md": b"nothing"})},
-        }
-    )
-    thread = threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield hub
-    hub.shutdown()
-    hub.server_close()
-    thread.join()
+    repositories = {
+        PUBLIC: {"main": (COMMIT, tokenizer), "v0": (OLD_COMMIT, files_of(folders["vae"]))},
+        GENERATOR: {"main": (COMMIT, files_of(folders["generator"]))},
+        PRIVATE: {"main": (COMMIT, files_of(folders["generator"]))},
+        PAIR: {"main": (COMMIT, files_of(folders["pair"])), "v0": (OLD_COMMIT, files_of(folders["generator"]))},
+        "someone/empty": {"main": (COMMIT, {"README.md": b"nothing"})},
+    }
+    with serve(repositories) as hub:
+        yield hub
 
 
 def run(url, home, *steps, **settings):
@@ -296,17 +188,9 @@ def test_a_hub_that_breaks_off_for_good_or_holds_a_damaged_file(hub, tmp_path):
 @pytest.fixture
 def cache(hub, tmp_path, monkeypatch):
     """This process reads from the fake hub into an empty cache, which is returned. No networks are made of what it reads."""
-    for name, value in {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": True,
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "notes"))
     for name in ("Tokenizer", "Generator"):
         monkeypatch.setattr(loading, name, lambda config, params, **_: types.SimpleNamespace(config=config, params=params))
-    return tmp_path / "hub"
+    return use(hub, tmp_path, monkeypatch)
 
 
 def fetched(hub):

@@ -193,7 +193,7 @@ def test_the_vqgan_in_each_of_its_forms(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             call(argument)
-    with pytest.raises(ValueError, match="not a tokenizer configuration"):
+    with pytest.raises(ValueError, match="is the configuration of a MaskGIT-VQGAN; a tokenizer belongs here"):
         titok_jax.load_tokenizer(folder)
 
 

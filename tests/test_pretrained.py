@@ -173,7 +173,7 @@ def test_unknown_and_bad_values_in_a_config(saved):
 
 
 def test_one_kind_of_model_is_not_read_as_another(saved):
-    with pytest.raises(convert.WeightsError, match=r"config\.json: not a generator configuration"):
+    with pytest.raises(convert.WeightsError, match=r"config\.json is the configuration of a tokenizer; a gen"):
         pretrained.load(saved, GeneratorConfig)
 
 

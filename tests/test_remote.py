@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from pathlib import Path
 
 import fake_gcs
 import fsspec
@@ -19,6 +20,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from test_distributed import log_of
+from test_weights_in_parts import PARTS, split_weights
 
 import titok_jax
 from titok_jax import evaluate, parity, pretokenize, reconstruct, sample
@@ -27,13 +29,14 @@ from titok_jax.data.records import image_writer, token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.data.webdataset import tar_writer
 from titok_jax.evaluation import features, references
+from titok_jax.models import TiTokConfig
 from titok_jax.runtime import locks, outputs
 from titok_jax.runtime import paths as storage
 from titok_jax.runtime.shards import Shards
 from titok_jax.training import loop
 from titok_jax.training.checkpoint import Checkpoints
 from titok_jax.training.settings import parse_settings
-from titok_jax.weights import model_files, published_models
+from titok_jax.weights import model_files, pretrained, published_models
 from titok_jax.weights import perceptual_files as perceptual
 
 TOOL = test_train.ROOT / "tools" / "convert_weights.py"
@@ -129,8 +132,29 @@ def test_a_model_is_saved_and_loaded(bucket):
         expected = tiny_models.params(tiny_models.GENERATOR)
         for a, b in zip(jax.tree.leaves(generator.params), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(a, b)
-    with pytest.raises(FileNotFoundError, match=r"gs://bucket/nothing is no model folder: it has no config\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"gs://bucket/nothing is no model folder: it has no config\.json and no mod"
+    ):
         model_files.locate("gs://bucket/nothing")
+
+
+def test_all_forms_of_a_model_are_found(bucket, tmp_path):
+    """Weights in parts, a file of one's own name, and the checkpoint folder of the published trainer."""
+    local = tiny_models.save(tmp_path / "model", tiny_models.TOKENIZER)
+    split_weights(local)
+    checkpoint = tiny_models.save(tmp_path / "checkpoint-5" / "ema_model", tiny_models.TOKENIZER).parent
+    (checkpoint / "optimizer.bin").touch()
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        remote = bucket / "parts" / path.relative_to(tmp_path)
+        remote.write_bytes(path.read_bytes())
+    for source in ("parts/model", "parts/model/model.safetensors.index.json", "parts/checkpoint-5"):
+        params = pretrained.load(f"gs://bucket/{source}", TiTokConfig)[1]
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(tiny_models.params(tiny_models.TOKENIZER)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    for name in ("config.json", PARTS[0], PARTS[2], "model.safetensors.index.json"):
+        (bucket / "short" / name).write_bytes((local / name).read_bytes())
+    with pytest.raises(FileNotFoundError, match=f"of its 3 files there are missing: {PARTS[1]}"):
+        pretrained.load("gs://bucket/short", TiTokConfig)
 
 
 @pytest.fixture
@@ -851,5 +875,5 @@ def test_a_copy_is_made_again_when_the_file_has_changed(bucket):
 def test_a_model_there_is_known_before_jax_is_imported(bucket):
     (bucket / "model/config.json").write_text("{}")
     assert published_models.find("gs://bucket/model") == bucket / "model"
-    with pytest.raises(ValueError, match="unknown model 'gs://bucket/no'"):
+    with pytest.raises(ValueError, match="gs://bucket/no: no such file or folder"):
         published_models.find("gs://bucket/no")

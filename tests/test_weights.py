@@ -102,7 +102,8 @@ def test_a_file_finds_its_configuration(tmp_path):
     assert_equal(load_numpy(folder / "model.safetensors", TiTokConfig)[1], tiny.params(tiny.TOKENIZER))
     (tmp_path / "mine.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(
-        ValueError, match=r"(?s)mine\.safetensors: there is no configuration beside it.*\n  tokenizer titok_"
+        ValueError,
+        match=r"(?s)mine\.safetensors holds the weights of a tokenizer, .* no configuration beside it.*\n  tokenizer titok_",
     ):
         inference.load_tokenizer(tmp_path / "mine.safetensors")
     (tmp_path / "mine.json").write_bytes((folder / "config.json").read_bytes())
@@ -120,7 +121,7 @@ def test_a_published_file_needs_no_configuration(tmp_path):
     config, params = load_numpy(name, MaskgitVQGANConfig)
     assert config == MaskgitVQGANConfig()
     assert sum(array.size for array in convert.flatten(params).values()) == 54_515_587
-    with pytest.raises(ValueError, match=r"safetensors is the vqgan maskgit_vqgan, expected a tokenizer"):
+    with pytest.raises(ValueError, match=r"safetensors holds the weights of a MaskGIT-VQGAN; a tokenizer belongs here"):
         pretrained.load_config(name, TiTokConfig)
 
 
@@ -192,7 +193,7 @@ def test_the_jax_checkpoint_of_the_vqgan(tmp_path):
     assert config == VQGAN
     assert_equal(params, tiny.params(VQGAN))
     (tmp_path / "tokenizer_imagenet256_checkpoint.json").unlink()
-    with pytest.raises(ValueError, match="is a Flax checkpoint; of these only the MaskGIT-VQGAN's is read"):
+    with pytest.raises(ValueError, match="is a Flax checkpoint of a MaskGIT-VQGAN; a tokenizer belongs here"):
         pretrained.load(checkpoint, TiTokConfig)
     config_files.write_config(tmp_path / "tokenizer_imagenet256_checkpoint.json", VQGAN)
     del tree["params"]["encoder"]["Conv_0"]

@@ -71,13 +71,16 @@ def test_a_file_without_configuration_is_told_by_its_tensors():
         name: np.broadcast_to(np.float32(0), shape)
         for name, shape in known_models.published_shapes(models.DiscriminatorConfig()).items()
     }
-    with pytest.raises(ValueError, match="a is the discriminator discriminator, expected a tokenizer"):
+    with pytest.raises(ValueError, match="a holds the weights of a discriminator; a tokenizer belongs here"):
         known_models.match(shapes, models.TiTokConfig, source="a")
     del shapes["block_in.0.bias"]
     with pytest.raises(
-        ValueError, match=r"(?s)no known model\. Put one .*discriminator: 1 tensors differ, the first is block_in"
+        ValueError,
+        match=r"(?s)discriminator, but of no known size, .*discriminator: 1 tensors differ, the first is block_in",
     ):
         known_models.match(shapes, None, source="a")
+    with pytest.raises(ValueError, match=r"a: its 1 tensors \(b, ...\) are of no kind of model that is known here; a tok"):
+        known_models.match({"b": np.zeros(1)}, None, source="a")
 
 
 def test_find(tmp_path, monkeypatch):
@@ -90,7 +93,14 @@ def test_find(tmp_path, monkeypatch):
     for name in ("yucornetto/tokenizer_titok_l32_imagenet", "fun-research/TiTok/tokenizer_titok_l32.bin"):  # as published
         assert published_models.find(name, "tokenizer") == published_models.find(f"hf://{name}", "tokenizer") == name
     for wrong, message in (
-        ("titok_l33", r"(?s)unknown model 'titok_l33': neither .*\n  titok_l32: .*\n  titok_b64: "),
+        (
+            "titok_l33",
+            r"unknown model 'titok_l33': it is no .*, and none of digits, titok_l32, .*; did you mean titok_l32\?$",
+        ),
+        ("mien", r"unknown model 'mien': .*; did you mean mine\?$"),
+        ("mien/model.safetensors", r"^mien/model.safetensors: no such file or folder; did you mean mine\?$"),
+        ("x.safetensors", "^x.safetensors: no such file or folder$"),
+        ("owner/name", "^owner/name: no such file or folder; a repository on the hub is hf://owner/name$"),
         ("titok_bl64_vae", "'titok_bl64_vae' is a tokenizer, not a generator; of this kind there are: digits, titok_l32"),
         ("hf://name", "expected hf://owner/name"),
         ("hf://a/b/../c", "expected hf://owner/name"),

@@ -25,7 +25,6 @@ from titok_jax.weights import (
     config_files,
     convert,
     flax_file,
-    hub,
     known_models,
     model_files,
     pretrained,
@@ -240,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.published_config.is_file():
             raise FileNotFoundError(f"--published-config {args.published_config}: no such file")
         files = files._replace(config=args.published_config)
-    hub.check_download(files.weights)
+    pretrained.check_downloads(files.weights)
     if args.published_config is None:
         pretrained.check_config(files)
     with open_input(files, kind) as (config, found):

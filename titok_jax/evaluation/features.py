@@ -19,7 +19,7 @@ from titok_jax import models
 from titok_jax.models import DigitsNetConfig, InceptionConfig, digits_net
 from titok_jax.runtime import sharding
 from titok_jax.runtime.paths import as_path, local_copy
-from titok_jax.weights import convert, published_models, tensor_files
+from titok_jax.weights import convert, kinds, published_models, tensor_files
 from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.perceptual_files import load_perceptual
 
@@ -160,6 +160,9 @@ def verify_inception(path: str | os.PathLike) -> None:
     from that one. (A converted file holds a checksum of every tensor, which is checked when the file is read.)"""
     if CONVERTED_FROM_PUBLISHED.items() <= tensor_files.safetensors_metadata(path).items():
         return
+    names = tensor_files.tensor_names(path)
+    if names is not None:  # a file of another network need not be hashed
+        kinds.check_tensors(names, InceptionConfig, str(path))
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != INCEPTION_SHA256:

@@ -46,6 +46,8 @@ class Family:
       writes_buffers: whether the published state dict holds the buffers, so that they are written too.
       formats: the forms in which the weights can be written: "folder", "safetensors", "torch", "flax".
       published: whether the published code has this family. `config.json` names the others.
+      title: what messages call a model of the family, with its article; "a NAME" if it is "".
+      signs: sets of published names. Weights that have all names of one set are of this family and no other.
     """
 
     name: str
@@ -56,6 +58,12 @@ class Family:
     writes_buffers: bool = False
     formats: tuple[str, ...] = ("folder", "safetensors", "torch")
     published: bool = False
+    title: str = ""
+    signs: tuple[frozenset[str], ...] = ()
+
+    def __post_init__(self):
+        if not self.title:
+            object.__setattr__(self, "title", f"a {self.name}")
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -135,9 +143,32 @@ def _taking(module: Callable[..., nnx.Module], *options: str) -> Callable[..., n
     return make
 
 
-TOKENIZER = register(Family("tokenizer", TiTokConfig, TiTok, lambda c: tables.titok_table(c.patch_size), published=True))
+def _signs(*names: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(one.split()) for one in names)
+
+
+TOKENIZER = register(
+    Family(
+        "tokenizer",
+        TiTokConfig,
+        TiTok,
+        lambda c: tables.titok_table(c.patch_size),
+        published=True,
+        signs=_signs("latent_tokens encoder.positional_embedding decoder.positional_embedding"),
+    )
+)
 GENERATOR = register(
-    Family("generator", GeneratorConfig, make_generator, _generator_table, buffers=_position_ids, published=True)
+    Family(
+        "generator",
+        GeneratorConfig,
+        make_generator,
+        _generator_table,
+        buffers=_position_ids,
+        published=True,
+        signs=_signs(
+            "model.embeddings.word_embeddings.weight model.lm_head.weight", "pos_embed embeddings.weight lm_head.weight"
+        ),
+    )
 )
 VQGAN = register(
     Family(
@@ -147,6 +178,8 @@ VQGAN = register(
         lambda _: tables.maskgit_vqgan_table(),
         formats=("folder", "safetensors", "torch", "flax"),
         published=True,
+        title="a MaskGIT-VQGAN",
+        signs=_signs("quantize.embedding.weight encoder.conv_in.weight", "quantizer/codebook"),
     )
 )
 DISCRIMINATOR = register(
@@ -159,6 +192,7 @@ DISCRIMINATOR = register(
         writes_buffers=True,
         formats=("safetensors", "torch"),
         published=True,
+        signs=_signs("block_in.0.weight to_logits.0.weight"),
     )
 )
 PERCEPTUAL = register(
@@ -169,6 +203,10 @@ PERCEPTUAL = register(
         lambda _: tables.perceptual_table(),
         formats=("safetensors", "torch"),
         published=True,
+        title="a network of a perceptual loss (ConvNeXt, VGG or the heads of LPIPS)",
+        signs=_signs(
+            "features.0.0.weight classifier.2.weight", "features.0.weight features.28.weight", "lin0.model.1.weight"
+        ),
     )
 )
 INCEPTION = register(
@@ -179,8 +217,18 @@ INCEPTION = register(
         lambda _: tables.inception_table(),
         formats=("safetensors",),
         published=True,
+        title="InceptionV3, the network of FID",
+        signs=_signs("Conv2d_1a_3x3.conv.weight"),
     )
 )
 DIGITS_NET = register(
-    Family("digits_net", DigitsNetConfig, _taking(DigitsNet), lambda _: tables.digits_net_table(), formats=("safetensors",))
+    Family(
+        "digits_net",
+        DigitsNetConfig,
+        _taking(DigitsNet),
+        lambda _: tables.digits_net_table(),
+        formats=("safetensors",),
+        title="the network of digits-FID",
+        signs=_signs("convs.0.weight features.weight head.weight"),
+    )
 )

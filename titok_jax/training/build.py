@@ -40,7 +40,7 @@ def build_task(settings: Settings, *, abstract: bool = False) -> Task:
     }
     model, loss = settings.model, settings.loss
     if settings.task == "generator":
-        tokenizer = _load(settings.tokenizer, TiTokConfig, abstract) if settings.tokenizer else None
+        tokenizer = _load("tokenizer", settings.tokenizer, TiTokConfig, abstract) if settings.tokenizer else None
         return generator.make_task(model, loss, tokenizer=tokenizer, token_precision=settings.token_precision, **options)
     if settings.task == "stage1":
         vqgan = _vqgan(settings, abstract)
@@ -55,12 +55,12 @@ def build_task(settings: Settings, *, abstract: bool = False) -> Task:
     return kinds[settings.task].make_task(model, loss, **options)
 
 
-def _load(source: str, kind: type, abstract: bool = False) -> tuple[models.Config, convert.Params]:
-    """Loads a model with its parameters, or their shapes if `abstract`. The parameters stay in host memory; they are moved
-    to the devices with the rest of the state."""
+def _load(field: str, source: str, kind: type, abstract: bool = False) -> tuple[models.Config, convert.Params]:
+    """Loads the model that a field of the recipe names, with its parameters, or their shapes if `abstract`. The parameters
+    stay in host memory; they are moved to the devices with the rest of the state."""
     if not abstract:
         return pretrained.load(source, kind, place=lambda path, array: array)
-    config = load_model_config(source, kind, abstract=True)
+    config = load_model_config(field, source, kind, abstract=True)
     return config, models.abstract(config)[1]
 
 
@@ -68,7 +68,7 @@ def _vqgan(settings: Settings, abstract: bool = False) -> tuple[MaskgitVQGANConf
     """The MaskGIT-VQGAN with its parameters. A "random" one, for testing that a recipe runs, is always the same."""
     config = vqgan_config(settings, abstract=abstract)
     if settings.vqgan != "random":
-        return _load(settings.vqgan, MaskgitVQGANConfig, abstract)
+        return _load("vqgan", settings.vqgan, MaskgitVQGANConfig, abstract)
     if abstract:
         return config, models.abstract(config)[1]
     return config, _new_params(config, jax.random.key(0))
@@ -96,7 +96,7 @@ def _start(settings: Settings) -> convert.Params | None:
     """
     if not settings.init_from or settings.init_from == "random":
         return None
-    found, params = _load(settings.init_from, type(settings.model))
+    found, params = _load("init_from", settings.init_from, type(settings.model))
     if settings.task == "stage2" and found.predicts_codes:
         params = stage2.from_stage1(params, _vqgan(settings)[1])
     return _fill(settings, found, params)

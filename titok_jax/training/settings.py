@@ -180,6 +180,8 @@ def parse_settings(config: ConfigDict, *, abstract: bool = False) -> Settings:
     incomplete = functools.partial(Settings, model=None, image_size=None)
     settings = section(incomplete, fields | parsed | as_json, "", Settings)
     model, image_size = _model(settings, model, abstract)
+    if settings.init_from not in ("", "random") and not abstract:  # another kind of model is refused before any is read
+        load_model_config("init_from", settings.init_from, type(model))
     settings = dataclasses.replace(settings, model=model, image_size=image_size)
     _check_sizes(settings)
     return settings
@@ -206,13 +208,21 @@ def section(make: Callable, fields: Mapping[str, Any], name: str, cls: type | No
         raise ValueError(f"{where}: {error}") from None
 
 
-def load_model_config(source: str, kind: type, *, abstract: bool = False) -> models.Config:
-    """The configuration of a model that a recipe names. `abstract` is as in `parse_settings`."""
+def load_model_config(field: str, source: str, kind: type, *, abstract: bool = False) -> models.Config:
+    """The configuration of a model that a recipe names.
+
+    Args:
+      field: the field of the recipe that names it, for error messages.
+      abstract: as in `parse_settings`.
+    """
     if abstract:
         known = {name: config for (_, name), config in known_models.known_configs(kind).items()}
         if source in known:
             return known[source]
-    return pretrained.load_config(source, kind)
+    try:
+        return pretrained.load_config(source, kind)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"config.{field}: {error}") from None
 
 
 def vqgan_config(settings: Settings, *, abstract: bool = False) -> MaskgitVQGANConfig:
@@ -224,7 +234,7 @@ def vqgan_config(settings: Settings, *, abstract: bool = False) -> MaskgitVQGANC
     if not settings.vqgan:
         raise ValueError("no MaskGIT-VQGAN is set: set --config.vqgan to a name, a folder or a file of it")
     if settings.vqgan != "random":
-        return load_model_config(settings.vqgan, MaskgitVQGANConfig, abstract=abstract)
+        return load_model_config("vqgan", settings.vqgan, MaskgitVQGANConfig, abstract=abstract)
     if settings.vqgan_model is None:
         raise ValueError("config.vqgan: 'random' is for the smoke recipes, expected a name, a folder or a file")
     return settings.vqgan_model
@@ -240,7 +250,7 @@ def _model(settings: Settings, fields: dict[str, Any], abstract: bool) -> tuple[
     if settings.task == "generator":
         tokenizer = None
         if settings.tokenizer:
-            tokenizer = load_model_config(settings.tokenizer, TiTokConfig, abstract=abstract)
+            tokenizer = load_model_config("tokenizer", settings.tokenizer, TiTokConfig, abstract=abstract)
             if not tokenizer.has_tokens:
                 raise ValueError(f"config.tokenizer: {settings.tokenizer} is a VAE, which has no token ids")
             for name, own in (("num_tokens", tokenizer.num_latent_tokens), ("codebook_size", tokenizer.codebook_size)):
@@ -282,7 +292,7 @@ def _pixel_decoder(settings: Settings, abstract: bool) -> MaskgitVQGANConfig:
     if not settings.init_from and not abstract:
         raise ValueError("stage 2 fine-tunes a stage 1 model: set --config.init_from to it, or to 'random' for a trial")
     if settings.init_from != "random" and not abstract:
-        found = load_model_config(settings.init_from, TiTokConfig)
+        found = load_model_config("init_from", settings.init_from, TiTokConfig)
         if not found.predicts_codes:
             return found.pixel_decoder
     return vqgan_config(settings, abstract=abstract)

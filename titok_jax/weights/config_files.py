@@ -11,12 +11,15 @@ from typing import Any
 from titok_jax import models
 from titok_jax.models.generator import SAMPLING_KEYS
 from titok_jax.runtime.messages import shown
+from titok_jax.weights import kinds
 from titok_jax.weights.convert import WeightsError
 
 # The files of a model folder.
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINER_FILE = "pytorch_model.bin"  # the weights file of the published trainer
+INDEX = ".index.json"  # the ending of an index, in place of a weights file that is in several parts
+WEIGHTS_FILES = (WEIGHTS_FILE, WEIGHTS_FILE + INDEX, TRAINER_FILE, TRAINER_FILE + INDEX)  # the best first
 TOKENIZER_FOLDER = "tokenizer"  # of a generator's folder
 
 YAML = (".yaml", ".yml")  # endings of the published configurations in configs/
@@ -80,15 +83,18 @@ def kind_from_json(config: Mapping[str, Any], kind: type, *, source: str) -> mod
     Raises:
       WeightsError: it is the configuration of another kind of model, or has invalid values.
     """
+    cls, config = kind, dict(config)
     try:
-        if FAMILY_KEY not in config:
-            return kind.from_published(config)
-        config = dict(config)
-        name = config.pop(FAMILY_KEY)
-        family = models.family_named(name if isinstance(name, str) else repr(name))
-        if not issubclass(family.config, kind):
-            raise ValueError(f"a model of the family {family.name!r}, expected a {models.family_for(kind).name}")
-        return family.config.from_published(config)
+        if FAMILY_KEY in config:
+            name = config.pop(FAMILY_KEY)
+            cls = models.family_named(name if isinstance(name, str) else repr(name)).config
+            if not issubclass(cls, kind):
+                raise ValueError(f"the configuration of {models.family_for(cls).title}; {kinds.belongs(kind)}")
+        else:
+            kinds.check_config(config, kind, source)
+        return cls.from_published(config)
+    except WeightsError:
+        raise
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from None
 

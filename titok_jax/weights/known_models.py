@@ -8,7 +8,7 @@ from typing import Any
 from titok_jax import models
 from titok_jax.models import DiscriminatorConfig, InceptionConfig, TiTokConfig
 from titok_jax.runtime.messages import shown
-from titok_jax.weights import convert, published_models
+from titok_jax.weights import convert, kinds, published_models
 from titok_jax.weights.config_files import CONFIG_FILE, TRAINER_FILE, WEIGHTS_FILE
 from titok_jax.weights.convert import WeightsError
 
@@ -38,24 +38,31 @@ def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> mode
     """Finds the known model whose tensors have exactly these names and shapes.
 
     Raises:
-      WeightsError: no known model matches, or only one of another kind. The message names that one, or says how many tensors
-        of the closest known models differ.
+      WeightsError: the tensors are of another kind of model or of none that is known, which the message says. Or no known
+        model of this kind matches, and the message says how many tensors of the closest ones differ.
     """
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    family = kinds.family_of_tensors(found)
+    if family is None:
+        names = ", ".join(map(shown, list(found)[:3]))
+        raise WeightsError(
+            f"{source}: its {len(found)} tensors ({names}, ...) are of no kind of model that is known here; "
+            f"{kinds.belongs(kind)}. A family of your own needs its {CONFIG_FILE} beside it"
+        )
+    if kind is not None:
+        kinds.check_tensors(found, kind, source)
     differences = {}
-    for (kind_name, name), config in known_configs().items():
+    for (kind_name, name), config in known_configs(family.config).items():
         expected, optional = published_shapes(config), models.family_of(config).buffers(config)
         given = {n: shape for n, shape in found.items() if n not in optional}
         if given == expected:
-            if kind is not None and not isinstance(config, kind):
-                raise WeightsError(f"{source} is the {kind_name} {name}, expected a {models.family_for(kind).name}")
             return config
         differing = [n for n in given.keys() | expected.keys() if given.get(n) != expected.get(n)]
         differences[f"{kind_name} {name}"] = len(differing), min(differing)
     closest = sorted(differences.items(), key=lambda item: item[1])[:5]
     raise WeightsError(
-        f"{source}: there is no configuration beside it, and its {len(found)} tensors are those of no known model. Put one "
-        f"beside it: named {CONFIG_FILE} for a {WEIGHTS_FILE} or {TRAINER_FILE}, else like the file with the ending .json. "
-        "The closest known models are:"
+        f"{source} holds the weights of {family.title}, but of no known size, and there is no configuration beside it. "
+        f"Put one beside it: named {CONFIG_FILE} for a {WEIGHTS_FILE} or {TRAINER_FILE}, else like the file with the ending "
+        ".json. The closest known models are:"
         + "".join(f"\n  {name}: {count} tensors differ, the first is {shown(first)}" for name, (count, first) in closest)
     )

@@ -1,7 +1,8 @@
 """Finds the files of a model: by name, in a folder, in a bucket, on the Hugging Face hub."""
 
-import logging
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,13 +10,26 @@ from etils import epath
 
 from titok_jax import models
 from titok_jax.models import GeneratorConfig, TiTokConfig
+from titok_jax.runtime.messages import first_lines, near_path, say_once, shown
 from titok_jax.runtime.outputs import moved_aside
 from titok_jax.runtime.paths import HUB_PREFIX, as_path, is_remote, local_copy
-from titok_jax.weights import published_models
-from titok_jax.weights.config_files import CONFIG_FILE, TOKENIZER_FOLDER, TRAINER_FILE, WEIGHTS_FILE, model_section
+from titok_jax.weights import kinds, published_models, tensor_files
+from titok_jax.weights.config_files import (
+    CONFIG_FILE,
+    INDEX,
+    TOKENIZER_FOLDER,
+    TRAINER_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_FILES,
+    YAML,
+    model_section,
+    read_config,
+)
+from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.hub import DownloadError, Repository, check_download
 
 TRAINER_MODELS = ("ema_model", "unwrapped_model")  # in a checkpoint folder of the published trainer, the best first
+_TRAINER_STATES = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # there too
 
 
 class Source(NamedTuple):
@@ -69,33 +83,63 @@ def locate(
         raise ValueError(f"revision {revision!r} given, but {source} is not on the hub")
     path = found.folder if isinstance(found, published_models.Model) else found
     if path.is_file():
-        beside = path.with_name(CONFIG_FILE) if path.name in (WEIGHTS_FILE, TRAINER_FILE) else path.with_suffix(".json")
-        return Source(path, beside if beside.is_file() else None)
+        _say_average(path)
+        return _named_file(path)
     if not path.is_dir():
         kept = moved_aside(path.absolute()) if path.name else None
-        hint = f"; a save was killed; what was there before is {kept}" if kept else ""
+        hint = f"; a save was killed; what was there before is {kept}" if kept else near_path(path)
         raise FileNotFoundError(f"{path} is not a folder or file{hint}")
     if kind is TiTokConfig and (path / TOKENIZER_FOLDER).is_dir():
         path = path / TOKENIZER_FOLDER
     path = _in_checkpoint(path)
+    _say_average(path)
     config = path / CONFIG_FILE
-    files = [path / name for name in (WEIGHTS_FILE, TRAINER_FILE) if (path / name).is_file()]
+    files = _weights_in(path)
     if not files and not config.is_file():
-        raise FileNotFoundError(f"{path} is not a model folder: it holds no {CONFIG_FILE} or {TRAINER_FILE}")
+        what = _describe_folder(path)
+        raise FileNotFoundError(f"{path} is not a model folder: it holds no {CONFIG_FILE} and no {WEIGHTS_FILE}{what}")
     if not files and not config_only:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS_FILE} or {TRAINER_FILE}")
     return Source(files[0] if files else None, config if config.is_file() else None)
 
 
+def _named_file(path: Path) -> Source:
+    """A file of weights with its configuration, if that is beside it."""
+    if path.suffix in (".json", *YAML) and not tensor_files.is_index(path):
+        raise WeightsError(f"{path} is a configuration; name its folder, or the file of weights")
+    part = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name)
+    index = path.with_name("".join(part.groups()) + INDEX) if part else None
+    if index is not None and index.is_file():
+        raise WeightsError(f"{path} is one of several files of a model; name {index}, or the folder")
+    if path.name in WEIGHTS_FILES:
+        beside = path.with_name(CONFIG_FILE)
+    else:
+        beside = path.with_name(path.name.removesuffix(INDEX)).with_suffix(".json")
+    return Source(path, beside if beside.is_file() else None)
+
+
+def _weights_in(folder: Path | epath.Path) -> list[Path | epath.Path]:
+    """The files of weights that a folder holds, the one to take first."""
+    return [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
+
+
 def _in_checkpoint(path: Path) -> Path:
     """The model in a checkpoint folder of the published trainer, the averaged one if it is there; the folder itself if it is
     not one. Says what it takes, since the folder holds other weights too."""
-    names = [name for name in TRAINER_MODELS if any((path / name / f).is_file() for f in (WEIGHTS_FILE, TRAINER_FILE))]
+    names = [name for name in TRAINER_MODELS if _weights_in(path / name)]
     if not names:
         return path
     others = f"; for the weights without averaging name {path / names[1]}" if len(names) > 1 else ""
-    logging.getLogger(__name__).warning("%s is a checkpoint of the published trainer: taking %s%s", path, names[0], others)
+    say_once(f"{path} is a checkpoint of the published trainer: taking {names[0]}{others}")
     return path / names[0]
+
+
+def _say_average(path: Path) -> None:
+    """Says where the averaged weights are, for a folder or file in a checkpoint of the published trainer with other ones."""
+    for place in (path.parent, path.parent.parent):
+        average = place / TRAINER_MODELS[0]
+        if _weights_in(average) and average not in (path, path.parent):
+            say_once(f"{path}: weights without averaging; the averaged ones of this checkpoint are in {average}")
 
 
 def _kind_name(kind: type | None) -> str | None:
@@ -131,7 +175,7 @@ def _locate_on_hub(
             raise ValueError(f"revision {revision!r} given, but {source} names another")
     repository = Repository(name, named or revision, token)
     file = found.file if known else file
-    if file not in ("", WEIGHTS_FILE):
+    if file not in ("", WEIGHTS_FILE, WEIGHTS_FILE + INDEX):
         return Source(repository.download(file), None), repository.revision
     folder, config = "", repository.download(CONFIG_FILE)
     check_download(config)
@@ -146,8 +190,28 @@ def _locate_on_hub(
                 f"{source} holds no sub-folder {TOKENIZER_FOLDER}: name the tokenizer of this generator"
             ) from None
         check_download(config)
-    weights = None if config_only else repository.download(folder + WEIGHTS_FILE)
-    return Source(weights, config), repository.revision
+    if config_only:
+        return Source(None, config), repository.revision
+    if kind is not None:
+        kinds.check_config(read_config(config), kind, source)  # before the download
+    return Source(_download_weights(repository, folder), config), repository.revision
+
+
+def _download_weights(repository: Repository, folder: str) -> Path:
+    """Downloads the weights of a repository, in one file or in several with their index."""
+    try:
+        return repository.download(folder + WEIGHTS_FILE)
+    except DownloadError as error:
+        if not error.not_held:
+            raise
+        try:
+            index = repository.download(folder + WEIGHTS_FILE + INDEX)
+        except DownloadError:
+            raise error from None
+    check_download(index)
+    for name in tensor_files.part_names(index):
+        repository.download(folder + name)
+    return index
 
 
 def pin(
@@ -213,10 +277,54 @@ def _local_model(source: epath.Path) -> Path:
         for path in beside:
             if path.is_file():
                 local_copy(path)
-        return local_copy(source)
-    if not (source / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{source} is no model folder: it has no {CONFIG_FILE}")
-    for path in (source / TOKENIZER_FOLDER / WEIGHTS_FILE, source / TOKENIZER_FOLDER / CONFIG_FILE, source / WEIGHTS_FILE):
-        if path.is_file():
-            local_copy(path)
-    return local_copy(source / CONFIG_FILE).parent
+        return _copy_weights(source)
+    copied = []
+    for name in ("", TOKENIZER_FOLDER, *TRAINER_MODELS):
+        folder = source / name if name else source
+        files = [_copy_weights(path) for path in _weights_in(folder)[:1]]
+        files += [local_copy(path) for path in (folder / CONFIG_FILE,) if path.is_file()]
+        copied += [path.parent.parent if name else path.parent for path in files]
+    if not copied:
+        raise FileNotFoundError(f"{source} is no model folder: it has no {CONFIG_FILE} and no {WEIGHTS_FILE}")
+    return copied[0]
+
+
+def _copy_weights(path: epath.Path) -> Path:
+    """Copies a file of weights, or an index and the files that it names. Returns the local path."""
+    local = local_copy(path)
+    for part in tensor_files.parts(local)[1:]:
+        if path.with_name(part.name).is_file():
+            local_copy(path.with_name(part.name))
+    return local
+
+
+def _describe_folder(folder: Path) -> str:
+    """What a folder that is no model folder is, and where there are models in it, as the end of a sentence."""
+    names = {path.name for path in folder.iterdir()}
+    below = first_lines([shown(path.relative_to(folder)) for path in sorted(_models_below(folder, depth=2))])
+    if "_CHECKPOINT_METADATA" in names:
+        model = folder.absolute().parents[1] / "pretrained"
+        return f"; it is a checkpoint of a training, which writes its model to {model} at its end"
+    if "checkpoints" in names and "metrics.jsonl" in names:
+        where = f"name {folder / 'pretrained'}" if "pretrained" in below else "its model will be in pretrained/ at its end"
+        return f"; it is the workdir of a training: {where}"
+    if below:
+        return f"; there are models in {', '.join(below)}"
+    weights = [name for name in sorted(names) if name.endswith((".safetensors", ".bin", ".pth", ".pt", ".msgpack"))]
+    weights = first_lines([shown(name) for name in weights if name not in _TRAINER_STATES])
+    if weights:
+        return f"; it holds {', '.join(weights)}: name one file"
+    if names & set(_TRAINER_STATES):
+        return "; it holds the states of a published trainer's optimizer, without the model"
+    return "; it is empty" if not names else ""
+
+
+def _models_below(folder: Path, depth: int) -> Iterator[Path]:
+    """The model folders in a folder, down to some depth."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
+            continue
+        if any((path / name).is_file() for name in (CONFIG_FILE, *WEIGHTS_FILES)):
+            yield path
+        elif depth > 1:
+            yield from _models_below(path, depth - 1)

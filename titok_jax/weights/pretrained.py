@@ -6,6 +6,7 @@ its tokenizer in the sub-folder `tokenizer`. The generators that we train have o
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from titok_jax import models
 from titok_jax.models import GeneratorConfig, MaskgitVQGANConfig, TiTokConfig, tables
 from titok_jax.runtime.outputs import find_foreign, new_folder
 from titok_jax.runtime.paths import as_path, is_remote
-from titok_jax.weights import convert, published_models, safetensors_file, tensor_files
+from titok_jax.weights import convert, kinds, published_models, safetensors_file, tensor_files
 from titok_jax.weights.config_files import (
     CHECKSUMS,
     CONFIG_FILE,
@@ -33,6 +34,7 @@ from titok_jax.weights.config_files import (
     is_config_of,
     model_section,
     network_checksum,
+    read_config,
     read_config_as,
     write_config,
 )
@@ -72,11 +74,17 @@ def load(
     config = None if files.config is None else read_config_as(files.config, kind)
     check_config(files)
     with ThreadPoolExecutor(1) as pool, open_model(files.weights, kind, config) as (config, tensors):
-        intact = pool.submit(check_download, files.weights)  # takes as long as reading, so both run in parallel
+        intact = pool.submit(check_downloads, files.weights)  # takes as long as reading, so both run in parallel
         table, source = convert.table_for(config), str(files.weights)
         params = convert.from_published(table, models.abstract(config)[1], tensors, source=source, place=place)
         intact.result()
         return config, params
+
+
+def check_downloads(weights: Path) -> None:
+    """`hub.check_download` for a file of weights, or for an index and the files that it names."""
+    for path in tensor_files.parts(weights):
+        check_download(path)
 
 
 def load_config(
@@ -88,9 +96,21 @@ def load_config(
     """
     files = locate(source, kind, revision=revision, token=token, config_only=True)
     if files.config is not None:
-        return read_config_as(files.config, kind)
+        config = read_config_as(files.config, kind)
+        _check_kind(files, kind)
+        return config
     with open_model(files.weights, kind, None) as (config, _):
         return config
+
+
+def _check_kind(files: Source, kind: type) -> None:
+    """Raises WeightsError if the configuration describes several kinds of models, as that of a published training may, and
+    the names of the tensors tell of another kind. (Names in a PyTorch file are looked at only when it is loaded.)"""
+    if files.weights is None or len(kinds.families_of_config(read_config(files.config))) < 2:
+        return
+    names = tensor_files.tensor_names(files.weights)
+    if names is not None:
+        kinds.check_tensors(names, kind, str(files.weights))
 
 
 def tokenizer_kind(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> type:
@@ -130,13 +150,17 @@ def open_model(
         if format == "flax":
             config = config or MaskgitVQGANConfig()
             if kind not in (None, MaskgitVQGANConfig) or not isinstance(config, MaskgitVQGANConfig):
-                raise WeightsError(f"{path} is a Flax checkpoint; of these only the MaskGIT-VQGAN's is read")
+                found = kinds.family_of_tensors(tensors)
+                what = "of which only the MaskGIT-VQGAN's is read" if found is None else f"of {found.title}"
+                raise WeightsError(f"{path} is a Flax checkpoint {what}; {kinds.belongs(kind)}")
             tensors = _from_jax_vqgan(tensors, config, str(path))
         if config is None:
             config = match(tensors, kind, source=str(path))
             metadata = tensor_files.safetensors_metadata(path)
             if metadata.keys() & CHECKSUMS.keys() and not is_config_of(metadata, config_json(config)):
                 raise WeightsError(f"{path} was saved with a configuration that is not beside it: put it there")
+        elif models.family_of(config).published:
+            kinds.check_tensors(tensors.keys(), type(config), str(path))
         optional = models.family_of(config).buffers(config)
         for name in optional.keys() & tensors.keys():
             if not np.array_equal(np.asarray(tensors[name]), optional[name]):
@@ -240,7 +264,7 @@ def write_weights(path: Path, tensors: Mapping[str, Any], config: models.Config)
 def weights_sha256(
     generator: str | None, tokenizer: str | None, revision: str | None = None, tokenizer_revision: str | None = None
 ) -> dict[str, str]:
-    """The SHA-256 of the weights files that `load_generator` and `load_tokenizer` (or `load_vqgan`) read.
+    """The SHA-256 of the weights (`_checksum`) that `load_generator` and `load_tokenizer` (or `load_vqgan`) read.
 
     Args:
       generator, tokenizer: names or folders; None is left out.
@@ -254,8 +278,17 @@ def weights_sha256(
     """
     result = {}
     if generator is not None:
-        result["generator"] = weights_checksum(locate(generator, GeneratorConfig, revision=revision).weights)
+        result["generator"] = _checksum(locate(generator, GeneratorConfig, revision=revision).weights)
     if tokenizer is not None:
         kind = tokenizer_kind(tokenizer, revision=tokenizer_revision) if generator is None else TiTokConfig
-        result["tokenizer"] = weights_checksum(locate(tokenizer, kind, revision=tokenizer_revision).weights)
+        result["tokenizer"] = _checksum(locate(tokenizer, kind, revision=tokenizer_revision).weights)
     return result
+
+
+def _checksum(weights: Path) -> str:
+    """The SHA-256 of a file of weights; of an index, that of the lines "FILE SHA-256" of its parts, in the order of their
+    names."""
+    if not tensor_files.is_index(weights):
+        return weights_checksum(weights)
+    lines = (f"{path.name} {weights_checksum(path)}\n" for path in sorted(tensor_files.parts(weights)[1:]))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -9,7 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from titok_jax.runtime.paths import HUB_PREFIX, as_path
+from titok_jax.runtime.messages import near, near_path
+from titok_jax.runtime.paths import HUB_PREFIX, as_path, is_remote
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 KINDS = ("tokenizer", "generator", "vqgan")
@@ -303,7 +304,8 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
       with "@revision" for the hub.
 
     Raises:
-      ValueError: it is none of these (the message lists the known names), or the revision cannot be one.
+      ValueError: it is none of these, or the revision cannot be one. The message has what was perhaps meant; the known names
+        if the text is none of a file.
     """
     text = os.fspath(name_or_path)
     for model in MODELS:
@@ -325,8 +327,19 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
     others = [model.kind for model in MODELS if model.name == text]
     if others:
         raise ValueError(f"{text!r} is a {others[0]}, not a {kind}; of this kind there are: {', '.join(names(kind))}")
-    known = "".join(f"\n  {name}: {what(name)}" for name in names(kind))
-    raise ValueError(f"unknown model {text!r}: neither a folder or file, nor {HUB_PREFIX}owner/name, nor one of{known}")
+    if _is_path(text):
+        hub = f"; a repository on the hub is {HUB_PREFIX}{text}" if re.fullmatch(r"[\w-]+/[\w.-]+", text) else ""
+        raise ValueError(f"{text}: no such file or folder{'' if is_remote(text) else near_path(text) or hub}")
+    known = names(kind)
+    raise ValueError(
+        f"unknown model {text!r}: it is no file or folder here, not {HUB_PREFIX}owner/name, and none of "
+        f"{', '.join(known)}{near(text, known) or near_path(text)}"
+    )
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text that names nothing was meant as a path."""
+    return "/" in text or os.sep in text or text.startswith("~") or bool(re.search(r"\.[a-z]+$", text))
 
 
 def check_revision(revision: str) -> None:
