@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from titok_jax.runtime.messages import near
+
 # Sizes of the two-stage tokenizers: (transformers, tokens, pixels per side). No weights were published for the two models
 # with 512 pixels. The paper says that the number of tokens is doubled at this resolution (arXiv 2406.07550, section 4).
 TWO_STAGE = {
@@ -21,7 +23,7 @@ def pick(variants: dict, variant: str):
       ValueError: if there is no such entry.
     """
     if variant not in variants:
-        raise ValueError(f"variant {variant!r}, expected one of {list(variants)}")
+        raise ValueError(f"variant {variant!r}, expected one of {list(variants)}{near(variant, variants)}")
     return variants[variant]
 
 

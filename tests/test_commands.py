@@ -208,12 +208,16 @@ def test_what_is_wrong_with_a_configuration_is_one_line(arguments, tmp_path, mon
             "--config configs/stage1.py:huge: variant 'huge', expected one of ['l32', 'b64', 's128',",
         ),
         ("configs/digits.py:huge", [], "--config configs/digits.py:huge: variant 'huge', expected one of ['tokenizer', "),
-        (l32, ["--config.some.field=1"], f"--config.some.field=1: {l32} has no field some.field."),
-        (l32, ["--config.num_steps.much=1"], f"--config.num_steps.much=1: {l32} has no field num_steps.much."),
+        (l32, ["--config.some.field=1"], f"--config.some.field=1: {l32} has no field some.field\n"),
+        (
+            l32,
+            ["--config.num_steps.much=1"],
+            f"--config.num_steps.much=1: {l32} has no field num_steps.much; did you mean --config.num_steps?",
+        ),
         (
             l32,
             ["--config.data.batchsize=64"],
-            f'--config.data.batchsize=64: {l32} has no field data.batchsize. Did you mean "batch_size"?',
+            f"--config.data.batchsize=64: {l32} has no field data.batchsize; did you mean --config.data.batch_size?",
         ),
         (
             l32,
@@ -224,7 +228,19 @@ def test_what_is_wrong_with_a_configuration_is_one_line(arguments, tmp_path, mon
         (l32, ["--config.remat=maybe"], "--config.remat=maybe: "),
         (l32, ["--config.mesh=5"], "--config.mesh=5: Failed to parse '5' as a ConfigDict"),
         (l32, ["--config.num_steps"], "Missing value for flag --config.num_steps"),
-        (l32, ["--steps=5"], "Unknown command line flag 'steps'"),
+        (l32, ["--steps=5"], "unknown argument --steps=5: expected --config.FIELD=VALUE; did you mean --config.num_steps?"),
+        (
+            l32,
+            ["--confg.seed=5"],
+            "unknown argument --confg.seed=5: expected --config.FIELD=VALUE; did you mean --config.seed?",
+        ),
+        (
+            l32,
+            ["--config.learning_rate=1"],
+            f"--config.learning_rate=1: {l32} has no field learning_rate; did you mean --config.optimizer.learning_rate?",
+        ),
+        (l32, ["--config.optimzer.beta2=1"], f"--config.optimzer.beta2=1: {l32} has no field optimzer.beta2; did you mean "),
+        ("stage_1:l32", [], "--config stage_1:l32: stage_1 does not exist; expected FILE.py:VARIANT"),
         (l32, ["5"], "unknown argument 5"),
     ]:
         assert command.main(["--config", config, *others, *changes]) == 2

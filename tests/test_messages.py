@@ -2,7 +2,11 @@
 
 import pytest
 
+from titok_jax.data.files import find_files
+from titok_jax.data.image_files import find_images
+from titok_jax.data.sources import make_source
 from titok_jax.runtime import command, messages
+from titok_jax.weights import published_models
 
 
 def test_names_are_short_and_do_not_control_the_terminal():
@@ -37,7 +41,7 @@ def test_near_paths(tmp_path, monkeypatch):
         ("./rums", "runs"),
     ):
         assert messages.near_path(path) == f"; did you mean {meant}?"
-    for path in ("else", "runs/x", "/nowhere/at/all/or/not", ""):
+    for path in ("else", "runs/x", "/nowhere/at/all/or/not", "", "gs://runs/x", "https://runs"):
         assert messages.near_path(path) == ""
 
 
@@ -48,3 +52,18 @@ def test_an_error_does_not_control_the_terminal(error, capsys):
 
     assert command.command(main)([]) == 2
     assert capsys.readouterr().err == "error: a \\x1b[2J of a library\nin two lines\n"
+
+
+def test_missing_data_and_files_are_answered_with_near_names(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    for call, meant in (
+        (lambda: find_images(["photos/cats.jpg"]), "photos/cat.jpg"),
+        (lambda: find_files("photo/*.tar", "tars"), "photos"),
+        (lambda: make_source({"name": "folder", "path": "fotos"}), "photos"),
+        (lambda: make_source({"name": "web_dataset", "paths": "x"}), "webdataset"),
+        (lambda: published_models.find("photo/model"), "photos"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"; did you mean {meant}\?$"):
+            call()

@@ -644,7 +644,7 @@ def test_the_command_explains_itself_and_what_is_wrong_with_a_flag(tmp_path):
     bad = run("--config", "configs/digits.py:tokenizer", "--workdir", str(workdir), "--config.nope=3")
     assert bad.returncode == 2
     assert "Traceback" not in bad.stderr
-    assert bad.stderr.strip().splitlines()[-1] == "error: --config.nope=3: configs/digits.py:tokenizer has no field nope."
+    assert bad.stderr.strip().splitlines()[-1] == "error: --config.nope=3: configs/digits.py:tokenizer has no field nope"
     bad = run("--config", "configs/digits.py:tokenizer", "--workdir", str(workdir), "--config.task=paint")
     assert bad.stderr.strip().splitlines()[-1].startswith("error: config.task is 'paint'")
     assert not workdir.exists()

@@ -19,6 +19,7 @@ from titok_jax import models
 from titok_jax.evaluation import features
 from titok_jax.models.families import INCEPTION, PERCEPTUAL
 from titok_jax.runtime.command import command
+from titok_jax.runtime.messages import near_path
 from titok_jax.runtime.outputs import check_output, new_file, new_folder
 from titok_jax.runtime.paths import as_path
 from titok_jax.weights import (
@@ -237,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = model_files.locate(args.input, kind, revision=args.revision)
     if args.published_config is not None:
         if not args.published_config.is_file():
-            raise FileNotFoundError(f"--published-config {args.published_config}: no such file")
+            raise FileNotFoundError(
+                f"--published-config {args.published_config}: no such file{near_path(args.published_config)}"
+            )
         files = files._replace(config=args.published_config)
     pretrained.check_downloads(files.weights)
     if args.published_config is None:

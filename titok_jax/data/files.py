@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from titok_jax.runtime.messages import near_path
 from titok_jax.runtime.paths import as_path, is_file, is_remote, is_web
 
 Paths = str | os.PathLike | Iterable[str | os.PathLike]  # one path or pattern (`find_files`), or several
@@ -30,7 +31,9 @@ def find_files(paths: Paths, what: str) -> list[str]:
         found = list(threads.map(_matches, parts))
     for part, matches in zip(parts, found, strict=True):
         if not matches:
-            raise FileNotFoundError(f"{part}: no such file, and no file matches it as a pattern; expected {what}")
+            raise FileNotFoundError(
+                f"{part}: no such file, and no file matches it as a pattern; expected {what}{near_path(part)}"
+            )
     return [file for matches in found for file in matches]
 
 

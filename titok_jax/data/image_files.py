@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from titok_jax.data.transforms import IMAGE_SUFFIXES, center_crop_torchvision, decode_image, image_files
+from titok_jax.runtime.messages import near_path
 from titok_jax.runtime.paths import as_path
 
 
@@ -24,7 +25,7 @@ def find_images(arguments: Sequence[str]) -> list[tuple[str, Path | epath.Path]]
     for argument in arguments:
         path = as_path(argument)
         if not path.exists():
-            raise FileNotFoundError(f"{argument}: no such file or folder")
+            raise FileNotFoundError(f"{argument}: no such file or folder{near_path(argument)}")
         found = [path]
         if path.is_dir():
             found = [path.joinpath(*names) for names in image_files(path)]

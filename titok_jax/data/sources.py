@@ -22,6 +22,7 @@ from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import decode_json_tokens, decode_record
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example, image_files
 from titok_jax.data.webdataset import WebDatasetSource
+from titok_jax.runtime.messages import near, near_path
 from titok_jax.runtime.paths import as_path, file_size, folders_in, is_remote, local_copy, needs_mount, read_bytes
 
 
@@ -44,7 +45,7 @@ def make_source(spec: Mapping[str, Any], flag: str = ""):
             raise type(error)(f"{error} ({flag}.FIELD=VALUE sets a field of it)") from None
     name = spec.get("name")
     if name not in _SOURCES:
-        raise ValueError(f"unknown data source {name!r}; known: {', '.join(_SOURCES)}")
+        raise ValueError(f"unknown data source {name!r}; known: {', '.join(_SOURCES)}{near(str(name), _SOURCES)}")
     signature = inspect.signature(_SOURCES[name])
     options = {
         option: None if (option, value) == ("label_key", "none") else value
@@ -87,7 +88,8 @@ class FolderSource:
     def __init__(self, path: str | os.PathLike, labels: bool = True):
         root = os.fspath(path)
         if not as_path(root).is_dir():
-            raise FileNotFoundError(f"{root}: no such folder; expected a folder of images, or of one sub-folder per class")
+            expected = "expected a folder of images, or of one sub-folder per class"
+            raise FileNotFoundError(f"{root}: no such folder; {expected}{near_path(root)}")
         parts = image_files(root)
         if not parts:
             raise ValueError(f"{root}: no images in this folder or below; expected {', '.join(IMAGE_SUFFIXES)} files")

@@ -35,14 +35,18 @@ def first_lines(lines: Sequence[str], what: str = "") -> list[str]:
     return [*lines[:_MOST], *([f"... and {more:,} more {what}".rstrip()] if more > 0 else [])]
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean NAME?" with the nearest of the known names, or "" if none is near."""
+def near(name: str, known: Iterable[str], before: str = "") -> str:
+    """The end of a message, "; did you mean NAME?", with the nearest of the known names, and `before` before it. "" if none
+    is near."""
     found = difflib.get_close_matches(name[:_LONGEST], list(known), n=1)
-    return f"; did you mean {shown(found[0])}?" if found else ""
+    return f"; did you mean {before}{shown(found[0])}?" if found else ""
 
 
 def near_path(path: str | os.PathLike) -> str:
-    """`near` for a local path that does not exist: with the nearest name in the last of its folders that exists."""
+    """`near` for a local path that does not exist: with the nearest name in the last of its folders that exists. "" for
+    others."""
+    if "://" in os.fspath(path):
+        return ""
     path = os.path.normpath(path)
     while True:
         folder, name = os.path.split(path)

@@ -12,6 +12,8 @@ import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from titok_jax.runtime.messages import near, near_path
+
 
 def recipe_folder() -> Path:
     """The folder of the package's recipes: beside the package in a clone, inside it in an installation."""
@@ -39,6 +41,7 @@ def _find(file: str) -> tuple[Path, list[str]]:
     raise ValueError(
         f"--config {file}: {path} {found}; expected FILE.py:VARIANT, or one that comes with the package: "
         + ", ".join(f"{name}:VARIANT" for name in recipe_names())
+        + (near(path, recipe_names()) or near_path(path) if found == "does not exist" else "")
     )
 
 
@@ -56,6 +59,23 @@ def _shared_recipes(folder: Path) -> Iterator[None]:
         for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
             del sys.modules[name]
         sys.modules.update(mine)
+
+
+def _meant(field: str, config) -> str:
+    """The end of the message for a field that a recipe lacks: the fields of that name in its sections, else the nearest."""
+
+    def fields(section, prefix: str = "") -> Iterator[str]:
+        for name, value in section.items():
+            yield prefix + name
+            if hasattr(value, "items"):
+                yield from fields(value, f"{prefix}{name}.")
+
+    known = [name for name in fields(config) if not name.startswith("recipe")]  # which is what the others are compared with
+    last = field.rpartition(".")[2]
+    same = [f"--config.{name}" for name in known if name.rpartition(".")[2] == last]
+    if same:
+        return f"; did you mean {' or '.join(same[:3])}?"
+    return near(field, known, before="--config.")
 
 
 def read_config(file: str, changes: Sequence[str]):
@@ -87,9 +107,12 @@ def read_config(file: str, changes: Sequence[str]):
         field = re.match(r"--?(?:no)?config\.([^=]*)", change)
         try:
             field and config_path.get_value(field[1], config)
-        except (AttributeError, KeyError, IndexError, TypeError) as error:
-            hint = re.search(r' Did you mean ".*?"', str(error.args[0]).replace("\n", " "))
-            raise ValueError(f"{change}: {file} has no field {field[1]}.{hint[0] + '?' if hint else ''}") from None
+        except (AttributeError, KeyError, IndexError, TypeError):
+            raise ValueError(f"{change}: {file} has no field {field[1]}{_meant(field[1], config)}") from None
+        other = re.match(r"--([a-z][^=]*)", change)
+        if other and not field:
+            name = other[1].removeprefix("config.")
+            raise ValueError(f"unknown argument {change}: expected --config.FIELD=VALUE{_meant(name, config)}")
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=list(changes))

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from titok_jax.runtime.messages import near, near_path
-from titok_jax.runtime.paths import HUB_PREFIX, as_path, is_remote
+from titok_jax.runtime.paths import HUB_PREFIX, as_path
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 KINDS = ("tokenizer", "generator", "vqgan")
@@ -329,7 +329,7 @@ def find(name_or_path: str | os.PathLike, kind: str | None = None) -> Model | Pa
         raise ValueError(f"{text!r} is a {others[0]}, not a {kind}; of this kind there are: {', '.join(names(kind))}")
     if _is_path(text):
         hub = f"; a repository on the hub is {HUB_PREFIX}{text}" if re.fullmatch(r"[\w-]+/[\w.-]+", text) else ""
-        raise ValueError(f"{text}: no such file or folder{'' if is_remote(text) else near_path(text) or hub}")
+        raise ValueError(f"{text}: no such file or folder{near_path(text) or hub}")
     known = names(kind)
     raise ValueError(
         f"unknown model {text!r}: it is no file or folder here, not {HUB_PREFIX}owner/name, and none of "
