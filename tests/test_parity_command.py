@@ -212,16 +212,34 @@ def test_reference(name, models, images, capsys, tmp_path):
     assert [line.split()[1:3] for line in out.splitlines() if line.endswith("FAIL")].count(["encoder", "output"]) == 2
 
 
-def test_reference_that_does_not_run(models, images, capsys, tmp_path):
+def test_reference_that_does_not_run(models, images, capsys, tmp_path, monkeypatch):
     arguments = ["--model", models["TOKENIZER"], *images, "--reference"]
+    failing = make_clone(tmp_path / "failing", titok="class TiTok:\n    from_pretrained = None\n")
+    assert parity.main([*arguments, failing]) == 2
+    error = capsys.readouterr().err
+    assert f"the published code in {failing} did not run under {sys.executable} (status 1)" in error
+    assert "'NoneType' object is not callable" in error
+
+    def load(*args, **kwargs):
+        raise AssertionError("work was done")
+
+    # What can be known of the other interpreter is known first.
+    for name in ("load_image_model", "load_image_config"):
+        monkeypatch.setattr(inference, name, load)
     broken = make_clone(tmp_path / "broken", titok="raise ImportError('no module named einops')")
     assert parity.main([*arguments, broken]) == 2
-    error = capsys.readouterr().err
-    assert broken in error
-    assert "no module named einops" in error
-    assert "requirements" in error
-    assert parity.main([*arguments, broken, "--reference-python", str(tmp_path / "python")]) == 2
-    assert str(tmp_path / "python") in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"error: {sys.executable} cannot import the published code in {broken} (ImportError: no module named einops): "
+        "install that repository's requirements there, torch among them, or name another interpreter with "
+        "--reference-python\n"
+    )
+    (tmp_path / "python3").touch()
+    for name, message in (
+        ("python", f"No such file or directory; did you mean {tmp_path}/python3?"),
+        ("python3", "Permission denied"),
+    ):
+        assert parity.main([*arguments, broken, "--reference-python", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err == f"error: --reference-python {tmp_path / name} cannot be run: {message}\n"
 
 
 def test_close_calls_may_fall_either_way():

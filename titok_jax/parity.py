@@ -16,6 +16,7 @@ from titok_jax.data.image_files import ImageFiles, find_images
 from titok_jax.data.transforms import decode_image
 from titok_jax.evaluation.comparison import (
     check_clone,
+    check_imports,
     check_published_tokens,
     check_reconstruction,
     check_reference,
@@ -88,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reconstruction and len(args.reconstruction) != len(files):
         raise ValueError(f"{len(args.reconstruction)} reconstructions for {len(files)} images; give one for each, in order")
 
+    python = args.reference_python or sys.executable
+    if args.reference is not None:
+        check_imports(args.reference, python)
+
     import jax
 
     from titok_jax import inference
@@ -113,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = run(tokenizer, images, known)
     checks, theirs = [], None
     if args.reference is not None:
-        theirs = run_reference(args.reference, args.reference_python or sys.executable, tokenizer, images, results)
+        theirs = run_reference(args.reference, python, tokenizer, images, results)
     for index, (path, result) in enumerate(zip((path for _, path in files), results, strict=True)):
         name = path.name
         if known[index] is not None:

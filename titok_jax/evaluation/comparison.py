@@ -11,6 +11,7 @@ import numpy as np
 
 from titok_jax.data.transforms import to_uint8_truncate
 from titok_jax.evaluation import metrics
+from titok_jax.runtime.messages import near_path, shown
 
 # The published run used a GPU with TF32 matrix products. If two codes are almost equally near, it may choose another one.
 MAX_TOKENS_OFF = 2
@@ -38,18 +39,21 @@ _TITOK_L32_TOKENS = {
     ),
 }
 
-# Runs in the interpreter of the published code and uses its layouts: images [B, 3, H, W], latents [B, C, 1, N].
-_DRIVER = """
+# What the interpreter of the published code must be able to import. The first argument is the clone.
+_IMPORTS = """
 import sys
 
-clone, folder, inputs, outputs = sys.argv[1:]
-sys.path.insert(0, clone)
+sys.path.insert(0, sys.argv[1])
 
 import numpy as np
 import torch
 
 from modeling.titok import TiTok
+"""
 
+# Runs there after the imports and uses that code's layouts: images [B, 3, H, W], latents [B, C, 1, N].
+_DRIVER = """
+folder, inputs, outputs = sys.argv[2:]
 data = np.load(inputs)
 model = TiTok.from_pretrained(folder, strict=True)
 model.eval()
@@ -148,6 +152,27 @@ def reference_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
 
+def check_imports(clone: Path, python: str) -> None:
+    """Checks that an interpreter can import the published code, which takes seconds, before anything else is done.
+
+    Raises:
+      ValueError: if it cannot be run, or lacks a package.
+    """
+    arguments = [python, "-c", _IMPORTS, str(clone.resolve())]
+    options = {"env": reference_environment(), "capture_output": True, "text": True, "errors": "replace", "check": False}
+    try:
+        finished = subprocess.run(arguments, **options)
+    except OSError as error:
+        meant = near_path(python) if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"--reference-python {python} cannot be run: {error.strerror}{meant}") from None
+    if finished.returncode:
+        said = (finished.stderr.strip() or f"status {finished.returncode}").splitlines()[-1]
+        raise ValueError(
+            f"{python} cannot import the published code in {clone} ({shown(said)}): install that repository's requirements "
+            "there, torch among them, or name another interpreter with --reference-python"
+        )
+
+
 def run_reference(
     clone: Path, python: str, tokenizer, images: np.ndarray, results: Sequence[Result]
 ) -> list[dict[str, np.ndarray]]:
@@ -175,7 +200,7 @@ def run_reference(
     with tempfile.TemporaryDirectory(prefix="titok_parity_") as folder:
         place = Path(folder)
         pretrained.save(place / "weights", tokenizer.config, tokenizer.params)
-        (place / "driver.py").write_text(_DRIVER, encoding="utf-8")
+        (place / "driver.py").write_text(_IMPORTS + _DRIVER, encoding="utf-8")
         pixels = np.ascontiguousarray((np.float32(images) / 255.0).transpose(0, 3, 1, 2))
         np.savez(place / "inputs.npz", images=pixels, tokens=np.ascontiguousarray(tokens))
         files = (place / name for name in ("driver.py", "weights", "inputs.npz", "outputs.npz"))
