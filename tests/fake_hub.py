@@ -28,6 +28,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.truncated = None  # a large file that is announced and sent too short
         self.headers = {}  # headers of the answers about a file that are other than they should be
         self.pushes = {}  # {(method, path): function to call when the next answer to it is ready}
+        self.bodies = None  # a function of the handler that answers the GET of a file in another way
 
     @property
     def url(self):
@@ -48,7 +49,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status, headers, body=b""):
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
@@ -59,6 +61,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub = self.server
         hub.requests.append((self.command, self.path, self.headers.get("Range")))
+        if hub.bodies is not None and self.command == "GET" and not self.path.startswith("/api/"):
+            return hub.bodies(self)
         if self.path.startswith("/large/"):
             return self.large(hub.blobs[self.path.removeprefix("/large/")])
         match = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
