@@ -20,6 +20,7 @@ from titok_jax.data.digits import load_digits
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import decode_json_tokens, decode_record
+from titok_jax.data.tfds_files import check_feature_classes
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example, image_files
 from titok_jax.data.webdataset import WebDatasetSource
 from titok_jax.runtime.messages import near, near_path
@@ -162,8 +163,11 @@ class TfdsSource:
             if path is not None:
                 if not Path(path, "dataset_info.json").exists():
                     raise FileNotFoundError("this folder has no dataset_info.json")
+                check_feature_classes(path)
                 builder = tfds.builder_from_directory(path)
             else:
+                name = tfds.core.naming.parse_builder_name_kwargs(dataset)[0].name
+                check_feature_classes(Path(place).expanduser() / name)
                 builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
             features = builder.info.features
             missing = [key for key in (image_key, label_key) if key is not None and key not in features]
