@@ -143,6 +143,7 @@ def test_networks_are_told_by_their_names():
 
 
 def test_other_networks_in_the_place_of_a_model(folders, tmp_path):
+    found = tensor_files.tensor_names(features.DIGITS_WEIGHTS)
     path = tmp_path / "a.safetensors"
     discriminator = models.DiscriminatorConfig()
     sparse_zeros(path, known_models.published_shapes(discriminator))
@@ -154,6 +155,11 @@ def test_other_networks_in_the_place_of_a_model(folders, tmp_path):
         f"{path}: its 2 tensors (net.0.weight, net.0.bias, ...) are of no kind of model that is known here; a generator "
         "belongs here. A family of your own needs its config.json beside it"
     )
+    for kind, belongs in ((None, "a tokenizer, a generator or a MaskGIT-VQGAN"), (TiTokConfig, "a tokenizer")):
+        with pytest.raises(
+            convert.WeightsError, match=f"the network of digits-FID(, of another size .*)?; {belongs} belongs"
+        ):
+            known_models.match(dict.fromkeys(found, np.zeros(1)), kind, source="a")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Llama\x1b[2J"]}))
     path.rename(tmp_path / "model.safetensors")
     assert refused(inference.load_generator, tmp_path) == (

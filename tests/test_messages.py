@@ -48,10 +48,10 @@ def test_near_paths(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [ValueError, OSError])
 def test_an_error_does_not_control_the_terminal(error, capsys):
     def main(argv):
-        raise error("a \x1b[2J of a library\nin two lines")
+        raise error("a \x1b[2J of a library\nin two lines" + "x" * 10**6)
 
     assert command.command(main)([]) == 2
-    assert capsys.readouterr().err == "error: a \\x1b[2J of a library\nin two lines\n"
+    assert capsys.readouterr().err == f"error: a \\x1b[2J of a library\nin two lines{'x' * 1988}...\n"
 
 
 def test_missing_data_and_files_are_answered_with_near_names(tmp_path, monkeypatch):

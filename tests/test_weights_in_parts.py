@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_models as tiny
 from fake_hub import COMMIT, serve, use
 
@@ -128,7 +129,7 @@ def hub():
 
 def test_an_index_on_the_hub(hub, folder, tmp_path, monkeypatch):
     cache = use(hub, tmp_path, monkeypatch)
-    index = split_weights(folder)
+    index = split_weights(folder, lambda path, tensors: safetensors.numpy.save_file(tensors, path))
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.repositories["someone/parts"] = {"main": (COMMIT, files)}
     source = "hf://someone/parts"
@@ -138,9 +139,7 @@ def test_an_index_on_the_hub(hub, folder, tmp_path, monkeypatch):
     (path,) = cache.glob(f"*/snapshots/*/{PARTS[2]}")
     data = path.read_bytes()
     path.resolve().write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(
-        convert.WeightsError, match=rf"{PARTS[2]}(: tensor \S+ is not what was| is damaged: it is not what the hub)"
-    ):
+    with pytest.raises(convert.WeightsError, match=f"{PARTS[2]} is damaged: it is not what the hub sent; remove "):
         pretrained.load(source, TiTokConfig)
     # What it does not hold, and what an index names elsewhere.
     hub.repositories["someone/parts"] = {"main": ("c" * 40, {name: files[name] for name in files if name != PARTS[1]})}

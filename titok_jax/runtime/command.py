@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
-from titok_jax.runtime.messages import escaped
+from titok_jax.runtime.messages import printable
 
 # The names to import of the packages of the extra "train" in pyproject.toml.
 TRAIN_EXTRA = (
@@ -37,8 +37,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         try:
             return main(argv) or 0
         except (ValueError, OSError, FloatingPointError) as error:
-            # The names in it, in messages of libraries too, may be from files and must not control the terminal.
-            print("error: " + escaped(str(error), kept="\n"), file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return 2
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 _LONGEST = 200  # characters of a name
+_LONGEST_LINE = 2000
 _MOST = 5  # lines of a list
 
 
@@ -16,11 +17,16 @@ def shown(name: object) -> str:
     return escaped(text[:_LONGEST]) + ("..." if len(text) > _LONGEST else "")
 
 
-def escaped(text: str, kept: str = "") -> str:
-    """A text with Python's escapes in place of all characters that are not printable, except those in `kept`."""
-    return "".join(
-        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode("ascii") for char in text
-    )
+def escaped(text: str) -> str:
+    """A text with Python's escapes in place of all characters that are not printable."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def printable(message: str) -> str:
+    """A whole message as it may be printed: each line escaped, and cut after 2,000 characters. It may be a library's, with
+    names from files in it."""
+    lines = message.split("\n")
+    return "\n".join(escaped(line[:_LONGEST_LINE]) + ("..." if len(line) > _LONGEST_LINE else "") for line in lines)
 
 
 @functools.lru_cache(maxsize=1000)

@@ -51,8 +51,12 @@ def match(tensors: Mapping[str, Any], kind: type | None, *, source: str) -> mode
         )
     if kind is not None:
         kinds.check_tensors(found, kind, source)
-    differences = {}
-    for (kind_name, name), config in known_configs(family.config).items():
+    known, differences = known_configs(family.config), {}
+    if not known:
+        raise WeightsError(
+            f"{source} holds the weights of {family.title}, of another size than is read; {kinds.belongs(kind)}"
+        )
+    for (kind_name, name), config in known.items():
         expected, optional = published_shapes(config), models.family_of(config).buffers(config)
         given = {n: shape for n, shape in found.items() if n not in optional}
         if given == expected:
