@@ -99,7 +99,7 @@ def test_an_unknown_family_is_named(tmp_path):
     with pytest.raises(convert.WeightsError, match=r"config\.json: unknown family of models 'fsq', expected one of"):
         titok_jax.load_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps({"family": "generator", **config}))
-    with pytest.raises(convert.WeightsError, match=r"a model of the family 'generator', expected a tokenizer"):
+    with pytest.raises(convert.WeightsError, match=r"is the configuration of a generator; a tokenizer belongs here"):
         titok_jax.load_tokenizer(folder)
     with pytest.raises(ValueError, match="int belongs to no family of models"):
         models.create(3, rngs=nnx.Rngs(0))

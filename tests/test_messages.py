@@ -33,15 +33,18 @@ def test_near_names():
 
 def test_near_paths(tmp_path, monkeypatch):
     (tmp_path / "runs" / "generator").mkdir(parents=True)
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     for path, meant in (
         ("run/generator", "runs"),
         ("runs/generatr/pretrained/model.safetensors", "runs/generator"),
         (tmp_path / "runs" / "Generator", tmp_path / "runs" / "generator"),
         ("./rums", "runs"),
+        ("modle.safetensors", "model.safetensors"),
+        ("model.safetensor", "model.safetensors"),
     ):
         assert messages.near_path(path) == f"; did you mean {meant}?"
-    for path in ("else", "runs/x", "/nowhere/at/all/or/not", "", "gs://runs/x", "https://runs"):
+    for path in ("nope.safetensors", "else", "runs/x", "/nowhere/at/all/or/not", "", "gs://runs/x", "https://runs"):
         assert messages.near_path(path) == ""
 
 

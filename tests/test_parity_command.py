@@ -224,8 +224,8 @@ def test_reference_that_does_not_run(models, images, capsys, tmp_path, monkeypat
         raise AssertionError("work was done")
 
     # What can be known of the other interpreter is known first.
-    for name in ("load_image_model", "load_image_config"):
-        monkeypatch.setattr(inference, name, load)
+    monkeypatch.setattr(inference, "load_image_model", load)
+    monkeypatch.setattr(parity, "ImageFiles", load)
     broken = make_clone(tmp_path / "broken", titok="raise ImportError('no module named einops')")
     assert parity.main([*arguments, broken]) == 2
     assert capsys.readouterr().err == (

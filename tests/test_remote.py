@@ -851,7 +851,10 @@ def test_weights_of_other_networks(bucket, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     a, b = (features.load_digits_features(p)(images) for p in (features.DIGITS_WEIGHTS, bucket / "digits.safetensors"))
     np.testing.assert_array_equal(a.pool, b.pool)
-    with pytest.raises(features.WeightsError, match=r"bucket/digits\.safetensors is not the InceptionV3 of FID"):
+    with pytest.raises(
+        features.WeightsError,
+        match=r"bucket/digits\.safetensors holds the weights of .*; the InceptionV3 of FID belongs here",
+    ):
         features.load_inception("gs://bucket/digits.safetensors")
     with pytest.raises(FileNotFoundError, match=r"gs://bucket/no\.pth is not a file"):
         features.load_inception("gs://bucket/no.pth")

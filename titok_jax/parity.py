@@ -89,10 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reconstruction and len(args.reconstruction) != len(files):
         raise ValueError(f"{len(args.reconstruction)} reconstructions for {len(files)} images; give one for each, in order")
 
-    python = args.reference_python or sys.executable
-    if args.reference is not None:
-        check_imports(args.reference, python)
-
     import jax
 
     from titok_jax import inference
@@ -104,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{args.model} is a stage 1 model, which predicts codes, not images; name one of stage 2")
     if is_vqgan and args.reference is not None:
         raise ValueError("--reference: of the published code only TiTok is run; give --reconstruction for a MaskGIT-VQGAN")
+    python = args.reference_python or sys.executable
+    if args.reference is not None:
+        check_imports(args.reference, python)
     size = config.image_size
     images = ImageFiles([path for _, path in files], size)[:]
     given = _read_reconstructions(args.reconstruction, size)

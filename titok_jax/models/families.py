@@ -217,7 +217,7 @@ INCEPTION = register(
         lambda _: tables.inception_table(),
         formats=("safetensors",),
         published=True,
-        title="InceptionV3, the network of FID",
+        title="the InceptionV3 of FID",
         signs=_signs("Conv2d_1a_3x3.conv.weight"),
     )
 )

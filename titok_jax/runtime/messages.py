@@ -62,8 +62,12 @@ def near_path(path: str | os.PathLike) -> str:
             return ""
         path = folder
     try:
-        names = os.listdir(folder or os.curdir)
+        names = os.listdir(folder or os.curdir)[:10_000]
     except OSError:
         return ""
-    found = difflib.get_close_matches(name, names, n=1)
+    stem, suffix = os.path.splitext(name)
+    # Names that end alike are compared without that, which would make all of them near.
+    alike = {os.path.splitext(other)[0]: other for other in names if suffix and other.endswith(suffix)}
+    found = [alike[other] for other in difflib.get_close_matches(stem, alike, n=1)]
+    found = found or difflib.get_close_matches(name, [other for other in names if other not in alike.values()], n=1)
     return f"; did you mean {shown(os.path.join(folder, found[0]))}?" if found else ""

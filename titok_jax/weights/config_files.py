@@ -89,7 +89,8 @@ def kind_from_json(config: Mapping[str, Any], kind: type, *, source: str) -> mod
             name = config.pop(FAMILY_KEY)
             cls = models.family_named(name if isinstance(name, str) else repr(name)).config
             if not issubclass(cls, kind):
-                raise ValueError(f"the configuration of {models.family_for(cls).title}; {kinds.belongs(kind)}")
+                found = models.family_for(cls).title
+                raise WeightsError(f"{source} is the configuration of {found}; {kinds.belongs(kind)}")
         else:
             kinds.check_config(config, kind, source)
         return cls.from_published(config)

@@ -1,5 +1,6 @@
 """Finds the files of a model: by name, in a folder, in a bucket, on the Hugging Face hub."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.hub import DownloadError, Repository, check_download
 
 TRAINER_MODELS = ("ema_model", "unwrapped_model")  # in a checkpoint folder of the published trainer, the best first
+EXPORT_FOLDER = "pretrained"  # in the workdir of a training
 _TRAINER_STATES = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # there too
 
 
@@ -300,13 +302,14 @@ def _copy_weights(path: epath.Path) -> Path:
 
 def _describe_folder(folder: Path) -> str:
     """What a folder that is no model folder is, and where there are models in it, as the end of a sentence."""
-    names = {path.name for path in folder.iterdir()}
-    below = first_lines([shown(path.relative_to(folder)) for path in sorted(_models_below(folder, depth=2))])
+    names = set(os.listdir(folder))
+    below = first_lines([shown(path.relative_to(folder)) for path in _models_below(folder)])
     if "_CHECKPOINT_METADATA" in names:
-        model = folder.absolute().parents[1] / "pretrained"
+        model = folder.absolute().parent.parent / EXPORT_FOLDER
         return f"; it is a checkpoint of a training, which writes its model to {model} at its end"
     if "checkpoints" in names and "metrics.jsonl" in names:
-        where = f"name {folder / 'pretrained'}" if "pretrained" in below else "its model will be in pretrained/ at its end"
+        there = EXPORT_FOLDER in below
+        where = f"name {folder / EXPORT_FOLDER}" if there else f"its model will be in {EXPORT_FOLDER}/ at its end"
         return f"; it is the workdir of a training: {where}"
     if below:
         return f"; there are models in {', '.join(below)}"
@@ -319,12 +322,12 @@ def _describe_folder(folder: Path) -> str:
     return "; it is empty" if not names else ""
 
 
-def _models_below(folder: Path, depth: int) -> Iterator[Path]:
-    """The model folders in a folder, down to some depth."""
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
-            continue
-        if any((path / name).is_file() for name in (CONFIG_FILE, *WEIGHTS_FILES)):
-            yield path
-        elif depth > 1:
-            yield from _models_below(path, depth - 1)
+def _models_below(folder: Path) -> Iterator[Path]:
+    """The model folders among the sub-folders of a folder, and those that trainings write into these."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in itertools.islice(entries, 1000) if entry.is_dir())
+    for name in names:
+        for path in (folder / name, *(folder / name / inner for inner in (EXPORT_FOLDER, *TRAINER_MODELS))):
+            if (path / CONFIG_FILE).is_file() or _weights_in(path):
+                yield path
+                break
