@@ -76,7 +76,7 @@ def test_pickles_are_read_and_converted_to_what_reads_the_same(tool, files, seed
     assert "classifier" not in safetensors.numpy.load_file(tmp_path / "converted/vgg16-397923af.safetensors")
     check(tmp_path / "converted", seeded)
     assert tool.main([str(tmp_path / "lpips_vgg.pth"), str(tmp_path / "folder/")]) != 0
-    assert "a perceptual network has no configuration" in capsys.readouterr().err
+    assert "LPIPS) is written as safetensors or torch, not as folder" in capsys.readouterr().err
 
 
 def test_safetensors_are_read_and_what_is_absent_or_another_is_named(files, seeded, tmp_path):

@@ -40,9 +40,9 @@ def test_tensors_that_claim_more_than_the_file_has(archive, tmp_path):
         ({str(n): numbers for n in range(1000)}, r"its tensors are of 4,000,000 bytes, but it has only 4,000$"),
         ({"a": torch.zeros(3, device="meta")}, "tensor a is torch.float32 and torch.strided on meta, which is not read"),
         ({"a": torch._neg_view(torch.ones(3))}, "tensor a is torch.float32 .*, which is not read"),
-        ({"a": nested}, "tensor a is torch.float32 .*, which is not read"),
-        ({"a\x1b[2J\n" + "b" * 500: 1}, r"found int under 'a\\x1b\[2J\\nb{190}\.\.\.'"),
-        ({"a\x1b[2J\n" + "b" * 500: numbers.to_sparse()}, r"tensor a\\x1b\[2J\\nb{190}\.\.\. is "),
+        ({"a": nested}, "tensor a is torch.float32 .*, which is not read|damaged, or holds more than tensors"),
+        ({"a\x1b[2J\n" + "b" * 500: 1}, r"found int under 'a\\x1b\[2J\\nb{194}\.\.\.'"),
+        ({"a\x1b[2J\n" + "b" * 500: numbers.to_sparse()}, r"tensor a\\x1b\[2J\\nb{194}\.\.\. is "),
     ):
         torch.save(content, path, _use_new_zipfile_serialization=archive)
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

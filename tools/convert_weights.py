@@ -193,7 +193,7 @@ def _check(args: argparse.Namespace, output: Path, format: str, files: model_fil
     """Raises ValueError if a model cannot be written in a format."""
     family = family_of(config)
     if format not in family.formats:
-        raise ValueError(f"{output}: a {family.name} is written as {' or '.join(family.formats)}, not as {format}")
+        raise ValueError(f"{output}: {family.title} is written as {' or '.join(family.formats)}, not as {format}")
     if family is INCEPTION:
         if args.dtype not in (None, "float32"):
             raise ValueError(f"{output}: the InceptionV3 of FID is written as .safetensors in float32 only")
