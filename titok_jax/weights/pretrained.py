@@ -41,10 +41,10 @@ from titok_jax.weights.config_files import (
 from titok_jax.weights.convert import WeightsError
 from titok_jax.weights.hub import check_download, weights_checksum
 from titok_jax.weights.known_models import match, published_shapes
+from titok_jax.weights.model_files import Source, locate
 
 # The files of a model folder that is written here, as a regular expression.
 FOLDER_FILES = rf"({TOKENIZER_FOLDER}/)?({re.escape(CONFIG_FILE)}|{re.escape(WEIGHTS_FILE)})"
-from titok_jax.weights.model_files import Source, locate
 
 
 def load(
