@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from titok_jax.data.image_files import ImageFiles, find_images
+from titok_jax.data.image_files import ImageFiles, find_images, read_image
 from titok_jax.data.transforms import decode_image
 from titok_jax.evaluation.comparison import (
     check_clone,
@@ -27,7 +26,6 @@ from titok_jax.evaluation.comparison import (
 )
 from titok_jax.inference.arguments import add_precision_arguments, precision_settings
 from titok_jax.runtime.command import command
-from titok_jax.runtime.paths import as_path
 from titok_jax.weights import published_models
 
 _EPILOG = """examples:
@@ -135,10 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _known_tokens(config, path: Path) -> Sequence[int] | None:
     """Returns an image file's published tokens, or None if none are known or they are for another image size."""
     tokens, size = published_tokens(config).get(path.stem), config.image_size
-    with path.open("rb") as file, Image.open(file) as image:
-        if tokens is not None and image.size != (size, size):
-            print(f"{path}: {image.size[0]} x {image.size[1]} pixels, but its published tokens are of {size} x {size}")
-            return None
+    if tokens is None:
+        return None
+    height, width, _ = decode_image(read_image(path), str(path)).shape
+    if (width, height) != (size, size):
+        print(f"{path}: {width} x {height} pixels, but its published tokens are of {size} x {size}")
+        return None
     return tokens
 
 
@@ -150,7 +150,7 @@ def _read_reconstructions(files: Sequence[str], size: int) -> list[np.ndarray]:
     """
     pictures = []
     for file in files:
-        picture = decode_image(as_path(file).read_bytes(), file)
+        picture = decode_image(read_image(file), file)
         if picture.shape != (size, size, 3):
             raise ValueError(f"{file}: {picture.shape[1]} x {picture.shape[0]} pixels, expected {size} x {size}")
         pictures.append(picture)

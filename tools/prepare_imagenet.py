@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from titok_jax.data.files import find_files
+from titok_jax.data.image_files import read_image
 from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import image_writer
 from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource
@@ -104,9 +105,7 @@ class TarImages:
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""
         offset, length, label = self.spans[index].tolist()
-        with self._path.open("rb") as file:
-            file.seek(offset)
-            return file.read(length), label, f"{self._path}, {self.names[index]}"
+        return read_image(self._path, offset, length), label, f"{self._path}, {self.names[index]}"
 
 
 @contextlib.contextmanager

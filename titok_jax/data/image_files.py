@@ -1,14 +1,27 @@
 """Image files and image folders that a user names."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
-from titok_jax.data.transforms import IMAGE_SUFFIXES, center_crop_torchvision, decode_image, image_files
+from titok_jax.data.transforms import IMAGE_SUFFIXES, MAX_PIXELS, center_crop_torchvision, decode_image, image_files
 from titok_jax.runtime.messages import near_path
-from titok_jax.runtime.paths import as_path
+from titok_jax.runtime.paths import as_path, read_bytes
+
+MAX_BYTES = 8 * MAX_PIXELS  # of an image file: as if it were not compressed, with 16 bits for each of four channels
+
+
+def read_image(path: str | os.PathLike, offset: int = 0, length: int | None = None) -> bytes:
+    """The bytes of an image file, or of the part of a file that is one.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no regular file, or larger than any image that is decoded.
+    """
+    return read_bytes(path, offset, length, most=MAX_BYTES)
 
 
 def find_images(arguments: Sequence[str]) -> list[tuple[str, Path | epath.Path]]:
@@ -58,7 +71,7 @@ class ImageFiles:
             raise ValueError("unreadable images, nothing was written:\n  " + "\n  ".join(problems))
 
     def _read(self, path: Path | epath.Path) -> np.ndarray:
-        return center_crop_torchvision(decode_image(path.read_bytes(), str(path)), self._size)
+        return center_crop_torchvision(decode_image(read_image(path), str(path)), self._size)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -18,6 +18,7 @@ import numpy as np
 from titok_jax.data.contents import source_contents
 from titok_jax.data.digits import load_digits
 from titok_jax.data.files import Paths, find_files
+from titok_jax.data.image_files import read_image
 from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import decode_json_tokens, decode_record
 from titok_jax.data.tfds_files import check_feature_classes
@@ -126,7 +127,7 @@ class FolderSource:
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""
         path = self.paths[index]
-        return read_bytes(path), int(self._labels[index]), path
+        return read_image(path), int(self._labels[index]), path
 
 
 class TfdsSource:

@@ -14,39 +14,52 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from titok_jax.runtime.paths import files_below
 
+Pair = tuple[int, int]
 Example = dict[str, Any]  # "image": uint8 [H, W, 3] or "tokens": int32 [N]; "label": int32 []
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # files with these suffixes are images
+# What is decoded, whatever a file is called. Pillow reads more, some of it by other programs (EPS by Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 2**28 // 3  # 256 MB of RGB; Pillow warns above it
 _BICUBIC = Image.Resampling.BICUBIC
+# An image is resized as a whole up to this many pixels (100 MB), as published. Only pictures more than 500 times as long as
+# wide have more at 256 pixels.
+_WHOLE_RESIZE = 2**25
 
 
 def image_files(folder: str | os.PathLike) -> list[tuple[str, ...]]:
     """The images in a folder and its sub-folders, sorted, each as a tuple of path components.
 
-    Links are followed, because class folders are often links to a copy elsewhere.
+    Links to folders are followed, because class folders are often links to a copy elsewhere.
+
+    Raises:
+      ValueError: an image is no regular file, or a link to a file out of the folder.
     """
-    return sorted(
-        names
-        for names in files_below(folder)
-        if names[-1].lower().endswith(IMAGE_SUFFIXES) and not names[-1].startswith(".")  # macOS adds ._NAME.jpg
-    )
+    return sorted(files_below(folder, _is_image))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")  # macOS adds ._NAME.jpg
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Decodes JPEG, PNG, WebP, ... to uint8 [H, W, 3] RGB.
+    """Decodes JPEG, PNG, WebP, BMP, GIF (the first picture) and TIFF (the first page) to uint8 [H, W, 3] RGB.
 
     Grey images (also with 16 bits) and CMYK are converted. Transparency is dropped.
 
     Raises:
-      ValueError: Pillow cannot read the bytes, they are truncated, or the grey levels have 32 bits (some TIFF files), for
-        which the value of white is unknown. The message begins with `name`, the origin of the image.
+      ValueError: Pillow cannot read the bytes as one of FORMATS, they are truncated, the image has more than MAX_PIXELS, or
+        its grey levels have 32 bits (some TIFF files), for which the value of white is unknown. The message begins with
+        `name`, the origin of the image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:  # nothing is decoded until the pixels are asked for
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} in all are read")
             sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
             if image.mode in ("I", "F") and not sixteen_bits:
                 kind = "whole numbers" if image.mode == "I" else "floats"
@@ -55,9 +68,11 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
                 )
             if sixteen_bits:  # Pillow would clip these grey values at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy RGB
     except Exception as error:  # each of Pillow's readers raises its own exceptions for damaged files
-        raise ValueError(f"{name}: cannot read these {len(data)} bytes as an image (JPEG, PNG, WebP): {error}") from error
+        reason = "it is none of these" if isinstance(error, UnidentifiedImageError) else error
+        formats = "JPEG, PNG, WebP, BMP, GIF, TIFF"
+        raise ValueError(f"{name}: cannot read these {len(data)} bytes as an image ({formats}): {reason}") from error
 
 
 def decode_example(data: bytes, label: int, name: str) -> Example:
@@ -82,7 +97,8 @@ def center_crop_torchvision(image: np.ndarray, size: int, resize_shorter_edge: i
     Raises:
       ValueError: `size` exceeds `resize_shorter_edge`.
     """
-    return _center(_resize_shorter_side(image, _edge(size, resize_shorter_edge)), size)
+    shape = _shorter_side(image, _edge(size, resize_shorter_edge))
+    return _resized(image, shape, _center(shape, size), size)
 
 
 def center_crop_adm(image: np.ndarray, size: int, resize_shorter_edge: int | None = None) -> np.ndarray:
@@ -94,13 +110,12 @@ def center_crop_adm(image: np.ndarray, size: int, resize_shorter_edge: int | Non
     Arguments, result and errors are those of `center_crop_torchvision`.
     """
     edge = _edge(size, resize_shorter_edge)
-    pil = Image.fromarray(image)
-    while min(pil.size) >= 2 * edge:
-        pil = pil.resize((pil.width // 2, pil.height // 2), Image.Resampling.BOX)
-    scale = edge / min(pil.size)
-    resized = np.asarray(pil.resize((round(pil.width * scale), round(pil.height * scale)), _BICUBIC))
-    top, left = ((side - size) // 2 for side in resized.shape[:2])
-    return resized[top : top + size, left : left + size]
+    while min(image.shape[:2]) >= 2 * edge:
+        height, width = image.shape[:2]
+        image = np.asarray(Image.fromarray(image).resize((width // 2, height // 2), Image.Resampling.BOX))
+    scale = edge / min(image.shape[:2])
+    shape = tuple(round(side * scale) for side in image.shape[:2])
+    return _resized(image, shape, tuple((side - size) // 2 for side in shape), size)
 
 
 def ten_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -150,12 +165,12 @@ def random_resize_crop_flip(
     Raises:
       ValueError: `crop_size` exceeds `resize_shorter_edge`.
     """
-    image = _resize_shorter_side(image, _edge(crop_size, resize_shorter_edge))
+    shape = _shorter_side(image, _edge(crop_size, resize_shorter_edge))
     if random_crop:
-        top, left = (int(rng.integers(0, side - crop_size + 1)) for side in image.shape[:2])
-        image = image[top : top + crop_size, left : left + crop_size]
+        corner = tuple(int(rng.integers(0, side - crop_size + 1)) for side in shape)
     else:
-        image = _center(image, crop_size)
+        corner = _center(shape, crop_size)
+    image = _resized(image, shape, corner, crop_size)
     if random_flip and rng.random() < flip_probability:
         image = image[:, ::-1]
     return np.ascontiguousarray(image)
@@ -268,16 +283,34 @@ def _edge(size: int, resize_shorter_edge: int | None) -> int:
     return size if resize_shorter_edge is None else resize_shorter_edge
 
 
-def _center(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre of uint8 [H, W, 3], as torchvision crops it: the offset is rounded half to even."""
-    top, left = (round((side - size) / 2) for side in image.shape[:2])
-    return image[top : top + size, left : left + size]
+def _center(shape: Pair, size: int) -> Pair:
+    """The corner (top, left) of the centre of an image of `shape`, as torchvision crops it: rounded half to even."""
+    return tuple(round((side - size) / 2) for side in shape)
 
 
-def _resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] so that min(H, W) == size (bicubic). The longer side is truncated to a whole number."""
+def _shorter_side(image: np.ndarray, size: int) -> Pair:
+    """The (height, width) of an image [H, W, 3] whose shorter side is resized to `size`; the longer one is truncated."""
     height, width = image.shape[:2]
-    short, long = min(height, width), int(size * max(height, width) / min(height, width))
-    if short == size:
-        return image
-    return np.asarray(Image.fromarray(image).resize((size, long) if width <= height else (long, size), _BICUBIC))
+    long = int(size * max(height, width) / min(height, width))
+    return (long, size) if width <= height else (size, long)
+
+
+def _resized(image: np.ndarray, shape: Pair, corner: Pair, size: int) -> np.ndarray:
+    """Resizes uint8 [H, W, 3] to `shape` (bicubic) and cuts out [size, size, 3] at `corner` (top, left).
+
+    Of a very long picture only what the window shows is resized: the whole may take thousands of times its memory. The
+    pixels then differ by what Pillow rounds between rows and columns.
+    """
+    top, left = corner
+    if shape == image.shape[:2] or shape[0] * shape[1] <= _WHOLE_RESIZE:
+        whole = image if shape == image.shape[:2] else np.asarray(Image.fromarray(image).resize(shape[::-1], _BICUBIC))
+        return whole[top : top + size, left : left + size]
+    pieces, box = [], []
+    for side, resized, start in zip(image.shape[:2], shape, corner, strict=True):
+        scale = side / resized
+        margin = 2 * max(scale, 1) + 2  # the filter reaches over two pixels of the result, or of the image
+        first, last = max(0, int(start * scale - margin)), min(side, int((start + size) * scale + margin))
+        pieces.append(slice(first, last))
+        box.append((start * scale - first, min((start + size) * scale, side) - first))
+    window = Image.fromarray(image[tuple(pieces)])
+    return np.asarray(window.resize((size, size), _BICUBIC, box=(box[1][0], box[0][0], box[1][1], box[0][1])))

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from titok_jax.data.files import Paths, find_files
+from titok_jax.data.image_files import read_image
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example
 from titok_jax.runtime.outputs import check_absent, new_file
-from titok_jax.runtime.paths import file_size, open_bytes, read_bytes
+from titok_jax.runtime.paths import file_size, open_bytes
 
 # How files of these kinds begin; all others are named JPEG, as ImageNet's are.
 _BEGINNINGS = {b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}
@@ -72,7 +73,7 @@ class WebDatasetSource:
         """Returns the bytes of an image file, its label, and its location for error messages."""
         shard, offset, length, label = self._spans[index].tolist()
         path = self._paths[shard]
-        return read_bytes(path, offset, length), label, f"{path}, image {index} at byte {offset}"
+        return read_image(path, offset, length), label, f"{path}, image {index} at byte {offset}"
 
 
 def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

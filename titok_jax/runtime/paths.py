@@ -13,9 +13,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import stat
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,12 +110,14 @@ def open_bytes(path: str | os.PathLike) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = None) -> bytes:
+def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = None, *, most: int | None = None) -> bytes:
     """Reads a part of a file. From a bucket only this part is sent. (An open file in a bucket reads megabytes ahead.)
 
     Raises:
       OSError: it cannot be read, or a web server sends whole files only.
+      ValueError: it is no regular file, or the part has more than `most` bytes (not known of whole files elsewhere).
     """
+    _check_length(path, length, most)
     end = None if length is None else offset + length
     if is_web(path):
         with _web_storage(path) as (storage, name):
@@ -126,7 +129,10 @@ def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = No
         storage, name = fsspec.url_to_fs(os.fspath(path))
         return storage.cat_file(name, start=offset or None, end=end)
     # Opened on each call, so that threads share no file handle and pickles hold none.
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        check_regular(path, found)  # a pipe would wait for ever, and a device might never end
+        _check_length(path, min(found.st_size - offset, found.st_size if length is None else length), most)
         file.seek(offset)
         return file.read(length)
 
@@ -155,14 +161,32 @@ def short_name(name: str) -> str:
     return name if len(data) <= 100 else f"{data[:80].decode(errors='ignore')}-{zlib.crc32(data):08x}"
 
 
-def files_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
+def _check_length(path: str | os.PathLike, length: int | None, most: int | None) -> None:
+    if length is not None and most is not None and length > most:
+        raise ValueError(f"{os.fspath(path)}: {length:,} bytes to read at once, expected at most {most:,}")
+
+
+def check_regular(path: str | os.PathLike, found: os.stat_result) -> None:
+    """Raises ValueError if `found` is not of a regular file."""
+    kinds = {stat.S_IFIFO: "pipe", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFSOCK: "socket"}
+    if not stat.S_ISREG(found.st_mode):
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "folder")
+        raise ValueError(f"{os.fspath(path)}: it is a {kind}, expected a file")
+
+
+def files_below(folder: str | os.PathLike, wanted: Callable[[str], bool] | None = None) -> Iterator[tuple[str, ...]]:
     """Yields the files in a folder and its sub-folders, in no particular order, each as a tuple of path components.
 
     Links are followed, except those to a folder that they are in. Hidden folders and those of operating systems
     (`is_system_name`) are left out.
 
+    Args:
+      wanted: says by the name which files to yield. These must be regular files. A link may then not lead to a file out of
+        the folder: of a folder that came from elsewhere, it could name any file of this machine.
+
     Raises:
       OSError: a folder that cannot be read; the message names it.
+      ValueError: a file that is not as `wanted` says.
     """
 
     if not is_remote(folder):
@@ -184,6 +208,29 @@ def objects_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
     for place, _, names in top.walk():
         between = tuple(filter(None, stem(place).removeprefix(stem(top)).split("/")))
         yield from ((*between, name) for name in names if name)
+    if not is_remote(top):
+        for between, entry in _local_files(os.fspath(top), (), _identities(os.path.realpath(top))):
+            if wanted is None or wanted(entry.name):
+                if wanted is not None:
+                    _check_found(entry, top)
+                yield (*between, entry.name)
+        return
+    for place, _, names in top.walk():
+        between = tuple(filter(None, stem(place).removeprefix(stem(top)).split("/")))
+        if not any(map(is_system_name, between)):
+            yield from ((*between, name) for name in names if name and (wanted is None or wanted(name)))
+
+
+def _check_found(entry: os.DirEntry, top: Path) -> None:
+    """Raises ValueError if a file found below `top` is no regular file, or a link to a file out of its folder and `top`."""
+    if entry.is_symlink():
+        real = Path(os.path.realpath(entry.path))
+        if not real.exists():
+            raise ValueError(f"{entry.path}: it is a link to {os.readlink(entry.path)}, which does not exist")
+        if not any(real.is_relative_to(os.path.realpath(folder)) for folder in (top, os.path.dirname(entry.path))):
+            raise ValueError(f"{entry.path}: it is a link out of the folder, to {real}; copy the file, or link its folder")
+    if not entry.is_file():  # asks the disk only about links
+        check_regular(entry.path, entry.stat())
 
 
 def is_system_name(name: str) -> bool:
@@ -213,8 +260,11 @@ def _identities(path: str) -> tuple[tuple[int, int], ...]:
     return tuple(_identity(str(place)) for place in (Path(path), *Path(path).parents))
 
 
-def _local_files(folder: str, between: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, ...]]:
-    """The files below a folder; `above` has the identities of it and of all folders above it."""
+def _local_files(
+    folder: str, between: tuple[str, ...], above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[tuple[str, ...], os.DirEntry]]:
+    """The files below a folder, each with the names of the folders between; `above` has the identities of the folder and of
+    all folders above it."""
     try:
         with os.scandir(folder) as scanned:
             entries = list(scanned)
@@ -222,7 +272,7 @@ def _local_files(folder: str, between: tuple[str, ...], above: tuple[tuple[int, 
         raise type(error)(f"{folder}: the folder cannot be read ({error.strerror})") from None
     for entry in entries:
         if not entry.is_dir():
-            yield (*between, entry.name)
+            yield between, entry
         elif _is_entered(entry, above):
             yield from _local_files(entry.path, (*between, entry.name), (*above, _identity(entry.path)))
 
