@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from titok_jax.data import files, loader, parquet, records, sources, transforms, webdataset
+from titok_jax.data import checked, files, loader, parquet, records, sources, transforms, webdataset
 from titok_jax.data.digits import load_digits
 from titok_jax.data.sources import parse_source
 
@@ -979,8 +979,8 @@ def test_one_wrong_record_among_many_is_named(suffix, wrong, message, tmp_path):
     """Wherever it is, it is found when it is read, with its file and its place in it."""
     good = ([1, 2, 3, 127], 9)
     paths = [token_file(tmp_path / f"{i}.{suffix}", [good] * 5 + ([wrong] if i == 1 else [good])) for i in range(3)]
-    limits = sources.Limits(num_classes=10, num_tokens=4, codebook_size=128)
-    source = sources.CheckedSource(
+    limits = checked.Limits(num_classes=10, num_tokens=4, codebook_size=128)
+    source = checked.CheckedSource(
         pickle.loads(pickle.dumps(sources.make_source({"name": "tokens", "paths": paths}))), limits
     )
     place = "record 5" if suffix == "array_record" else "line 6"
@@ -989,7 +989,7 @@ def test_one_wrong_record_among_many_is_named(suffix, wrong, message, tmp_path):
             assert source[index]["label"] == 9
     with pytest.raises(ValueError, match=rf"1\.{suffix}, {place}: {message}"):
         source[11]
-    unchecked = sources.CheckedSource(sources.make_source({"name": "tokens", "paths": paths}), sources.Limits())
+    unchecked = checked.CheckedSource(sources.make_source({"name": "tokens", "paths": paths}), checked.Limits())
     assert unchecked[11]["label"] == wrong[1]
     options = {"seed": 0, "global_batch_size": 6, "num_threads": 2, "process_index": 0, "process_count": 1}
     with loader.make_loader(source, **options) as batches, pytest.raises(ValueError, match=message):
@@ -1017,7 +1017,7 @@ def test_a_wrong_image_label_is_named(tmp_path):
         for label in (0, 9, 10):
             write(encoded_png(), label)
     images = sources.make_source({"name": "array_record", "paths": str(tmp_path / "a.array_record")})
-    source = sources.CheckedSource(images, sources.Limits(10))
+    source = checked.CheckedSource(images, checked.Limits(10))
     assert source[1]["label"] == 9
     with pytest.raises(ValueError, match=r"a\.array_record, record 2: label 10, expected 0 to 9"):
         source[2]

@@ -344,6 +344,7 @@ def test_a_run_of_steps_that_are_not_finite_ends_before_a_bad_checkpoint(tmp_pat
         class Broken:
             def __init__(self, loader, step):
                 self.loader, self.step, self.close = loader, step, loader.close
+                self.take_replaced = loader.take_replaced
 
             def __enter__(self):
                 return self

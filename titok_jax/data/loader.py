@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from titok_jax.data.transforms import Example
+from titok_jax.data.transforms import REPLACED, Example
 
 Batch = dict[str, Any]  # the arrays of the examples, stacked: "image" uint8 [B, H, W, 3], "label" int32 [B], ...
 
@@ -35,10 +35,18 @@ class Loader(Iterator[Batch]):
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
             dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
-        self._iterator = iter(dataset)
+        self._iterator, self._replaced = iter(dataset), []
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self._replaced += [index for index in batch.pop(REPLACED, np.zeros(0)).tolist() if index >= 0]
+        return batch
+
+    def take_replaced(self) -> list[int]:
+        """The examples that could not be decoded and were replaced in the batches since the last call, by their indices in
+        the source (`checked.CheckedSource`). Of several processes, each knows those of its own rows."""
+        taken, self._replaced = self._replaced, []
+        return taken
 
     def close(self) -> None:
         """Ends threads and workers. The loader then yields no more batches. Closing twice is allowed."""

@@ -6,7 +6,6 @@ An example is a dict with "label", int32 [] (-1 if there is none), and either "i
 "tokens", int32 [N]. Sources are picklable (worker processes get a copy) and safe to read from many threads.
 """
 
-import dataclasses
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -15,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from titok_jax.data.contents import source_contents
 from titok_jax.data.digits import load_digits
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.image_files import read_image
 from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import decode_json_tokens, decode_record
 from titok_jax.data.tfds_files import check_feature_classes
-from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example, image_files
+from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, Undecodable, decode_example, image_files
 from titok_jax.data.webdataset import WebDatasetSource
 from titok_jax.runtime.messages import near, near_path
 from titok_jax.runtime.paths import as_path, file_size, folders_in, is_remote, local_copy, needs_mount, read_bytes
@@ -198,9 +196,13 @@ class TfdsSource:
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""
-        example = self._examples[index]
+        name = f"tfds {self._name}, example {index}"
+        try:
+            example = self._examples[index]
+        except Exception as error:  # of ArrayRecord, of protocol buffers and of TFDS's decoding
+            raise Undecodable(f"{name}: damaged ({error})") from error
         label = -1 if self._label_key is None else int(example[self._label_key])
-        return example[self._image_key], label, f"tfds {self._name}, example {index}"
+        return example[self._image_key], label, name
 
 
 class ArrayRecordSource:
@@ -230,9 +232,9 @@ class ArrayRecordSource:
         try:
             return decode_record(self._records[index])
         except RuntimeError as error:
-            raise ValueError(f"{self.where(index)}: damaged, replace the file ({error})") from error
+            raise Undecodable(f"{self.where(index)}: damaged, replace the file ({error})") from error
         except ValueError as error:
-            raise ValueError(f"{self.where(index)}: {str(error).removeprefix('record: ')}") from None
+            raise type(error)(f"{self.where(index)}: {str(error).removeprefix('record: ')}") from None
 
     def files(self) -> Iterator[tuple[str, int, int]]:
         """Yields (path, number of examples, size in bytes) of each file."""
@@ -322,66 +324,6 @@ def tokens_source(paths: Paths) -> ArrayRecordSource | JsonLinesSource:
             raise ValueError(f"{files[0]}: holds images, expected tokens; use the source array_record for images")
         return source
     raise ValueError(f"{paths}: found {', '.join(sorted(suffixes))}; token files are all *.array_record or all *.jsonl")
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a model takes; None for what it does not read.
-
-    Attributes:
-      num_classes: labels are 0 .. num_classes - 1.
-      num_tokens, codebook_size: number of tokens of an example, which are 0 .. codebook_size - 1.
-    """
-
-    num_classes: int | None = None
-    num_tokens: int | None = None
-    codebook_size: int | None = None
-
-
-class CheckedSource:
-    """A source whose examples are checked one by one when they are read. Only the first wrong one is reported.
-
-    Raises on reading:
-      ValueError: a label or token out of range, or another number of tokens; the message has the value, what is allowed, and
-        the record with its file.
-    """
-
-    def __init__(self, source: Any, limits: Limits):
-        self._source, self._limits = source, limits
-
-    @property
-    def class_names(self) -> list[str]:
-        """The names of the classes, indexed by label; empty if the source does not know them."""
-        return list(getattr(self._source, "class_names", []))
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def contents(self) -> dict[str, Any]:
-        """See `contents.source_contents`."""
-        return source_contents(self._source)
-
-    def __getitem__(self, index: int) -> Example:
-        example, limits = self._source[index], self._limits
-        label, tokens = int(example["label"]), example.get("tokens")
-        if limits.num_classes is not None and not 0 <= label < limits.num_classes:
-            hint = "; are the labels counted from 1?" if label == limits.num_classes else ""
-            raise ValueError(f"{self.where(index)}: label {label}, expected 0 to {limits.num_classes - 1}{hint}")
-        if tokens is not None and limits.num_tokens is not None:
-            if tokens.shape != (limits.num_tokens,):
-                raise ValueError(f"{self.where(index)}: {tokens.size} tokens, expected {limits.num_tokens}")
-            wrong = tokens[(tokens < 0) | (tokens >= limits.codebook_size)]
-            if wrong.size:
-                raise ValueError(f"{self.where(index)}: token {wrong[0]}, expected 0 to {limits.codebook_size - 1}")
-        return example
-
-    def where(self, index: int) -> str:
-        """The place of an example, for error messages."""
-        if hasattr(self._source, "where"):
-            return self._source.where(index)
-        if hasattr(self._source, "encoded"):
-            return self._source.encoded(index)[2]
-        return f"example {index}"
 
 
 _SOURCES = {

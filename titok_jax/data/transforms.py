@@ -20,6 +20,7 @@ from titok_jax.runtime.paths import files_below
 
 Pair = tuple[int, int]
 Example = dict[str, Any]  # "image": uint8 [H, W, 3] or "tokens": int32 [N]; "label": int32 []
+REPLACED = "replaced"  # also in an example that stands in for another one: the index of that one; -1 in all others
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # files with these suffixes are images
 # What is decoded, whatever a file is called. Pillow reads more, some of it by other programs (EPS by Ghostscript).
@@ -29,6 +30,10 @@ _BICUBIC = Image.Resampling.BICUBIC
 # An image is resized as a whole up to this many pixels (100 MB), as published. Only pictures more than 500 times as long as
 # wide have more at 256 pixels.
 _WHOLE_RESIZE = 2**25
+
+
+class Undecodable(ValueError):
+    """The bytes of an example are damaged, or no image that is read here."""
 
 
 def image_files(folder: str | os.PathLike) -> list[tuple[str, ...]]:
@@ -52,7 +57,7 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     Grey images (also with 16 bits) and CMYK are converted. Transparency is dropped.
 
     Raises:
-      ValueError: Pillow cannot read the bytes as one of FORMATS, they are truncated, the image has more than MAX_PIXELS, or
+      Undecodable: Pillow cannot read the bytes as one of FORMATS, they are truncated, the image has more than MAX_PIXELS, or
         its grey levels have 32 bits (some TIFF files), for which the value of white is unknown. The message begins with
         `name`, the origin of the image.
     """
@@ -72,7 +77,7 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     except Exception as error:  # each of Pillow's readers raises its own exceptions for damaged files
         reason = "it is none of these" if isinstance(error, UnidentifiedImageError) else error
         formats = "JPEG, PNG, WebP, BMP, GIF, TIFF"
-        raise ValueError(f"{name}: cannot read these {len(data)} bytes as an image ({formats}): {reason}") from error
+        raise Undecodable(f"{name}: cannot read these {len(data)} bytes as an image ({formats}): {reason}") from error
 
 
 def decode_example(data: bytes, label: int, name: str) -> Example:

@@ -188,14 +188,17 @@ def files_below(folder: str | os.PathLike, wanted: Callable[[str], bool] | None 
       OSError: a folder that cannot be read; the message names it.
       ValueError: a file that is not as `wanted` says.
     """
-
-    if not is_remote(folder):
-        top = os.fspath(folder)
-        yield from _local_files(top, (), _identities(os.path.realpath(top)))
+    if is_remote(folder):
+        for names in objects_below(folder):
+            if not any(map(is_system_name, names[:-1])) and (wanted is None or wanted(names[-1])):
+                yield names
         return
-    for names in objects_below(folder):
-        if not any(map(is_system_name, names[:-1])):
-            yield names
+    top = os.fspath(folder)
+    for between, entry in _local_files(top, (), _identities(os.path.realpath(top))):
+        if wanted is None or wanted(entry.name):
+            if wanted is not None:
+                _check_found(entry, top)
+            yield (*between, entry.name)
 
 
 def objects_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
@@ -208,20 +211,9 @@ def objects_below(folder: str | os.PathLike) -> Iterator[tuple[str, ...]]:
     for place, _, names in top.walk():
         between = tuple(filter(None, stem(place).removeprefix(stem(top)).split("/")))
         yield from ((*between, name) for name in names if name)
-    if not is_remote(top):
-        for between, entry in _local_files(os.fspath(top), (), _identities(os.path.realpath(top))):
-            if wanted is None or wanted(entry.name):
-                if wanted is not None:
-                    _check_found(entry, top)
-                yield (*between, entry.name)
-        return
-    for place, _, names in top.walk():
-        between = tuple(filter(None, stem(place).removeprefix(stem(top)).split("/")))
-        if not any(map(is_system_name, between)):
-            yield from ((*between, name) for name in names if name and (wanted is None or wanted(name)))
 
 
-def _check_found(entry: os.DirEntry, top: Path) -> None:
+def _check_found(entry: os.DirEntry, top: str) -> None:
     """Raises ValueError if a file found below `top` is no regular file, or a link to a file out of its folder and `top`."""
     if entry.is_symlink():
         real = Path(os.path.realpath(entry.path))

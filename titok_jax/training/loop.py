@@ -28,6 +28,7 @@ from titok_jax.training.build import build_task
 from titok_jax.training.checkpoint import Checkpoints
 from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.progress import CodebookWatch, Evaluation, Previews, check_classes
+from titok_jax.training.replaced import ReplacedImages
 from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import State, Task, jit_step
 from titok_jax.weights.pretrained import weights_sha256
@@ -118,7 +119,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     sharding.check_batch_size(mesh, settings.data.batch_size, settings.gradient_accumulation)
     # Open the data before building the task, because the task may download networks.
-    source = open_source(settings.data.source, settings, "--config.data.source")
+    source = open_source(settings.data.source, settings, "--config.data.source", replace=True)
     check_tokens(settings)
     task = build_task(settings)
     contents = source.contents()
@@ -295,6 +296,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
         active=run.first_process,
     )
     loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
+    replaced = ReplacedImages(run.source, run.part["process_index"])
     stop, done, codebook = StopSignal(), start, CodebookWatch(settings)
     with contextlib.ExitStack() as closing:  # closes all of them, even if one cannot write what is left
         for opened in (stop, started.checkpoints, log, loader):
@@ -320,6 +322,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
             save_now = due(settings.checkpoint_every, done, num_steps) or stopping
             if log_now or save_now:
                 check_finite(state, done, settings.max_nonfinite_steps)
+                replaced.check(loader.take_replaced(), (done - start) * settings.data.batch_size)
             if save_now:
                 if started.lock:
                     started.lock.check()

@@ -102,7 +102,7 @@ class Previews:
         rows = np.lcm(sharding.batch_devices(mesh), self._columns)
         size = int(-(-settings.preview_images // rows) * rows)
         crop = make_eval_transform(settings.data.eval_transform) if settings.data.eval_transform else None
-        source = held_out_source(settings) or open_source(settings.data.source, settings)
+        source = held_out_source(settings) or open_source(settings.data.source, settings, replace=True)
         part = sharding.batch_part(mesh)
         with make_eval_loader(source, global_batch_size=size, transform=crop, num_threads=0, **part) as loader:
             batch = next(loader)

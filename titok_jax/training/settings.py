@@ -14,7 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from titok_jax import models
-from titok_jax.data.sources import CheckedSource, Limits, make_source
+from titok_jax.data.checked import CheckedSource, Limits
+from titok_jax.data.sources import make_source
 from titok_jax.inference import check_pair
 from titok_jax.inference.functions import PRECISIONS
 from titok_jax.models.discriminator import DiscriminatorConfig
@@ -315,8 +316,9 @@ def _check_sizes(settings: Settings) -> None:
                 raise ValueError(f"{found}, but resize_shorter_edge beside it is {edge}, expected at least as much")
 
 
-def open_source(spec: Mapping[str, Any], settings: Settings, flag: str = "") -> CheckedSource:
+def open_source(spec: Mapping[str, Any], settings: Settings, flag: str = "", *, replace: bool = False) -> CheckedSource:
     """Opens a data source of a training. Each example is checked as it is read: the labels and tokens that the model reads.
+    With `replace`, the next image takes the place of one that cannot be decoded. Damaged tokens are always an error.
 
     Raises:
       ValueError, FileNotFoundError: as `sources.make_source`.
@@ -324,7 +326,7 @@ def open_source(spec: Mapping[str, Any], settings: Settings, flag: str = "") -> 
     model, limits = settings.model, Limits()
     if settings.task == "generator":
         limits = Limits(model.num_classes, model.num_tokens, model.codebook_size)
-    return CheckedSource(make_source(spec, flag), limits)
+    return CheckedSource(make_source(spec, flag), limits, replace=replace and spec["name"] != "tokens")
 
 
 def check_batch(batch: Mapping[str, np.ndarray], settings: Settings) -> None:
