@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -1068,3 +1070,44 @@ def test_classes_are_what_the_tree_says(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(PermissionError, match=r"images/10: the folder cannot be read \(Permission denied\)"):
         sources.FolderSource(root)
+
+
+@pytest.mark.parametrize("number", [2**31, -(2**31) - 1, 2**63, 2**64, 10**30])
+def test_numbers_beyond_int32_are_refused_not_wrapped(number, tmp_path):
+    for line in (f'{{"class_id": {number}, "tokens": [1]}}', f'{{"class_id": 1, "tokens": [1, {number}]}}'):
+        (tmp_path / "t.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=r't\.jsonl, line 1: expected {"class_id": int, "tokens": \[int, \.\.\.\]}; '):
+            sources.make_source({"name": "tokens", "paths": str(tmp_path / "t.jsonl")})[0]
+    for write in (records.encode_tokens, records.encode_image):
+        with pytest.raises(ValueError, match=f"label {number}, expected a class index below 2"):
+            write(np.array([1, 2]) if write is records.encode_tokens else b"", number)
+    with pytest.raises(ValueError, match=f"^a image: label {number}, expected a class index below 2"):
+        transforms.decode_example(encoded_png(), number, "a image")
+    if -(2**63) <= number < 2**64:
+        labels = pa.array([0, number], pa.int64() if number < 2**63 else pa.uint64())
+        pq.write_table(pa.table({"image": [encoded_png()] * 2, "label": labels}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=rf"a\.parquet.*{number}"):
+            sources.make_source({"name": "parquet", "paths": str(tmp_path / "a.parquet")})[1]
+
+
+@pytest.mark.parametrize("label", ["1.5", '"1"', "true", "null", "[1]"])
+def test_a_class_of_a_json_line_is_a_whole_number(label):
+    with pytest.raises(ValueError, match=r"^line: expected .*class_id is"):
+        records.decode_json_tokens(f'{{"class_id": {label}, "tokens": [1]}}')
+
+
+def test_a_json_line_nested_without_end_is_refused():
+    with pytest.raises(ValueError, match=r"^line: expected .*RecursionError"):
+        records.decode_json_tokens("[" * 100_000)
+
+
+def test_a_damaged_example_of_tfds_is_named(tfds_dir, tmp_path):
+    shutil.copytree(tfds_dir, tmp_path / "tfds")
+    (path,) = (tmp_path / "tfds").rglob("*train.array_record*")
+    data = bytearray(path.read_bytes())
+    data[data.index(encoded(2)) + 40] ^= 255
+    path.write_bytes(data)
+    source = sources.make_source({"name": "tfds", "path": str(tmp_path / "tfds/tiny/1.0.0"), "split": "train"})
+    source = checked.CheckedSource(source, checked.Limits(), replace=True)
+    (found,) = [index for index in range(6) if source[index]["replaced"] >= 0]
+    assert re.match(rf"tfds .*, split train, example {found}: damaged \(.+\)", source.damage(found))

@@ -31,7 +31,8 @@ def encode_tokens(tokens: np.ndarray, label: int) -> bytes:
     """Encodes token ids [N], 0 <= id < 2^31, and a label as one record.
 
     Raises:
-      ValueError: the ids are not one-dimensional, none or more than 65535, out of range, or not integers.
+      ValueError: the ids are not one-dimensional, none or more than 65535, out of range, or not integers; or the label does
+        not fit int32.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not 0 < tokens.size < 2**16 or tokens.dtype.kind not in "iu":
@@ -39,12 +40,18 @@ def encode_tokens(tokens: np.ndarray, label: int) -> bytes:
     if tokens.min() < 0 or tokens.max() >= 2**31:
         raise ValueError(f"tokens must be in 0..2^31-1; got {tokens.min()}..{tokens.max()}")
     dtype = "<u2" if tokens.max() < 2**16 else "<i4"
-    return _HEADER.pack(_TOKENS, label, tokens.size) + tokens.astype(dtype).tobytes()
+    return _header(_TOKENS, label, tokens.size) + tokens.astype(dtype).tobytes()
 
 
 def encode_image(data: bytes, label: int) -> bytes:
-    """Makes one record from the bytes of an image file and a label."""
-    return _HEADER.pack(_IMAGE, label, 0) + data
+    """Makes one record from the bytes of an image file and a label. Raises ValueError if the label does not fit int32."""
+    return _header(_IMAGE, label, 0) + data
+
+
+def _header(kind: int, label: int, n: int) -> bytes:
+    if not -(2**31) <= label < 2**31:
+        raise ValueError(f"label {label}, expected a class index below 2^31, or -1 for none")
+    return _HEADER.pack(kind, label, n)
 
 
 def decode_record(record: bytes, name: str = "record") -> Example:
@@ -74,10 +81,15 @@ def decode_json_tokens(line: bytes | str, name: str = "line") -> Example:
     """
     try:
         fields = json.loads(line)
-        tokens, label = np.asarray(fields["tokens"]), int(fields["class_id"])
-        if tokens.ndim != 1 or tokens.dtype.kind != "i":
+        tokens, label = np.asarray(fields["tokens"]), fields["class_id"]
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not tokens.size:
             raise TypeError(f"tokens are {tokens.dtype} {list(tokens.shape)}")
-    except (ValueError, KeyError, TypeError) as error:
+        if type(label) is not int:
+            raise TypeError(f"class_id is {str(label)[:40]!r}")
+        for number in (label, int(tokens.min()), int(tokens.max())):
+            if not -(2**31) <= number < 2**31:
+                raise OverflowError(f"{number} is not in the range of int32")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{name}: expected {{"class_id": int, "tokens": [int, ...]}}; {error!r}') from error
     return {"tokens": tokens.astype(np.int32), "label": np.int32(label)}
 

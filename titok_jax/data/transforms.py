@@ -81,7 +81,14 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
 
 
 def decode_example(data: bytes, label: int, name: str) -> Example:
-    """The example of an encoded image and its label; `name` is the origin of the image, for errors of `decode_image`."""
+    """The example of an encoded image and its label; `name` is the origin of the image, for error messages.
+
+    Raises:
+      Undecodable: as `decode_image`.
+      ValueError: the label does not fit int32.
+    """
+    if not -(2**31) <= label < 2**31:
+        raise ValueError(f"{name}: label {label}, expected a class index below 2^31, or -1 for none")
     return {"image": decode_image(data, name), "label": np.int32(label)}
 
 
