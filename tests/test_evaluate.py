@@ -629,7 +629,10 @@ def test_evaluate_writes_every_setting(model, networks, loaded_once, tmp_path, c
             r"--samples goes without --steps",
         ),
         (["--samples", "{floats}", "--reference", "{adm}"], r"arr_0 is float32 \[4, 32, 32, 3\], expected uint8"),
-        (["--samples", "{there}", "--reference", "{adm}"], r"there.json is not an .npz file of images"),
+        (
+            ["--samples", "{there}", "--reference", "{adm}"],
+            r"there.json is no .npz file that can be read: File",
+        ),
         (["--samples", "{small}", "--reference", "{adm}"], r"adm.npz is of images of 32x32 pixels, those .* have 16x16"),
         (["--reference", "{small}"], r"small.npz is of images of 16x16 pixels, those to compare with it have 32x32"),
         (
@@ -638,7 +641,7 @@ def test_evaluate_writes_every_setting(model, networks, loaded_once, tmp_path, c
         ),
         (["--reference", "{there}"], r"there.json.*: no such folder"),
         (["--reference", "{tmp}/VIRTUAL.npz"], r"--reference .*/VIRTUAL.npz: no such file; docs/evaluation.md says where"),
-        (["--reference", "{broken}"], r"broken.npz is not a file of reference statistics"),
+        (["--reference", "{broken}"], r"broken.npz is no .npz file that can be read"),
         (["--reference", "{misfit}"], r"misfit.npz: mu has 5 features, those of inception are 7"),
         (["--save-reference", "{tmp}/r.npz"], r"--save-reference needs --reference DATA"),
         (["--save-reference", "{tmp}/r.npz", "--reference", "{adm}"], r"--save-reference needs --reference DATA"),

@@ -827,8 +827,8 @@ def test_evaluations(model, photos, bucket, tmp_path, capsys):
     assert "--reference gs://bucket/no.npz: no such file" in refused(capsys, evaluate, *arguments)
     (bucket / "bad.npz").write_text("no zip")
     arguments = ("--samples", bucket / "bad.npz", "--reference", bucket / "reference.npz")
-    assert "gs://bucket/bad.npz is not an .npz file of images" in refused(capsys, evaluate, *arguments)
-    with pytest.raises(ValueError, match=r"gs://bucket/bad\.npz is not a file of reference statistics"):
+    assert "gs://bucket/bad.npz is no .npz file that can be read" in refused(capsys, evaluate, *arguments)
+    with pytest.raises(ValueError, match=r"gs://bucket/bad\.npz is no \.npz file that can be read"):
         references.read_reference(bucket / "bad.npz", "digits", 32)
 
 

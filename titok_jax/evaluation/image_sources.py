@@ -1,13 +1,13 @@
 """Sources of the images to evaluate, which read images on demand."""
 
+import math
 import os
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from titok_jax.data.transforms import center_crop_adm, center_crop_torchvision
-from titok_jax.runtime.paths import as_path
+from titok_jax.runtime.npz import NpzFile
 
 CROPS = {"torchvision": center_crop_torchvision, "adm": center_crop_adm}
 
@@ -42,42 +42,41 @@ class NpzImages:
     """The images `arr_0` of an .npz file, uint8 [n, H, W, 3], read on demand. Reading forwards is fast.
 
     Attributes:
+      path: the file.
       shape: (n, H, W, 3).
       size: H = W.
-      names: names of the arrays in the file, each with the ending .npy.
+      names: names of the arrays in the file.
       sorted_by_class: whether the file has an array `labels` and it is sorted.
 
     Raises:
-      ValueError: if the file does not hold such images. The message says what it holds.
+      FileNotFoundError, ValueError: if the file does not hold such images. The message says what it holds.
     """
 
     def __init__(self, path: str | os.PathLike):
-        try:
-            file = zipfile.ZipFile(as_path(path).open("rb"))
-            self.names = file.namelist()
-            if "arr_0.npy" not in self.names:
-                raise ValueError(f"it holds {', '.join(self.names) or 'nothing'}, expected arr_0.npy")
-            self._array = file.open("arr_0.npy")
-            version = np.lib.format.read_magic(self._array)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            self.shape, fortran_order, dtype = read_header(self._array)
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not an .npz file of images: {error}") from None
-        if (
-            dtype != np.uint8
-            or fortran_order
-            or len(self.shape) != 4
-            or self.shape[1] != self.shape[2]
-            or self.shape[3] != 3
-        ):
+        self.path = path
+        self._file = NpzFile(path)
+        self.names = self._file.names
+        self._images = self._file.open("arr_0")
+        self.shape, dtype = self._images.shape, self._images.dtype
+        wrong = dtype != np.uint8 or self._images.fortran_order or len(self.shape) != 4
+        if wrong or self.shape[1] != self.shape[2] or self.shape[3] != 3:
             raise ValueError(f"{path}: arr_0 is {dtype} {list(self.shape)}, expected uint8 [n, size, size, 3]")
-        self.path, self.size = path, self.shape[1]
-        self._start = self._array.tell()
-        labels = np.zeros(0)
-        if "labels.npy" in self.names:
-            with as_path(path).open("rb") as raw:
-                labels = np.load(raw, allow_pickle=False)["labels"]
-        self.sorted_by_class = len(np.unique(labels)) > 1 and bool((np.diff(labels) >= 0).all())
+        if 0 in self.shape:
+            raise ValueError(f"{path}: arr_0 is {list(self.shape)}, no image at all")
+        self.size = self.shape[1]
+        labels = self._labels() if "labels" in self.names else np.zeros(0)
+        self.sorted_by_class = len(np.unique(labels)) > 1 and bool((labels[1:] >= labels[:-1]).all())
+
+    def _labels(self) -> np.ndarray:
+        labels = self._file.read("labels")
+        if labels.dtype.kind not in "iu" or labels.shape != self.shape[:1]:
+            raise ValueError(
+                f"{self.path}: labels is {labels.dtype} {list(labels.shape)}, expected whole numbers [{len(self)}]"
+            )
+        wrong = labels[(labels < -1) | (labels >= 2**31)]
+        if wrong.size:
+            raise ValueError(f"{self.path}: label {wrong[0]}, expected a class index below 2^31")
+        return labels
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -85,8 +84,5 @@ class NpzImages:
     def read(self, items: slice) -> np.ndarray:
         """uint8 [b, size, size, 3]."""
         shape = (items.stop - items.start, *self.shape[1:])
-        self._array.seek(self._start + items.start * int(np.prod(shape[1:])))
-        data = self._array.read(int(np.prod(shape)))
-        if len(data) != np.prod(shape):
-            raise ValueError(f"{self.path} is cut short: arr_0 should hold {self.shape[0]} images")
-        return np.frombuffer(data, np.uint8).reshape(shape)
+        self._images.stream.seek(self._images.start + items.start * math.prod(shape[1:]))
+        return np.frombuffer(self._file.read_bytes(self._images, math.prod(shape)), np.uint8).reshape(shape)

@@ -4,17 +4,13 @@ Metrics over a whole data set are classes. `update(batch)` adds the next batch, 
 has counted.
 """
 
-import contextlib
 import os
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator
 
 import numpy as np
 
+from titok_jax.runtime.npz import NpzFile
 from titok_jax.runtime.outputs import new_file
-from titok_jax.runtime.paths import as_path
 
 # The Gaussian window of SSIM along one axis: 11 taps of sigma 1.5.
 SSIM_TAPS = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
@@ -246,18 +242,18 @@ class FeatureStatistics:
           ValueError: if it is not an .npz file, lacks the statistics, or they do not fit together.
         """
         suffix = "_s" if spatial else ""
-        with _open_npz(path) as file:
-            missing = [name for name in (f"mu{suffix}", f"sigma{suffix}") if name not in file.files]
+        with NpzFile(path) as file:
+            missing = [name for name in (f"mu{suffix}", f"sigma{suffix}") if name not in file.names]
             if missing:
                 raise ValueError(
-                    f"{path} holds no {' and no '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}"
+                    f"{path} holds no {' and no '.join(missing)}; it holds {', '.join(file.names[:5]) or 'nothing'}"
                 )
-            try:
-                mean, covariance = file[f"mu{suffix}"], file[f"sigma{suffix}"]
-                count = int(file[f"count{suffix}"]) if f"count{suffix}" in file.files else 0
-                network = str(file["network"]) if "network" in file.files else ""
-            except (ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-                raise ValueError(f"{path} is damaged: {error}") from None
+            mean, covariance = file.read(f"mu{suffix}"), file.read(f"sigma{suffix}")
+            count = file.read(f"count{suffix}", most=64) if f"count{suffix}" in file.names else np.zeros((), int)
+            network = file.text("network", most=2**12) if "network" in file.names else ""
+        if count.shape or count.dtype.kind not in "iu":
+            raise ValueError(f"{path}: count{suffix} is {count.dtype} {list(count.shape)}, expected one whole number")
+        count = int(count)
         sound = mean.ndim == 1 and covariance.shape == 2 * mean.shape and mean.dtype.kind == covariance.dtype.kind == "f"
         if not sound or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError(
@@ -271,21 +267,6 @@ class FeatureStatistics:
         else:
             stats._covariance = covariance.astype(np.float64)
         return stats
-
-
-@contextlib.contextmanager
-def _open_npz(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
-    if not as_path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    with as_path(path).open("rb") as raw:
-        try:
-            file = np.load(raw, allow_pickle=False)
-        except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ValueError(f"{path} is no .npz file: {error}") from None
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError(f"{path} is no .npz file, but a single array")
-        with file:
-            yield file
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import zipfile
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import numpy as np
 from titok_jax.evaluation import metrics
 from titok_jax.evaluation.image_sources import NpzImages
 from titok_jax.evaluation.pieces import blocks, statistics
+from titok_jax.runtime.npz import NpzFile
 from titok_jax.runtime.outputs import new_file
-from titok_jax.runtime.paths import as_path
 from titok_jax.runtime.shards import Shards
 
 MOST_NEIGHBOURHOODS = 10_000  # reference images for precision and recall, as in ADM's references
@@ -56,13 +55,10 @@ def read_reference(path: str | os.PathLike, network: str, image_size: int) -> Re
     Raises:
       ValueError: if the file is neither, or is for another feature network or another image size.
     """
-    try:
-        with as_path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            about = json.loads(str(file["about"])) if "about" in file.files else None
-            neighbourhoods = file["neighbourhoods"] if about else None
-            spatial = "mu_s" in file.files
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file of reference statistics: {error}") from None
+    with NpzFile(path) as file:
+        about = _read_about(file) if "about" in file.names else None
+        neighbourhoods = file.read("neighbourhoods") if about else None
+        spatial = "mu_s" in file.names
     images = None if about else NpzImages(path)
     size = images.size if images else about["image_size"]
     if size != image_size:
@@ -71,14 +67,41 @@ def read_reference(path: str | os.PathLike, network: str, image_size: int) -> Re
             "distance between them would be one of sizes"
         )
     if images:
+        if "mu" in images.names and (given := metrics.FeatureStatistics.load(path)).network:
+            _check_network(path, given, network)
         return images
     stats = metrics.FeatureStatistics.load(path)
+    _check_network(path, stats, network)
+    if neighbourhoods.dtype.kind != "f" or neighbourhoods.shape[1:] != (stats.dim,) or not np.isfinite(neighbourhoods).all():
+        raise ValueError(
+            f"{path}: neighbourhoods is {neighbourhoods.dtype} {list(neighbourhoods.shape)}, expected finite floats "
+            f"[m, {stats.dim}]"
+        )
+    spatial_stats = metrics.FeatureStatistics.load(path, spatial=True) if spatial else None
+    return Reference(stats, spatial_stats, neighbourhoods, about | {"network": network})
+
+
+def _read_about(file: NpzFile) -> dict[str, Any]:
+    """The origin of saved statistics, as `Reference.save` wrote it."""
+    try:
+        about = json.loads(file.text("about", most=2**20))
+    except (ValueError, RecursionError):
+        about = None
+    numbers = [about.get("image_size"), about.get("num_images") or 1] if isinstance(about, dict) else [None]
+    network = file.text("network", most=2**12) if "network" in file.names else ""
+    if not all(type(value) is int and value > 0 for value in numbers) or about.get("network", network) != network:
+        raise ValueError(
+            f"{file.path}: its entry about is not what --save-reference writes, so what it is of is not known; make it again"
+        )
+    return about
+
+
+def _check_network(path: str | os.PathLike, stats: metrics.FeatureStatistics, network: str) -> None:
     if stats.network != network:
         raise ValueError(
             f"{path} holds features of {stats.network}, but this evaluation is in those of {network}: distances between the "
             "two mean nothing; choose the network with --features, or another reference"
         )
-    return Reference(stats, metrics.FeatureStatistics.load(path, spatial=True) if spatial else None, neighbourhoods, about)
 
 
 def make_reference(
@@ -107,7 +130,7 @@ def make_reference(
     for name, suffix in (("pool", ""), ("spatial", "_s")):
         has = features + name in shards.read(0)
         stats[name] = statistics(shards, features + name, network) if has else None
-        if has and adm is not None and f"mu{suffix}.npy" in adm.names:
+        if has and adm is not None and f"mu{suffix}" in adm.names:
             given = metrics.FeatureStatistics.load(adm.path, spatial=name == "spatial")
             if given.dim != stats[name].dim:
                 raise ValueError(

@@ -9,9 +9,9 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import uuid
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from titok_jax.runtime.npz import NpzFile
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
 
@@ -61,9 +62,11 @@ class Shards:
           restart: remove pieces that were made with other settings. Otherwise they are an error.
 
         Raises:
-          ValueError: the folder was begun with other settings; the message lists them.
+          ValueError: there are no items; or the folder was begun with other settings, which the message lists.
           NotADirectoryError, FileExistsError: there is a file of that name, or a folder with other files. They stay.
         """
+        if min(length, size) < 1:
+            raise ValueError(f"{folder}: {length} items in pieces of {size}, expected at least 1: there is nothing to make")
         self.folder, self.length, self.size, self.count = as_path(folder), length, size, math.ceil(length / size)
         self.first = process_index == 0
         self._index, self._processes = process_index, process_count
@@ -109,7 +112,7 @@ class Shards:
         """The settings that the folder holds, with the id of its job. None if it has none, or such of other origin."""
         try:
             found = json.loads((self.folder / _SETTINGS).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):  # the last: nested 1,000 deep
             return None
         ours = isinstance(found, dict) and re.fullmatch("[0-9a-f]{32}", str(found.get(_JOB)))
         return found if ours else None
@@ -193,9 +196,9 @@ class Shards:
         """
         path = self._path(number)
         try:
-            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            with NpzFile(path) as file:
+                arrays = {name: file.read(name, most=sys.maxsize) for name in file.names}
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from None
         if str(arrays.pop(_JOB, None)) != self._job:
             raise ValueError(f"{path} was made by another run; remove it, and the same command makes it again")
