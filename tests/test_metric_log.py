@@ -150,3 +150,43 @@ def test_a_full_disk_says_of_which_file_and_nothing_waits(file, tmp_path, full_d
         list(map(write, range(1, 200)))
     with contextlib.suppress(OSError):
         log.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        "7",
+        "{}",
+        '{"step": "1", "loss": 2.0}',
+        '{"step": true}',
+        '{"step": 1, "loss": [2.0]}',
+        '{"step": 1, "loss": "high"}',
+        '{"step": 1, "loss": 1' + "0" * 400 + "}",
+        "[" * 100_000,
+        "loss,step",
+        "\0\0",
+    ],
+)
+def test_a_file_of_another_program_is_left_as_it_is(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    text = '{"step": 1, "loss": 2.0}\n' + line + '\n{"step": 2, "loss": 1.0}\n'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"/metrics\.jsonl, line 2: expected a step and its numbers") as error:
+        open_log(tmp_path, 5)
+    assert "\n" not in str(error.value)
+    assert path.read_text() == text
+
+
+def test_the_last_line_of_a_killed_run_is_dropped(tmp_path, figures):
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "loss": 2.0, "lr": null}\n{"step": 2, "loss": NaN, "lr": 1}\n'
+    for rest in ('{"step": 3, "lo', b"\0\0\0".decode(), "\udcff"):
+        path.write_bytes((whole + rest).encode(errors="surrogateescape"))
+        log = open_log(tmp_path, 5)
+        log.draw_curves()  # and what is not finite is not drawn
+        log.close()
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [
+            {"step": 1, "loss": 2.0, "lr": None},
+            {"step": 2, "loss": None, "lr": 1.0},
+        ]

@@ -228,3 +228,14 @@ def test_the_codes_of_a_vqgan(photos, tmp_path):
     assert [line["tokens"] for line in lines] == codes.reshape(len(images), -1).tolist()
     assert len(lines[0]["tokens"]) == 256
     assert json.loads((tmp_path / "codes" / "pretokenize.json").read_text())["precision"] == "highest"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "7", '{"weights": 3}', "[" * 100_000, "\udcff"])
+def test_a_manifest_of_another_program_is_refused(text, tmp_path):
+    path = tmp_path / token_shards.MANIFEST
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(
+        ValueError, match=r"/pretokenize\.json: expected the settings of pretokenize, found .+; choose"
+    ) as error:
+        token_shards.pretokenize(None, [], tmp_path, settings={})
+    assert "\n" not in str(error.value)

@@ -20,6 +20,21 @@ CROPS = ("center", "flip", "ten", "random")
 MANIFEST = "pretokenize.json"
 
 
+def read_manifest(path: Path | epath.Path) -> dict[str, Any]:
+    """How the shards beside it were made, as `pretokenize` wrote it.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("weights", ""), str):
+            raise ValueError("other values")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected the settings of pretokenize, found {error}; choose another folder") from None
+    return found
+
+
 def views(image: np.ndarray, size: int, crops: str, seed: Sequence[int]) -> np.ndarray:
     """Makes the crops of one image that are tokenized.
 
@@ -130,7 +145,7 @@ def pretokenize(
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / MANIFEST
     if manifest.exists():
-        found = json.loads(manifest.read_text())
+        found = read_manifest(manifest)
         different = [
             f"{k}: {found.get(k)!r} there, {settings.get(k)!r} now" for k in settings if found.get(k) != settings[k]
         ]

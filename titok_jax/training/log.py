@@ -250,16 +250,38 @@ class MetricLog:
                 self._folder.copy()
 
 
-def _records(path: epath.Path) -> list[dict]:
+def _records(path: epath.Path) -> list[dict[str, float | None]]:
+    """What earlier processes have logged.
+
+    Raises:
+      ValueError: the file holds something else. It is left as it is.
+    """
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
-            break
-    return lines
+    lines = path.read_bytes().splitlines()
+    records = [_record_of(line) for line in lines]
+    if records and records[-1] is None:  # of a run that was killed while it wrote
+        records.pop()
+    if None in records:
+        raise ValueError(
+            f"{path}, line {records.index(None) + 1}: expected a step and its numbers, as it is logged; is the file of "
+            "another program? Move it, or choose another workdir"
+        )
+    return records
+
+
+def _record_of(line: bytes) -> dict[str, float | None] | None:
+    """A line of the log; None if it is none."""
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict) or type(record["step"]) is not int:
+            return None
+        values = {name: None if value is None else float(value) for name, value in record.items()}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return {name: value if value is None or math.isfinite(value) else None for name, value in values.items()} | {
+        "step": record["step"]
+    }
 
 
 def _duration(seconds: float) -> str:

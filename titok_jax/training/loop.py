@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from titok_jax.data.files import find_files
 from titok_jax.data.loader import Loader, make_loader
-from titok_jax.data.token_shards import MANIFEST
+from titok_jax.data.token_shards import MANIFEST, read_manifest
 from titok_jax.data.transforms import make_train_transform
 from titok_jax.runtime import sharding
 from titok_jax.runtime.locks import BucketLock, lock_run
@@ -169,7 +169,7 @@ def check_tokens(settings: Settings) -> None:
     manifests = [manifest for manifest in manifests if as_path(manifest).exists()]
     weights = weights_sha256(None, settings.tokenizer)["tokenizer"] if manifests else ""
     for manifest in manifests:
-        made_by = json.loads(as_path(manifest).read_text())
+        made_by = read_manifest(as_path(manifest))
         if made_by.get("weights", weights) != weights:
             raise ValueError(
                 f"{manifest}: the tokens were made by {made_by.get('model')} (SHA-256 {made_by['weights'][:12]}...), but "
