@@ -538,7 +538,7 @@ def test_make_source_errors():
     ):
         sources.make_source({"name": "folder", "path": "no"}, "--config.data.source")
     assert len(sources.make_source({"name": "digits", "split": "test", "paths": "", "path": ""})) == 360
-    with pytest.raises(ValueError, match="digits has no split 'val'; it has train, test, all"):
+    with pytest.raises(ValueError, match=r"digits has no split 'val'; it has train, held_out \(also called test\), all"):
         sources.make_source({"name": "digits", "split": "val"})
 
 

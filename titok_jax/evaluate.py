@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from titok_jax.evaluation import image_sources
+from titok_jax.evaluation.arguments import check_arguments, check_outputs
 from titok_jax.inference.arguments import add_precision_arguments, add_sampling_arguments
 from titok_jax.runtime.command import command, require
-from titok_jax.runtime.outputs import check_output
-from titok_jax.runtime.paths import as_path
 from titok_jax.weights import published_models
 
 if TYPE_CHECKING:
@@ -29,8 +28,10 @@ _EPILOG = """examples:
       rFID, IS, PSNR, SSIM and codebook usage of a tokenizer, as published (add --lpips FOLDER for LPIPS)
   python -m titok_jax.evaluate --model titok_l32 --reference VIRTUAL_imagenet256_labeled.npz --json l32_gfid.json
       gFID, sFID, IS, precision and recall of 50,000 samples, as published
+  python -m titok_jax.evaluate --model titok_l32 --reconstruct imagenet/val --features none --json quality.json
+      PSNR, SSIM and codebook usage alone, which need no weights of another network
   python -m titok_jax.evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json samples.json
-      the same of samples that are there
+      the same of samples that are there, also in a folder
   python -m titok_jax.evaluate --model titok_b64 --reference VIRTUAL_imagenet256_labeled.npz --num 5000 \\
       --guidance-scale 0,1.5,3.0,4.5 --temperature 2,11 --json sweep.json
       a grid of settings, also as a curve of FID over IS in sweep.png
@@ -38,12 +39,10 @@ _EPILOG = """examples:
       statistics of a data set of one's own, for --reference
 
 DATA is a folder of images, array_record:FILES, tfds:NAME:SPLIT, webdataset:FILES or parquet:FILES (globs, or with braces as
-in 'imagenet-val-{0000..0049}.tar'), or digits:SPLIT. All but the first need the
+in 'imagenet-val-{0000..0049}.tar'), or digits:SPLIT (train, held_out or all). All but digits and --features none need the
 weights of InceptionV3: --inception FILE, or its name in the environment variable TITOK_JAX_INCEPTION. Every file and folder
 may be in a bucket, gs://BUCKET/... (of DATA not array_record and tfds).
 """
-_GUIDANCE = ("guidance_scale", "guidance_schedule", "guidance_scale_pow")
-_SAMPLING = ("steps", *_GUIDANCE, "temperature", "softmax_temperature_annealing")
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:
@@ -70,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REF",
         help="generated images against these: ADM's or a saved file of statistics, .npz, or DATA",
     )
-    what.add_argument("--samples", metavar="FILE", help="an .npz file (arr_0) of generated images, in place of making them")
+    what.add_argument(
+        "--samples", metavar="SAMPLES", help="generated images, in place of making them: an .npz file (arr_0), or DATA"
+    )
     what.add_argument(
         "--save-reference", metavar="FILE", help="write the statistics of the DATA in --reference, .npz, and end"
     )
@@ -80,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         help="images: generated, as many per class (default: 50,000; digits: 1,000), or of DATA (default: all)",
     )
     parser.add_argument(
-        "--features", choices=("inception", "digits"), help="network of the features (default: digits for digits:SPLIT)"
+        "--features",
+        choices=("inception", "digits", "none"),
+        help="network of the features (default: that of a saved reference; digits for digits:SPLIT); none, with "
+        "--reconstruct: PSNR, SSIM and codebook usage alone",
     )
     parser.add_argument(
         "--inception",
@@ -93,74 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", metavar="FILE", help="write the figures and all settings there; of a sweep, a picture beside it"
     )
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images of DATA that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace that file, and unfinished work of other settings")
     add_precision_arguments(parser)
     add_sampling_arguments(parser, several=True)
     return parser
-
-
-def _check(args: argparse.Namespace) -> str:
-    """Returns the mode: "digits", "reconstruction", "generation", "samples", "sweep" or "reference".
-
-    Raises:
-      ValueError: for arguments that are invalid or do not go together, or figures that cannot be compared.
-      FileNotFoundError: if the .npz file of --reference does not exist.
-    """
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
-    if args.num is not None and args.num < 1:
-        raise ValueError(f"--num is {args.num}, expected at least 1")
-    sampling = [f"--{name.replace('_', '-')}" for name in _SAMPLING if getattr(args, name) is not None]
-    several = [len(values or []) > 1 for values in (args.guidance_scale, args.temperature)]
-    if args.latents and not args.reconstruct:
-        raise ValueError("--latents goes with --reconstruct: it chooses the latents of a VAE's reconstructions")
-    if args.lpips and not args.reconstruct:
-        raise ValueError("--lpips goes with --reconstruct: it is a distance of images and their reconstructions")
-    if args.reconstruct:
-        if args.reference or args.save_reference:
-            raise ValueError(
-                "--reconstruct takes no --reference: rFID is measured between images and their own reconstructions. "
-                "Statistics of other images, such as ADM's of the training set, are for generated images (gFID); the two "
-                "figures cannot be compared"
-            )
-        if args.samples or sampling:
-            raise ValueError(f"--reconstruct goes without {' and '.join(sampling) or '--samples'}: nothing is sampled")
-        return "reconstruction"
-    if args.save_reference:
-        if not args.reference or args.reference.endswith(".npz"):
-            raise ValueError("--save-reference needs --reference DATA, the images to take the statistics of")
-        if args.samples or sampling:
-            raise ValueError(f"--save-reference goes without {' and '.join(sampling) or '--samples'}: nothing is sampled")
-        return "reference"
-    if args.reference and args.reference.endswith(".npz") and not as_path(args.reference).is_file():
-        raise FileNotFoundError(
-            f"--reference {args.reference}: no such file; docs/evaluation.md says where ADM's is to be had"
-        )
-    if args.samples:
-        if not args.reference:
-            raise ValueError("--samples needs --reference: ADM's file, a saved one, or a data set")
-        if sampling or args.num:
-            raise ValueError(f"--samples goes without {' and '.join(sampling) or '--num'}: nothing is sampled")
-        return "samples"
-    if any(several):
-        if not args.json:
-            raise ValueError("a grid of settings needs --json FILE: finished points are kept there")
-        return "sweep"
-    return "generation" if args.reference else "digits"
-
-
-def _check_outputs(args: argparse.Namespace, mode: str) -> None:
-    """Raises an error if an output cannot or must not be written."""
-    if args.json:
-        # A sweep continues an existing JSON file if the settings are the same.
-        check_output(args.json, args.overwrite or mode == "sweep")
-    if mode == "sweep":
-        picture = as_path(args.json).with_suffix(".png")
-        if picture == as_path(args.json):
-            raise ValueError(f"--json {args.json}: the picture of a sweep would have the same name; choose another ending")
-        check_output(picture, args.overwrite or as_path(args.json).exists())
-    if args.save_reference:
-        check_output(args.save_reference, args.overwrite)
 
 
 def _models(args: argparse.Namespace, mode: str) -> "tuple[int, list[SamplingConfig]]":
@@ -207,10 +148,10 @@ def _show(args: argparse.Namespace, mode: str, result: dict[str, Any]) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    mode = _check(args)
-    _check_outputs(args, mode)
+    mode = check_arguments(args)
+    check_outputs(args, mode)
     require("scipy", "matplotlib")  # now, not after an hour of sampling
-    samples = image_sources.NpzImages(args.samples) if args.samples else None
+    samples = image_sources.open_samples(args.samples, args.skip_unreadable) if args.samples else None
     if samples is None:  # before JAX is imported
         kind = "tokenizer" if mode in ("reconstruction", "reference") else "generator"
         vqgan = kind == "tokenizer" and args.model in published_models.names("vqgan")

@@ -32,7 +32,7 @@ _EPILOG = """examples:
 
 DATA is array_record:FILES (of tools/prepare_imagenet.py), a folder of images (class per sub-folder), tfds:NAME:SPLIT,
 webdataset:FILES (a glob, or with braces as in 'imagenet-train-{0000..0252}.tar'), parquet:FILES (as on the hub, columns
-image and label) or digits:SPLIT.
+image and label) or digits:SPLIT (train, held_out or all).
 
 Crops: "center" is one center crop, "flip" that and its mirror image, "ten" the published ten crops, "random" the published
 random crop and flip. The published order of "flip" (all images of a batch, then all mirrored) is another one; the records

@@ -18,7 +18,7 @@ def load_digits(split: str = "train", image_size: int = 32) -> tuple[np.ndarray,
     """Returns grey images uint8 [n, image_size, image_size], white ink on black, and labels int32 [n] in 0..9.
 
     Args:
-      split: "train" (1,437 images), "test" (the other 360) or "all" (1,797, in file order).
+      split: "train" (1,437 images), "held_out" or "test" (two names of the other 360), or "all" (1,797, in file order).
       image_size: height and width after bicubic upscaling.
 
     Raises:
@@ -28,9 +28,10 @@ def load_digits(split: str = "train", image_size: int = 32) -> tuple[np.ndarray,
         images, labels = file["images"], file["labels"].astype(np.int32)
     order = np.random.RandomState(SPLIT_SEED).permutation(len(images))
     num_train = int(TRAIN_FRACTION * len(images))
-    chosen = {"train": order[:num_train], "test": order[num_train:], "all": np.arange(len(images))}
+    held_out = order[num_train:]
+    chosen = {"train": order[:num_train], "held_out": held_out, "test": held_out, "all": np.arange(len(images))}
     if split not in chosen:
-        raise ValueError(f"digits has no split {split!r}; it has {', '.join(chosen)}")
+        raise ValueError(f"digits has no split {split!r}; it has train, held_out (also called test), all")
     return np.stack([_upscale(image, image_size) for image in images[chosen[split]]]), labels[chosen[split]]
 
 

@@ -35,7 +35,7 @@ def make_source(spec: Mapping[str, Any], flag: str = ""):
       flag: the command-line flag that sets `spec`, for error messages: "--config.data.source".
 
     Raises:
-      ValueError: unknown name or option, or unexpected contents of the files.
+      ValueError: unknown name or option, unexpected contents of the files, or no examples.
       FileNotFoundError: a path or pattern that matches nothing.
     """
     if flag:
@@ -59,11 +59,14 @@ def make_source(spec: Mapping[str, Any], flag: str = ""):
         raise ValueError(
             f"data source {name}: {error}; it takes {', '.join(signature.parameters)}. The others: {', '.join(others)}"
         ) from None
-    return _SOURCES[name](**options)
+    source = _SOURCES[name](**options)
+    if len(source) == 0:
+        raise ValueError(f"data source {name}: no examples ({', '.join(f'{k} {v}' for k, v in options.items())})")
+    return source
 
 
 class DigitsSource:
-    """The embedded handwritten digits (digits.py); split "train", "test" or "all"."""
+    """The embedded handwritten digits (digits.py); split "train", "held_out" (or "test") or "all"."""
 
     def __init__(self, split: str = "train", image_size: int = 32):
         self._images, self._labels = load_digits(split, image_size)  # uint8 [n, S, S], int32 [n]

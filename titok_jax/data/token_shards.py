@@ -109,6 +109,8 @@ def records(
     def prepared(position: int) -> tuple[np.ndarray, int]:
         epoch, index = divmod(position, len(source))
         example = source[index]
+        if "image" not in example:
+            raise ValueError(f"example {index} of the data is tokens, expected an image")
         return views(example["image"], size, crops, (seed, epoch, index)), int(example["label"])
 
     for several, label in in_threads(prepared, positions):

@@ -138,7 +138,8 @@ def load_inception(
         raise FileNotFoundError(
             f"FID needs the weights of InceptionV3, but {'none are given' if path is None else f'{path} is not a file'}: "
             f"download {INCEPTION_URL} (96 MB) and name it by --inception or {INCEPTION_VARIABLE}; where PyTorch is not "
-            "installed, convert it first: python tools/convert_weights.py FILE.pth FILE.safetensors"
+            "installed, convert it first: python tools/convert_weights.py FILE.pth FILE.safetensors. PSNR, SSIM and the "
+            "use of the codebook need none: --reconstruct DATA --features none"
         )
     path = local_copy(path)
     verify_inception(path)

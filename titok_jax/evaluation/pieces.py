@@ -29,7 +29,9 @@ def _ahead(read: Callable[[int], np.ndarray], numbers: Iterable[int]) -> Iterato
 
 
 def _features(network, images: np.ndarray, prefix: str = "") -> Piece:
-    """The features of uint8 images [b, H, W, 3] as arrays of a piece."""
+    """The features of uint8 images [b, H, W, 3] as arrays of a piece; none without a network."""
+    if network is None:
+        return {}
     import jax
 
     with jax.default_matmul_precision("highest"):  # whatever the model's precision is
@@ -53,8 +55,8 @@ def reconstruction_pieces(
 ) -> Pieces:
     """Makes pieces for images and their reconstructions, which are rounded to uint8 as published.
 
-    The arrays are psnr, ssim, lpips (if given), tokens (not for a VAE), and the features of both: real_pool, fake_pool,
-    fake_logits and so on. With `keep`, the array images holds the reconstructions.
+    The arrays are psnr, ssim, lpips (if given), tokens (not for a VAE), and the features of both, unless `network` is None:
+    real_pool, fake_pool, fake_logits and so on. With `keep`, the array images holds the reconstructions.
 
     Args:
       key: for VAEs only: a seed, to decode draws from the posterior instead of its mean.

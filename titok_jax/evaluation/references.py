@@ -81,6 +81,12 @@ def read_reference(path: str | os.PathLike, network: str, image_size: int) -> Re
     return Reference(stats, spatial_stats, neighbourhoods, about | {"network": network})
 
 
+def saved_network(path: str | os.PathLike) -> str:
+    """The network that the statistics in a file are of; "" if it does not say."""
+    with NpzFile(path) as file:
+        return file.text("network", most=2**12) if "network" in file.names else ""
+
+
 def _read_about(file: NpzFile) -> dict[str, Any]:
     """The origin of saved statistics, as `Reference.save` wrote it."""
     try:
@@ -88,7 +94,7 @@ def _read_about(file: NpzFile) -> dict[str, Any]:
     except (ValueError, RecursionError):
         about = None
     numbers = [about.get("image_size"), about.get("num_images") or 1] if isinstance(about, dict) else [None]
-    network = file.text("network", most=2**12) if "network" in file.names else ""
+    network = saved_network(file.path)
     if not all(type(value) is int and value > 0 for value in numbers) or about.get("network", network) != network:
         raise ValueError(
             f"{file.path}: its entry about is not what --save-reference writes, so what it is of is not known; make it again"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from titok_jax.data.sources import make_source, parse_source
 from titok_jax.evaluation import image_sources, pieces, references, scores
 from titok_jax.evaluation.digits import DIGITS_SIZE, NEIGHBOURS, NUM_CLASSES, evaluate_digits
 from titok_jax.evaluation.jobs import Work, versions
@@ -30,29 +31,31 @@ class Evaluation:
         from titok_jax.evaluation import features
 
         self.args, self.work, self.image_size = args, work, image_size
-        data = args.reconstruct or args.reference or ("digits:" if mode in ("digits", "sweep") else "")
-        digits = args.features == "digits" or (args.features is None and data.startswith("digits:"))
-        if digits:
+        kind = args.features or _default_features(args, mode)
+        if kind == "digits":
             if image_size != DIGITS_SIZE:
                 raise ValueError(
                     f"--features digits is for {DIGITS_SIZE}x{DIGITS_SIZE} pixels, not {image_size}x{image_size}"
                 )
             self.network = features.load_digits_features(batch_size=args.batch_size)
+        elif kind == "none":
+            self.network = None
         else:
             self.network = features.load_inception(args.inception, batch_size=args.batch_size)
-        self.prefix = "digits-" if digits else ""
+        self.prefix = "digits-" if kind == "digits" else ""
         tokenizer = None if mode in ("samples", "reference") else args.tokenizer or args.model
         generator = args.model if mode in ("digits", "generation", "sweep") else None
         weights = weights_sha256(generator, tokenizer, args.revision, tokenizer_revision(args, generator))
         self.precision = precision_settings(args)
-        self.identity = {"features": self.network.name, **self.precision, **weights}
-        digest = sha256(features.DIGITS_WEIGHTS) if digits else features.INCEPTION_SHA256
+        name = self.network.name if self.network else "none"
+        self.identity = {"features": name, **self.precision, **weights}
+        digests = {"inception": features.INCEPTION_SHA256, "digits": sha256(features.DIGITS_WEIGHTS), "none": None}
         self.result: dict[str, Any] = {"mode": mode}
         if tokenizer is not None:
             self.result |= {"model": args.model, "tokenizer": str(tokenizer)}
             self.result["sha256"] = {k: v for k, v in self.identity.items() if k in ("generator", "tokenizer")}
         self.result |= {
-            "features": {"network": self.network.name, "sha256": digest},
+            "features": {"network": name, "sha256": digests[kind]},
             "image_size": image_size,
             "batch_size": args.batch_size,
             **self.precision,
@@ -62,9 +65,16 @@ class Evaluation:
             self.result |= {"seed": args.seed, "num_images": args.num, "reference_given": args.reference or "digits:train"}
 
     def images(self, data: str, crop: str, num: int | None = None) -> image_sources.SourceImages:
-        from titok_jax.data.sources import make_source, parse_source
+        source = make_source(parse_source(data))
+        images = image_sources.SourceImages(source, crop, self.image_size, num, skip=self.args.skip_unreadable)
+        self.say_left_out(images)
+        return images
 
-        return image_sources.SourceImages(make_source(parse_source(data)), crop, self.image_size, num)
+    def say_left_out(self, images: image_sources.SourceImages) -> None:
+        """Prints which images were left out because they cannot be read."""
+        if self.work.first and images.left_out is not None:
+            reasons = "".join(f"\n  {reason}" for reason in images.left_out)
+            print(f"left out: {len(images.left_out)} images that cannot be read; {len(images)} remain{reasons}", flush=True)
 
     def reference(self, num: int | None = None) -> references.Reference | None:
         """Makes the reference that --reference names, by default the digits. Returns None on all processes but the first."""
@@ -80,6 +90,7 @@ class Evaluation:
         else:
             about["crop"] = "adm"
             images = self.images(text, "adm", num)
+            about |= {} if images.left_out is None else {"left_out": len(images.left_out)}
         job = self.work.job("reference", len(images), about | {"features": self.identity["features"]})
         self.work.make(job, pieces.image_pieces(job, images, self.network))
         return references.make_reference(job, self.network.name, about, adm) if job.first else None
@@ -97,6 +108,19 @@ class Evaluation:
         options = (self.network, labels, self.args.seed, settings)
         self.work.make(job, pieces.generation_pieces(job, *pair, *options))
         return job
+
+
+def _default_features(args: argparse.Namespace, mode: str) -> str:
+    """The kind of features that fits what is compared."""
+    from titok_jax.evaluation import features
+
+    data = args.reconstruct or args.reference or ("digits:" if mode in ("digits", "sweep") else "")
+    saved = references.saved_network(data) if data.endswith(".npz") else ""
+    return "digits" if data.startswith("digits:") or saved == features.DIGITS else "inception"
+
+
+def _left_out(images: image_sources.SourceImages) -> dict[str, list[str]]:
+    return {} if images.left_out is None else {"left_out": images.left_out}
 
 
 def tokenizer_revision(args: argparse.Namespace, generator: str | None) -> str | None:
@@ -135,7 +159,7 @@ def run_reconstruction(run: Evaluation) -> dict[str, Any] | None:
 
     args = run.args
     images = run.images(args.reconstruct, "torchvision", args.num)
-    about = {"data": args.reconstruct, "crop": "torchvision", "rounding": "round(x * 255)"}
+    about = {"data": args.reconstruct, "crop": "torchvision", "rounding": "round(x * 255)"} | _left_out(images)
     lpips = None
     if args.lpips:
         from titok_jax.evaluation.features import load_lpips
@@ -159,13 +183,19 @@ def run_reconstruction(run: Evaluation) -> dict[str, Any] | None:
     if not job.first:
         return None
     codebook_size = tokenizer.config.codebook_size if tokenizer.config.has_tokens else None
-    figures = scores.reconstruction_figures(job, run.network.name, codebook_size, run.prefix)
+    network = run.network and run.network.name
+    figures = scores.reconstruction_figures(job, network, codebook_size, run.prefix)
     return {**about, "num_images": len(images), "metrics": figures}
 
 
-def run_samples(run: Evaluation, images: image_sources.NpzImages) -> dict[str, Any] | None:
+def run_samples(run: Evaluation, images: image_sources.NpzImages | image_sources.SourceImages) -> dict[str, Any] | None:
+    about: dict[str, Any] = {"samples": run.args.samples}
+    if isinstance(images, image_sources.SourceImages):
+        about |= {"samples_digest": images.digest} | _left_out(images)
+        run.say_left_out(images)
+    else:
+        about["samples_sha256"] = sha256(run.args.samples)
     reference = run.reference()
-    about = {"samples": run.args.samples, "samples_sha256": sha256(run.args.samples)}
     job = run.work.job("samples", len(images), about | {"features": run.identity["features"]})
     run.work.make(job, pieces.image_pieces(job, images, run.network))
     if not job.first:

@@ -31,11 +31,13 @@ def codebook_figures(shards: Shards, codebook_size: int) -> dict[str, float]:
     return {"codebook_usage": usage.usage, "perplexity": usage.perplexity, "entropy_bits": usage.entropy}
 
 
-def reconstruction_figures(shards: Shards, network: str, codebook_size: int | None, prefix: str = "") -> dict[str, float]:
+def reconstruction_figures(
+    shards: Shards, network: str | None, codebook_size: int | None, prefix: str = ""
+) -> dict[str, float]:
     """Computes the metrics of the pieces of `reconstruction_pieces`.
 
     Args:
-      network: name of the feature network.
+      network: name of the feature network; None: no figures of features.
       codebook_size: None for a VAE.
       prefix: prefix for the names of metrics that use features; "" for Inception.
 
@@ -44,12 +46,14 @@ def reconstruction_figures(shards: Shards, network: str, codebook_size: int | No
       of tokenizers), the means of psnr (dB), ssim and lpips, and the codebook metrics. The names rFID and IS carry the
       number of images.
     """
-    score = metrics.InceptionScore()
-    for logits in blocks(shards, "fake_logits"):
-        score.update(logits)
-    real, fake = (statistics(shards, name, network) for name in ("real_pool", "fake_pool"))
-    figures = {"rFID": metrics.frechet_distance(real, fake), "IS": score.value}
-    named = {metric_name(prefix + name, shards.length): value for name, value in figures.items()}
+    named = {}
+    if network is not None:
+        score = metrics.InceptionScore()
+        for logits in blocks(shards, "fake_logits"):
+            score.update(logits)
+        real, fake = (statistics(shards, name, network) for name in ("real_pool", "fake_pool"))
+        figures = {"rFID": metrics.frechet_distance(real, fake), "IS": score.value}
+        named = {metric_name(prefix + name, shards.length): value for name, value in figures.items()}
     for name in ("psnr", "ssim", "lpips"):
         if name in shards.read(0):
             named[name] = float(gather(shards, name).mean(dtype=np.float64))
