@@ -217,3 +217,14 @@ def test_no_command_works_on_nothing(model, tmp_path, capsys):
         assert command.main(["--model", model, *arguments]) == 2
         assert re.match(f"error: .*{message}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+NO_SWEEPS = ["[]", "[1]", '{"points": 5}', '{"points": [1]}', '{"points": [{}]}', "[" * 100_000, "\udcff"]
+
+
+@pytest.mark.parametrize("text", NO_SWEEPS)
+def test_a_file_that_is_no_sweep(text, model, tmp_path, capsys):
+    (tmp_path / "a.json").write_bytes(text.encode(errors="surrogateescape"))
+    arguments = ["--model", model, "--reference", "digits:train", "--num", 10, "--guidance-scale", "0,1"]
+    error = run(capsys, *arguments, "--json", tmp_path / "a.json", status=2)
+    assert "a.json is not a sweep; choose another file or add --overwrite" in error

@@ -204,7 +204,10 @@ class TfdsSource:
             example = self._examples[index]
         except Exception as error:  # of ArrayRecord, of protocol buffers and of TFDS's decoding
             raise Undecodable(f"{name}: damaged ({error})") from error
-        label = -1 if self._label_key is None else int(example[self._label_key])
+        label = -1 if self._label_key is None else example[self._label_key]
+        if not np.issubdtype(np.asarray(label).dtype, np.integer) or np.ndim(label):
+            raise ValueError(f"{name}: feature {self._label_key} is {str(label)[:100]!r}, expected a class index")
+        label = int(label)
         return example[self._image_key], label, name
 
 

@@ -58,7 +58,10 @@ def _finished_points(run: Evaluation) -> list[dict[str, Any]]:
     try:
         found = json.loads(as_path(path).read_text(encoding="utf-8"))
         points = found.pop("points")
-    except (ValueError, AttributeError, KeyError):
+        known = all({"sampling", "metrics"} <= point.keys() for point in points)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        known = False
+    if not known:
         found, points = {}, None
     keys = [key for key in run.result if key != "versions"]
     different = [f"{k}: {found.get(k)!r} there, {run.result[k]!r} now" for k in keys if found.get(k) != run.result[k]]
