@@ -153,7 +153,7 @@ def parquet_files(folder):
             table = pa.table(
                 {"image": [{"bytes": data, "path": "x.JPEG"} for data, _ in part], "label": [label for _, label in part]}
             )
-            pq.write_table(table, folder / f"data/{split}-{shard:05}-of-00003.parquet", row_group_size=3)
+            pq.write_table(table, folder / f"data/{split}-{shard // 8:05}-of-00003.parquet", row_group_size=3)
     return folder
 
 
@@ -177,7 +177,7 @@ FORMS_OF_INPUT = {
     "folder of tars": ("train", lambda folder: webdataset(folder / "tars")),
     "tfds": ("train", tfds_set),
     "parquet": ("train", lambda folder: parquet_files(folder / "imagenet-1k")),
-    "parquet by braces": ("train", lambda folder: parquet_files(folder / "a") / "data/train-{00000,00008,00016}-*.parquet"),
+    "parquet by braces": ("train", lambda folder: parquet_files(folder / "a") / "data/train-{00000..00002}-*.parquet"),
 }
 
 
@@ -559,8 +559,10 @@ def broken_inputs(folder):
     (folder / "bare.tar").write_bytes(tar_of({"a.jpg": picture(0)}))
     (folder / "text.parquet").write_text("not Parquet")
     pq.write_table(pa.table({"picture": [picture(0)], "label": [7]}), folder / "names.parquet")
+    (parquet_files(folder / "hub") / "data/train-00001-of-00003.parquet").unlink()
     alone = folder / "alone" / val.name
     return [
+        ([folder / "hub"], "train", "hub/data: train-00001-of-00003.parquet of 3 shards missing; "),
         ([folder / "cut_outer"], "train", "cut_outer: unexpected end of data; is it complete?"),
         ([folder / "cut_between"], "train", "cut_between: damaged or cut short at byte"),
         ([folder / "damaged"], "train", f"damaged, {second.name}: damaged or cut short at byte"),

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from titok_jax.data.files import find_files
+from titok_jax.data.files import check_complete, find_files
 from titok_jax.data.image_files import read_image
 from titok_jax.data.parquet import ParquetSource
 from titok_jax.data.records import image_writer
@@ -272,7 +272,9 @@ def open_folder(args: argparse.Namespace, folder: Path) -> tuple[str, Any, Seque
         return f"a TFDS set, {name}", TfdsSource(name, path=str(path)), sorted(path.iterdir())
     for pattern in ("*.tar", "*.parquet", "data/*.parquet"):
         if files := sorted(folder.glob(pattern)):
-            return open_images(args, of_split(files, split))
+            files = of_split(files, split)
+            check_complete(files, f"{folder}/{pattern}")
+            return open_images(args, files)
     if (folder / split).is_dir():
         return open_folder(args, folder / split)
     try:

@@ -184,6 +184,10 @@ class TfdsSource:
             raise FileNotFoundError(
                 f"tfds {self._name}: found no set prepared with file_format='array_record' in {place}: {error}"
             ) from error
+        files = list(map(os.fspath, builder.info.splits[split].filepaths))
+        missing = [file for file in files if not os.path.isfile(file)]  # TFDS would find out when it reads from it
+        if missing:
+            raise FileNotFoundError(f"tfds {self._name}: {len(missing)} of {len(files)} files missing, first {missing[0]}")
         self._image_key, self._label_key = image_key, label_key
 
     def __len__(self) -> int:

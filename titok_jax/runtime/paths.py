@@ -83,7 +83,9 @@ def _web_storage(path: str | os.PathLike) -> Iterator[tuple[fsspec.AbstractFileS
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """Whether there is such a file: on this machine, in a bucket or on the web."""
+    """Whether there is such a file: on this machine, in a bucket or on the web. No name is too long to ask for."""
+    if not is_remote(path):
+        return os.path.isfile(path)
     if not is_web(path):
         return as_path(path).is_file()
     with _web_storage(path) as (storage, name):
@@ -282,8 +284,9 @@ def _copied(path: str, length: int, mtime: int) -> Path:
     local = _local_root() / path.replace("://", "/")
     local.parent.mkdir(parents=True, exist_ok=True)
     local.unlink(missing_ok=True)  # a reader that has the previous copy open keeps it
-    with writing(local):
-        as_path(path).copy(local, overwrite=True)
+    # fsspec's own way copies what the name matches as a glob.
+    with writing(local), open_bytes(path) as file, local.open("wb") as copy:
+        shutil.copyfileobj(file, copy, 2**20)
     return local
 
 
