@@ -10,6 +10,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import io
 import itertools
@@ -64,6 +65,10 @@ Exit status: 0 if all is as in ImageNet; 1 if all was written, but images were l
 ImageNet; 2 after an error, and the same command goes on.
 """
 NUM_CLASSES = 1000
+LARGEST_KIT, LARGEST_KIT_FILE = (
+    2**26,
+    2**20,
+)  # bytes of the development kit unpacked (3 MB), and of a file in it that is read
 WRITERS = {"array_record": (".array_record", image_writer), "webdataset": (".tar", tar_writer)}  # by --format
 
 
@@ -113,7 +118,7 @@ def tar_errors(what: str) -> Iterator[None]:
     """Turns the errors that a damaged tar raises into a ValueError that names the tar as `what`."""
     try:
         yield
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.ReadError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{what}: {error}; is it complete? Compare its size and checksum, or download it again") from error
 
 
@@ -124,10 +129,9 @@ def train_archive(path: Path) -> TarImages:
       ValueError: the file is damaged, truncated or another tar.
     """
     names, spans = [], []
-    with contextlib.ExitStack() as stack:
+    with path.open("rb") as archive:
         with tar_errors(str(path)):
-            outer = stack.enter_context(tarfile.open(path, "r:"))
-            members = list(tar_files(outer))
+            members = list(tar_files(archive))
         strange = [member.name for member in members if not re.fullmatch(r"(.*/)?n\d{8}\.tar", member.name)]
         if strange:
             raise ValueError(f"{path}: holds {strange[0]}; expected tars named after WordNet ids, n01440764.tar")
@@ -136,11 +140,12 @@ def train_archive(path: Path) -> TarImages:
         if len(set(wnids)) < len(wnids):
             raise ValueError(f"{path}: holds {next(w for w in wnids if wnids.count(w) > 1)}.tar more than once")
         for wnid, member in zip(tqdm(wnids, unit="class", desc="looking"), members, strict=True):
-            with tar_errors(f"{path}, {member.name}"), tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                files = list(tar_files(inner))
+            archive.seek(member.offset_data)
+            with tar_errors(f"{path}, {member.name}"):
+                files = list(tar_files(archive, member.offset_data + member.size))
             names += [f"{wnid}/{file.name}" for file in files]
             label = class_names.index(wnid)
-            places = [(member.offset_data + file.offset_data, file.size, label) for file in files]
+            places = [(file.offset_data, file.size, label) for file in files]
             spans.append(np.array(places, np.int64).reshape(-1, 3))
     return TarImages(path, names, np.concatenate(spans), class_names)
 
@@ -153,8 +158,8 @@ def val_archive(path: Path, devkit: Path) -> TarImages:
       ValueError: the archive or the kit is damaged, truncated or another tar.
     """
     class_names, truth = read_devkit(devkit)
-    with tar_errors(str(path)), tarfile.open(path, "r:") as tar:
-        files = list(tar_files(tar))
+    with tar_errors(str(path)), path.open("rb") as archive:
+        files = list(tar_files(archive))
     spans = []
     for file in files:
         number = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", file.name)
@@ -187,11 +192,14 @@ def read_devkit(path: Path) -> tuple[list[str], np.ndarray]:
             "archives are; put it there, or name it by --devkit"
         )
     files = {"meta.mat": None, "ILSVRC2012_validation_ground_truth.txt": None}
-    with tar_errors(str(path)), tarfile.open(path, "r:*") as tar:
-        for member in tar:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"  # some browsers unpack it
+    with tar_errors(str(path)), gzip.open(path) if packed else path.open("rb") as kit:
+        for member in tar_files(kit, LARGEST_KIT):
             name = Path(member.name).name
-            if member.isfile() and name in files:
-                files[name] = tar.extractfile(member).read()
+            if name in files and member.size <= LARGEST_KIT_FILE:
+                kit.seek(member.offset_data)
+                files[name] = kit.read(member.size)
     for name, data in files.items():
         if data is None:
             raise ValueError(f"{path}: holds no {name}; expected the development kit of ILSVRC2012, tasks 1 and 2")
@@ -230,8 +238,8 @@ def open_images(args: argparse.Namespace, inputs: Sequence[str | Path]) -> tuple
             return "Parquet files", ParquetSource(found, args.image_key, args.label_key), found
     if args.skip_damaged:  # the first may be one of them; ImageNet's archives are single files
         return "WebDataset tars", WebDatasetSource(found, skip_damaged=True), found
-    with tar_errors(f"{found[0]}: expected an uncompressed tar"), tarfile.open(found[0], "r:") as tar:
-        first = next((Path(member.name) for member in tar if member.isfile()), Path())
+    with tar_errors(f"{found[0]}: expected an uncompressed tar"), found[0].open("rb") as file:
+        first = next((Path(member.name) for member in tar_files(file)), Path())
     kind = "train" if first.suffix == ".tar" else "val" if re.match(r"ILSVRC2012_val_\d+\.JPEG", first.name) else None
     if kind is None:
         return "WebDataset tars", WebDatasetSource(found), found

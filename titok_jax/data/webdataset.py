@@ -3,10 +3,12 @@
 import contextlib
 import io
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,13 +20,14 @@ from titok_jax.runtime.paths import file_size, open_bytes
 
 # How files of these kinds begin; all others are named JPEG, as ImageNet's are.
 _BEGINNINGS = {b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}
+_LONGEST_HEADER, _LONGEST_LABEL = 2**14, 32  # bytes that are read of an extended header, and of KEY.cls
 
 
 class WebDatasetSource:
     """Uncompressed tar shards of images (`KEY.jpg`, `.png`, ...) and class indices (`KEY.cls`, decimal text).
 
     The constructor reads the headers of every shard once. After that, an image takes one read at its offset. A sample
-    without `.cls` has the label -1. A sample without an image is an error.
+    without `.cls` has the label -1. A sample without an image, or with two, is an error.
 
     Args:
       skip_damaged: leave out the shards that cannot be used, with a printed warning. Otherwise the first one is an error.
@@ -76,39 +79,99 @@ class WebDatasetSource:
         return read_image(path, offset, length), label, f"{path}, image {index} at byte {offset}"
 
 
-def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yields the regular files of a seekable tar, in order. Only headers are read.
+class _Headers:
+    """The file that `tarfile` reads the headers of a tar from. A tar that came from elsewhere cannot make it read headers of
+    any length, or places outside the tar."""
+
+    def __init__(self, file: BinaryIO, end: int):
+        self._file, self._end, self.tell = file, end, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(
+                f"a header of {size:,} bytes at byte {self.tell():,}, at most {_LONGEST_HEADER:,} are read"
+            )
+        return self._file.read(max(0, min(size, self._end - self.tell())))
+
+    def seek(self, place: int) -> None:
+        if not 0 <= place <= self._end:
+            raise tarfile.ReadError(f"unexpected end of data: something in it ends at byte {place + 1:,} of {self._end:,}")
+        self._file.seek(place)
+
+
+def tar_files(file: BinaryIO, end: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files in an uncompressed tar, in order. Only headers are read.
+
+    Folders, links and devices are left out; nothing is followed or unpacked. What is not printable in a name is escaped.
+
+    Args:
+      file: the tar begins where this file is. Offsets count from the beginning of the file. It may be moved in between.
+      end: where the tar ends; at the end of the file if not given.
 
     Raises:
-      tarfile.ReadError: the tar is damaged or truncated, also where `tarfile` itself would see the end of the archive.
+      tarfile.ReadError: the tar is damaged or truncated, also where `tarfile` itself would see the end of the archive or go
+        round in circles; or it holds a sparse file.
     """
-    yield from filter(tarfile.TarInfo.isfile, tar)
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the end of an archive is zeros
-        raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
+    if end is None:
+        start = file.tell()
+        end = file.seek(0, os.SEEK_END)
+        file.seek(start)
+    headers = _Headers(file, end)
+    try:
+        tar = tarfile.TarFile(fileobj=headers)
+        for member in iter(tar.next, None):
+            tar.members.clear()  # it would keep all of them
+            member.name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in member.name)
+            if member.size < 0 or member.issparse():
+                raise tarfile.ReadError(f"{member.name[:200]} is sparse or has no size, expected a plain file")
+            if member.isfile():
+                yield member
+        headers.seek(tar.offset)
+        if headers.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the end of an archive is zeros
+            raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
+    except (tarfile.ReadError, OSError):
+        raise
+    except Exception as error:  # `tarfile` raises many kinds for damaged headers
+        raise tarfile.ReadError(f"damaged at byte {headers.tell():,}: {error or type(error).__name__}") from error
+
+
+def _label(file: BinaryIO, member: tarfile.TarInfo) -> int:
+    """The number in KEY.cls."""
+    if member.size > _LONGEST_LABEL:
+        raise ValueError(f"{member.name[:200]} has {member.size:,} bytes, at most {_LONGEST_LABEL} are a class index")
+    file.seek(member.offset_data)
+    text = file.read(member.size)
+    if not re.fullmatch(rb"\s*[+-]?\d+\s*", text) or not -1 <= int(text) < 2**31:
+        raise ValueError(f"{member.name[:200]} holds {text.decode(errors='backslashreplace')!r}, expected a class index")
+    return int(text)
 
 
 def _samples_of_tar(path: str) -> np.ndarray:
     """The samples of a tar, int64 [n, 3]: offset, length, label."""
     samples: dict[tuple[str, str], list[int]] = {}
+    labelled = set()
     try:
-        with open_bytes(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar_files(tar):
+        with open_bytes(path) as file:
+            for member in tar_files(file):
                 folder, _, file_name = member.name.rpartition("/")
                 key, _, extension = file_name.partition(".")  # as in WebDataset, the key ends at the first dot
                 if not key:
                     continue  # hidden files, such as the ._KEY.jpg that macOS adds
                 sample = samples.setdefault((folder, key), [0, 0, -1])
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                is_image = f".{extension.lower()}" in IMAGE_SUFFIXES
+                if sample[1] if is_image else extension == "cls" and (folder, key) in labelled:
+                    raise ValueError(f"{member.name[:200]} is the second {'image' if is_image else 'label'} of its sample")
+                if is_image:
                     sample[:2] = member.offset_data, member.size
                 elif extension == "cls":
-                    sample[2] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError) as error:
+                    sample[2] = _label(file, member)
+                    labelled.add((folder, key))
+    except (tarfile.ReadError, ValueError) as error:
         raise ValueError(f"{path}: expected an uncompressed tar of images and .cls files: {error}") from error
     bare = ["/".join(filter(None, name)) for name, (_, length, _) in samples.items() if not length]
     if bare or not samples:
         raise ValueError(
-            f"{path}: {f'{len(bare)} samples without an image, the first is {bare[0]}' if bare else 'empty'}; "
+            f"{path}: {f'{len(bare)} samples without an image, the first is {bare[0][:200]}' if bare else 'empty'}; "
             f"expected KEY{', KEY'.join(IMAGE_SUFFIXES)} beside each KEY.cls"
         )
     return np.array(list(samples.values()), np.int64)
