@@ -10,7 +10,6 @@ files are on the local disk and in its cache, so the cost of a network is not me
 A host that trains at R images/s needs R / (images/s per core) cores for its input.
 """
 
-import argparse
 import io
 import statistics
 import sys
@@ -28,6 +27,7 @@ from titok_jax.data.loader import make_loader
 from titok_jax.data.records import image_writer, token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.data.transforms import make_train_transform
+from titok_jax.runtime.arguments import Parser, Whole
 from titok_jax.runtime.command import command
 
 AUGMENTATIONS = {
@@ -120,12 +120,10 @@ def suited(title: str) -> list[str]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200, help="in each source (default: 200)")
-    parser.add_argument("--rounds", type=int, default=5, help="medians over so many (default: 5)")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--images", type=Whole(1, 100_000), default=200, help="in each source (default: 200)")
+    parser.add_argument("--rounds", type=Whole(1, 1000), default=5, help="medians over so many (default: 5)")
     args = parser.parse_args(argv)
-    if min(args.images, args.rounds) < 1:
-        raise ValueError("--images and --rounds are at least 1")
 
     rng = np.random.default_rng(0)
     images = [jpeg(rng) for _ in tqdm(range(args.images), desc="making images", unit="image")]

@@ -7,7 +7,6 @@ sides, as the published scripts do; bfloat16 means autocast in the published cod
 speed. Steps with a discriminator include the updates of the model and of the discriminator.
 """
 
-import argparse
 import contextlib
 import gc
 import json
@@ -27,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to find the configurations from any current folder
 
 from titok_jax.evaluation.comparison import check_clone, reference_environment
+from titok_jax.runtime.arguments import BATCH, Parser, Whole
 from titok_jax.runtime.command import command
 from titok_jax.runtime.outputs import check_output, new_file
 from titok_jax.training.recipes import read_config
@@ -311,17 +311,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="cases whose name has one of these texts in it, in their order"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else both")
-    parser.add_argument("--batch", type=int, help="images at a time (default: a case's own)")
-    parser.add_argument("--rounds", type=int, default=5, help="medians over so many (default: 5)")
+    parser.add_argument("--batch", type=BATCH, help="images at a time (default: a case's own)")
+    parser.add_argument("--rounds", type=Whole(1, 1000), default=5, help="medians over so many (default: 5)")
     parser.add_argument("--reference", type=Path, metavar="CLONE", help="clone of the published PyTorch repository")
     parser.add_argument("--reference-python", metavar="PYTHON", help="interpreter with its requirements (default: this one)")
     parser.add_argument("--torch-compile", action="store_true", help="the published code compiled too; takes minutes")
@@ -339,8 +337,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.list:
         print("\n".join(cases))
         return
-    if args.rounds < 1 or (args.batch is not None and args.batch < 1):
-        raise ValueError("--rounds and --batch are at least 1")
     if args.reference is not None:
         check_clone(args.reference)
     if args.reference is None and (args.reference_python or args.torch_compile):

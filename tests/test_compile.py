@@ -305,7 +305,7 @@ def test_wrong_arguments_end_with_one_line(capsys, monkeypatch):
         (("--config", "x.py", "--slice", "v5e-15"), "--slice is 'v5e-15', expected one of v4-8"),
         (("--config", "x.py"), "--slice is not set"),
         (("--sampler", "titok_l32", "--config.mesh.fsdp=2"), "unknown argument --config.mesh.fsdp=2"),
-        (("--sampler", "titok_l32", "--slice", "v5e-16", "--effort", "2"), "--effort is 2.0, expected -1 to 1"),
+        (("--sampler", "titok_l32", "--slice", "v5e-16", "--effort", "2"), "--effort is 2, expected a number from -1 to 1"),
         (("--all",), "--all needs --results"),
         (
             ("--config", "configs/stage1.py:l33", "--slice", "v5e-16"),

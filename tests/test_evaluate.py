@@ -45,6 +45,7 @@ class Projection:
 
     def __init__(self, name="projection", dims=(6, 4, 10)):
         self.name, self._dims, self.batches = name, dims, []
+        self.dim, self.spatial_dim, self.num_classes = dims
 
     def __call__(self, images):
         assert images.dtype == np.uint8
@@ -479,7 +480,7 @@ def test_a_sweep_is_continued_and_drawn(model, networks, loaded_once, tmp_path, 
 
 
 def settings_of(*arguments):
-    (settings,) = sweep.settings_grid(evaluate._parser().parse_args(arguments), tiny.GENERATOR.sampling)
+    (settings,) = sweep.settings_grid(evaluate._parser().parse_args(arguments), tiny.GENERATOR)
     return settings
 
 
@@ -540,7 +541,7 @@ def test_figures_of_a_model_that_copies(tmp_path, monkeypatch):
         return ids[:, None].astype(np.int32)
 
     generator = SimpleNamespace(config=tiny.GENERATOR, mesh=None, generate=generate)
-    work = jobs.Work(tmp_path / "work", batch_size=64, quiet=True)
+    work = jobs.Work(tmp_path / "work", batch_size=64, image_size=32, quiet=True)
     options = {"num": 150, "seed": 0, "settings": SamplingConfig(num_steps=3), "identity": {}}
     result = digits.evaluate_digits(tokenizer, generator, Projection(), work, **options)
     assert calls == [(0, 3), (64, 3), (128, 3)]

@@ -327,7 +327,7 @@ def test_modules_take_uint8_as_what_it_is():
         (VQGAN_CONFIG, {"resolution": 15}, "resolution 15 is not a multiple of 2"),
         (tiny_models.GENERATOR, {"num_layers": 0}, "num_layers is 0"),
         (tiny_models.GENERATOR, {"model_type": "UViT", "num_layers": 1}, "a UViT has at least 2"),
-        (tiny_models.GENERATOR, {"dropout": 1.5}, "dropout is 1.5, expected 0 to 1"),
+        (tiny_models.GENERATOR, {"dropout": 1.5}, "dropout is 1.5, expected a number from 0 to 1"),
         (models.DiscriminatorConfig(), {"num_stages": 0}, "num_stages is 0"),
         (models.SamplingConfig(), {"temperature": np.inf}, "temperature is inf"),
     ],

@@ -1,6 +1,5 @@
 """Compiles training steps and samplers for TPU slices on a machine without a TPU, to check memory and communication."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from etils import epath
 from titok_jax.compiler.programs import compile_program, sampler, training_step
 from titok_jax.compiler.slices import SLICES, slice_chip, topology_devices
 from titok_jax.compiler.tables import TABLE, fits, row_name, table
+from titok_jax.runtime.arguments import Parser, Real
 from titok_jax.runtime.command import command
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
@@ -65,13 +65,12 @@ def _compile_all(results: Path | epath.Path) -> int:
     return bool(problems)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m titok_jax.compile",
         description="Compiles training steps and samplers for TPU slices on a machine without a TPU: memory, operations, "
         "collectives, estimated time.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slice", help=", ".join(SLICES))
     parser.add_argument(
         "--effort",
-        type=float,
+        type=Real(-1, 1),
         default=0.0,
         help="that the compiler makes for speed: 0 as when a program is run; -1 compiles GAN trainings in minutes, and "
         "estimates three to six times the time (default: 0)",
@@ -104,8 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.slice:
         raise ValueError("--slice is not set: which slice to compile for")
     slice_chip(args.slice)
-    if not -1 <= args.effort <= 1:
-        raise ValueError(f"--effort is {args.effort}, expected -1 to 1")
     config = read_config(args.config, changes) if args.config else None
     devices = topology_devices(args.slice)
     import jax

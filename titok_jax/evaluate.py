@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from titok_jax.evaluation import image_sources
 from titok_jax.evaluation.arguments import check_arguments, check_outputs
 from titok_jax.inference.arguments import add_precision_arguments, add_sampling_arguments
+from titok_jax.runtime.arguments import IMAGES, Parser
 from titok_jax.runtime.command import command, require
 from titok_jax.weights import published_models
 
@@ -50,12 +51,11 @@ def _print_table(rows: Sequence[tuple[str, str]]) -> None:
     print("\n".join(f"{name:{width}}  {value:>19}" for name, value in rows), flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m titok_jax.evaluate",
         description="Measures a tokenizer (--reconstruct DATA), a generator (--reference REF), or a model of the digits.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = ", ".join(published_models.names("tokenizer") + published_models.names("vqgan"))
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a model (default: digits)")
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num",
-        type=int,
+        type=IMAGES,
         help="images: generated, as many per class (default: 50,000; digits: 1,000), or of DATA (default: all)",
     )
     parser.add_argument(
@@ -125,7 +125,7 @@ def _models(args: argparse.Namespace, mode: str) -> "tuple[int, list[SamplingCon
         (args.model, args.tokenizer), revisions = pin_pair(args.model, args.tokenizer, **revisions)
         vars(args).update(revisions)
         tokenizer, generator = inference.pair_configs(args.model, args.tokenizer, **revisions)
-        grid = settings_grid(args, generator.sampling)
+        grid = settings_grid(args, generator)
         check_generator(args, tokenizer.image_size, generator.num_classes)
     if mode != "reference" and tokenizer.predicts_codes:
         raise ValueError("the tokenizer is a stage 1 model, which predicts codes, not images; name one of stage 2")
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes.initialize_distributed()
     image_size, grid = (samples.size, []) if samples is not None else _models(args, mode)
     with work_folder(args.json or args.save_reference) as folder:
-        work = Work(folder, batch_size=args.batch_size, restart=args.overwrite)
+        work = Work(folder, batch_size=args.batch_size, image_size=image_size, restart=args.overwrite)
         run = runs.Evaluation(args, mode, image_size, work)
         if mode == "reconstruction":
             figures = runs.run_reconstruction(run)

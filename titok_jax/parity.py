@@ -4,7 +4,6 @@ It can compare with three things, and needs at least one of them: the published 
 (TiTok-L-32), given reconstructions, and the published PyTorch code, which runs from a clone in a separate interpreter.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from titok_jax.evaluation.comparison import (
     table,
 )
 from titok_jax.inference.arguments import add_precision_arguments, precision_settings
+from titok_jax.runtime.arguments import Parser
 from titok_jax.runtime.command import command
 from titok_jax.weights import published_models
 
@@ -40,14 +40,13 @@ exit status: 0 all within bounds, 1 something is not, 2 nothing was compared (wr
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m titok_jax.parity",
         description="Encodes and decodes images with a tokenizer and compares the results with published ones: known tokens "
         "(TiTok-L-32 on two ImageNet validation images, recognised by file name), given reconstructions, and the "
         "published PyTorch code.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     parser.add_argument(

@@ -6,13 +6,13 @@ command makes the missing shards; no record is lost or duplicated. Several proce
 (processes.py: initialize_distributed) share the shards.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from titok_jax.data.sources import make_source, parse_source
 from titok_jax.data.token_shards import CROPS, pretokenize
-from titok_jax.inference.arguments import add_precision_arguments, precision_settings
+from titok_jax.inference.arguments import add_precision_arguments, batch_size_of, precision_settings
+from titok_jax.runtime.arguments import BATCH, MOST_SHARDS, SEED, Parser, Whole
 from titok_jax.runtime.command import command, require
 from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.paths import as_path
@@ -40,12 +40,11 @@ are the same.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m titok_jax.pretokenize",
         description="Turns images into token records for generator training; goes on where it was stopped.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     tokenizers = published_models.names("tokenizer") + published_models.names("vqgan")
     parser.add_argument("data", metavar="DATA", help="a folder of images, or KIND:WHERE; see below")
@@ -53,12 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of a tokenizer on the hub (HF_TOKEN: a token for it)")
     parser.add_argument("--out", required=True, type=as_path, help="folder of the shards, also gs://; made, or continued")
     parser.add_argument("--crops", choices=CROPS, help="pictures of each image (default: flip, of digits center)")
-    parser.add_argument("--passes", type=int, default=1, help='passes over the data, for "random" (default: 1)')
-    parser.add_argument("--shards", type=int, default=1, help="files to write (default: 1)")
+    parser.add_argument("--passes", type=Whole(1, 10_000), default=1, help='passes over the data, for "random" (default: 1)')
+    parser.add_argument("--shards", type=Whole(1, MOST_SHARDS), default=1, help="files to write (default: 1)")
     parser.add_argument("--format", choices=("array_record", "jsonl"), default="array_record", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--batch-size", type=BATCH, default=64, help="images at a time (default: 64)")
     parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged tars of webdataset:, and name them")
-    parser.add_argument("--seed", type=int, default=0, help='of "random" (default: 0)')
+    parser.add_argument("--seed", type=SEED, default=0, help='of "random" (default: 0)')
     add_precision_arguments(parser)
     return parser
 
@@ -66,9 +65,6 @@ def _parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    for name in ("passes", "shards", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     described = parse_source(args.data)
     crops = args.crops or ("center" if described["name"] == "digits" else "flip")
     if args.passes > 1 and crops != "random":
@@ -96,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_image_config(args.model, revision=args.revision)
     if not config.has_tokens:
         raise ValueError(f"{args.model} is a VAE, which has no token ids; a generator needs a vq tokenizer")
+    in_a_shard = -(-args.passes * len(source) // args.shards) * CROPS[crops]
+    batch_size = batch_size_of(args, in_a_shard, config.image_size)
     precision = precision_settings(args)
     settings = {
         "data": args.data,
@@ -113,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     with lock_run(args.out, **several):
         tokenizer = load_image_model(args.model, revision=args.revision, mesh="local", **precision)
-        options = {"settings": settings, "batch_size": args.batch_size, **several}
+        options = {"settings": settings, "batch_size": batch_size, **several}
         written, there = pretokenize(tokenizer, source, args.out, **options)
         print(f"wrote {written} shards of {args.out}; {there} were there")
         multihost_utils.sync_global_devices("tokenized")  # a process that ends early would end the others

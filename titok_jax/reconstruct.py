@@ -13,9 +13,10 @@ from tqdm import tqdm
 from titok_jax.data.digits import load_digits
 from titok_jax.data.image_files import ImageFiles, find_images
 from titok_jax.evaluation import metrics
-from titok_jax.inference.arguments import add_precision_arguments, precision_settings
+from titok_jax.inference.arguments import add_precision_arguments, batch_size_of, precision_settings
 from titok_jax.inference.many import reconstruct
 from titok_jax.pictures import grids
+from titok_jax.runtime.arguments import BATCH, IMAGES, SEED, Parser
 from titok_jax.runtime.command import command
 from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.outputs import check_output, new_folder
@@ -49,23 +50,22 @@ def _picture_names(names: Sequence[str]) -> list[str]:
     return result
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m titok_jax.reconstruct",
         description="Encodes images into tokens and decodes these. Writes one picture per image, original beside "
         "reconstruction, all of them in grid.png, the tokens in tokens.json, the model in settings.json; prints the PSNR.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = ", ".join(published_models.names("tokenizer") + published_models.names("vqgan"))
     parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="image files, or folders of them, also gs://")
     parser.add_argument("--model", default="digits", help=f"name ({known}) or folder of a tokenizer (default: digits)")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (HF_TOKEN: a token for it)")
     parser.add_argument("--out", default="reconstructions", help="folder to write, also gs:// (default: reconstructions)")
-    parser.add_argument("--num", type=int, default=8, help="without images: how many held-out digits (default: 8)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--num", type=IMAGES, default=8, help="without images: how many held-out digits (default: 8)")
+    parser.add_argument("--batch-size", type=BATCH, default=64, help="images at a time (default: 64)")
     parser.add_argument("--latents", choices=("sample", "mean"), help="of a VAE: draws of --seed, or the mean (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of --latents sample (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of --latents sample (default: 0)")
     add_precision_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     return parser
@@ -114,9 +114,6 @@ def _write(folder: Path, names: Sequence[str], images, batches: Iterable[tuple[s
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    for option, value in (("--num", args.num), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{option} is {value}, expected at least 1")
     if not args.images and args.model != "digits":
         raise ValueError("no images given; name image files or a folder of them")
     out = check_output(args.out, args.overwrite, folder_of=_FILES)
@@ -133,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--latents is for VAEs; the tokens of {args.model} are not drawn")
     size = config.image_size
     names, images = _inputs(args, files, size)
+    batch_size = batch_size_of(args, len(images), size)
     precision = precision_settings(args)
     if config.has_tokens:
         what = f"{config.num_latent_tokens} tokens of {config.codebook_size} codes"
@@ -145,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         about |= {"latents": args.latents or "mean", "seed": key}
     with lock_run(out, beside=True):
         tokenizer = inference.load_image_model(args.model, revision=args.revision, mesh="local", **precision)
-        batches = reconstruct(tokenizer, images, batch_size=args.batch_size, key=key)
+        batches = reconstruct(tokenizer, images, batch_size=batch_size, key=key)
         with new_folder(out, files=_FILES, replace=args.overwrite, last="tokens.json") as folder:
             mean = _write(folder, names, images, batches)
             (folder / "settings.json").write_text(json.dumps({**about, "psnr": mean}, indent=2) + "\n", encoding="utf-8")

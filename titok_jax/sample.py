@@ -4,7 +4,6 @@ The images are made in batches, which are kept in OUT.shards until all are finis
 missing batches and ends with the same file. If `jax.distributed` is initialised, the processes share the batches.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -12,12 +11,15 @@ from collections.abc import Sequence
 from titok_jax.inference.arguments import (
     add_precision_arguments,
     add_sampling_arguments,
+    batch_size_of,
     parse_labels,
     precision_settings,
     sampling_settings,
 )
 from titok_jax.inference.many import balanced_labels, sample
-from titok_jax.inference.sample_files import FOLDER_FILES, output_writer, write_folder
+from titok_jax.inference.sample_files import FOLDER_FILES, output_writer, write_folder, write_npz
+from titok_jax.runtime.arguments import IMAGES, Parser
+from titok_jax.runtime.capacity import check_space
 from titok_jax.runtime.command import command
 from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.outputs import check_output, new_file, new_folder
@@ -36,12 +38,11 @@ _EPILOG = """examples:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m titok_jax.sample",
         description="Generates images from class labels and writes them as a picture, a folder or an .npz file.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = ", ".join(published_models.names("generator"))
     parser.add_argument(
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of a generator on the hub (HF_TOKEN: a token for it)")
     parser.add_argument("--tokenizer-revision", help="the same of its tokenizer, if that is in a repository of its own")
     parser.add_argument("--labels", default="all", help="classes: numbers separated by commas, or all (default: all)")
-    parser.add_argument("--num", type=int, default=64, help="how many images, shared among the labels (default: 64)")
+    parser.add_argument("--num", type=IMAGES, default=64, help="how many images, shared among the labels (default: 64)")
     parser.add_argument(
         "--out",
         default="samples.png",
@@ -66,8 +67,6 @@ def _parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    if args.num < 1:
-        raise ValueError(f"--num is {args.num}, expected at least 1")
     write = output_writer(args.out, args.num)
     folder_of = FOLDER_FILES if write is write_folder else None
     out = check_output(args.out, args.overwrite, folder_of=folder_of)
@@ -82,7 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer_config, config = inference.pair_configs(model, tokenizer, **revisions)
     if tokenizer_config.predicts_codes:
         raise ValueError("the tokenizer is a stage 1 model, which predicts codes, not images; name one of stage 2")
-    settings = sampling_settings(args, config.sampling)
+    settings = sampling_settings(args, config)
+    size = tokenizer_config.image_size
+    batch_size = batch_size_of(args, args.num, size)
+    # The finished batches, and all of them once more in an .npz file.
+    check_space(out, (1 + (write is write_npz)) * args.num * 3 * size**2, f"--num {args.num}")
     classes = parse_labels(args.labels, config.num_classes)
     if args.labels.strip() != "all" and args.num < len(classes):
         raise ValueError(f"--num is {args.num}, but --labels names {len(classes)} classes")
@@ -94,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     processes.initialize_distributed()
     several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batch_size = min(args.batch_size, args.num)
     precision = precision_settings(args)
     made_with = {"labels": args.labels, "seed": args.seed} | precision | dataclasses.asdict(settings)
     made_with |= weights_sha256(model, tokenizer or model, **revisions)
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(
             f"{args.model}: {config.num_classes} classes, {config.num_tokens} tokens of {config.codebook_size} codes per "
-            f"image, {tokenizer_config.image_size}x{tokenizer_config.image_size} pixels\n"
+            f"image, {size}x{size} pixels\n"
             + "sampling: "
             + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items())
             + f", seed {args.seed}\ncompiling; the first batch takes longer",

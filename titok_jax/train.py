@@ -14,21 +14,20 @@ DIR/checkpoints. It then ends with the same parameters, bit for bit, as a run th
 metrics.jsonl, curves.png, tensorboard/ and previews/. docs/training.md is the guide; docs/recipes.md lists the recipes.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from titok_jax.runtime.arguments import Parser
 from titok_jax.runtime.command import command
 from titok_jax.training.recipes import read_config, recipe_names
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m titok_jax.train",
         description=summary.partition(":")[0],
         epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config",

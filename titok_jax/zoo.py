@@ -3,10 +3,10 @@
 `python -m titok_jax.zoo` prints it. Imports no JAX.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from titok_jax.runtime.arguments import Parser
 from titok_jax.runtime.command import command
 from titok_jax.weights.published_models import table
 
@@ -20,11 +20,10 @@ _EPILOG = """examples:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m titok_jax.zoo",
         description="Prints the known models and which are on this machine.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(argv)
     print(table())

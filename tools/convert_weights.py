@@ -18,6 +18,7 @@ import numpy as np
 from titok_jax import models
 from titok_jax.evaluation import features
 from titok_jax.models.families import INCEPTION, PERCEPTUAL
+from titok_jax.runtime.arguments import Parser
 from titok_jax.runtime.command import command
 from titok_jax.runtime.messages import near_path
 from titok_jax.runtime.outputs import check_output, new_file, new_folder
@@ -165,12 +166,11 @@ def compare(path: Path, tensors: Mapping[str, Any], config: models.Config | None
                 raise convert.WeightsError(f"{path}: {name} was not written as it should be; is the disk sound?")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python tools/convert_weights.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "input", help="a folder or file of weights, a known name (python -m titok_jax.zoo) or hf://owner/name"

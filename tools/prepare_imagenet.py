@@ -36,6 +36,7 @@ from titok_jax.data.records import image_writer
 from titok_jax.data.sources import ArrayRecordSource, FolderSource, TfdsSource
 from titok_jax.data.transforms import decode_image
 from titok_jax.data.webdataset import WebDatasetSource, tar_files, tar_writer
+from titok_jax.runtime.arguments import MOST_SHARDS, MOST_THREADS, Parser, Whole
 from titok_jax.runtime.command import command
 from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.outputs import check_output, new_file, remove_leftovers
@@ -430,12 +431,11 @@ def findings(split: str, counts: np.ndarray, left_out: list[str], class_names: l
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python tools/prepare_imagenet.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("input", nargs="+", help="an archive, a folder or tars; what it is is told by what is there")
     parser.add_argument("--split", choices=SPLITS, required=True, help="which part of ImageNet this is")
@@ -445,8 +445,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--label-key", default="label", help="column of Parquet files (default: %(default)s)")
     parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged tars, of WebDataset, and name them")
     parser.add_argument("--format", choices=WRITERS, default="array_record", help="what to write (default: %(default)s)")
-    parser.add_argument("--shards", type=int, help="files to write (default: 128 for train, 16 for val)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: one for each core)")
+    parser.add_argument("--shards", type=Whole(1, MOST_SHARDS), help="files to write (default: 128 for train, 16 for val)")
+    parser.add_argument(
+        "--workers", type=Whole(1, MOST_THREADS), default=os.cpu_count(), help="threads (default: one for each core)"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not decode the images to see whether they can be")
     parser.add_argument("--overwrite", action="store_true", help="replace a result, or unfinished work of other settings")
     return parser
@@ -456,12 +458,9 @@ def _check_arguments(args: argparse.Namespace) -> int:
     """Makes paths of the arguments -> the number of shards.
 
     Raises:
-      ValueError: a number below 1, a path in a bucket, or a file where the folder should be.
+      ValueError: a path in a bucket, or a file where the folder should be.
     """
     num_shards = SPLITS[args.split].shards if args.shards is None else args.shards
-    for name, value in (("shards", num_shards), ("workers", args.workers)):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}, expected at least 1")
     for path in filter(None, (*args.input, args.out, args.devkit)):
         if is_remote(path):
             raise ValueError(f"{path}: expected a local path; copy files from and to a bucket by gcloud storage cp")

@@ -1,6 +1,5 @@
 """Trains the network whose features define digits-FID, on the embedded training digits only."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from titok_jax import models
 from titok_jax.data.digits import load_digits
 from titok_jax.evaluation import features
 from titok_jax.models.digits_net import IMAGE_SIZE, NUM_CLASSES, DigitsNetConfig
+from titok_jax.runtime.arguments import SEED, Parser, Whole
 from titok_jax.runtime.command import command
 from titok_jax.runtime.outputs import check_output, new_file
 from titok_jax.weights import convert, safetensors_file
@@ -90,19 +90,16 @@ def train(steps: int, seed: int, batch_size: int = 128) -> convert.Params:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python tools/train_digits_features.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", help="the .safetensors file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    parser.add_argument("--steps", type=int, default=1000, help="updates of 128 images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--steps", type=Whole(1, 100_000), default=1000, help="updates of 128 images (default: %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        raise ValueError(f"--steps is {args.steps}, expected at least 1")
     output = check_output(args.output, args.overwrite)
     params = train(args.steps, args.seed)
     with new_file(output, replace=args.overwrite) as partial:

@@ -16,7 +16,7 @@ from titok_jax.data.records import token_writer
 from titok_jax.data.transforms import center_crop_adm, random_resize_crop_flip, ten_crop
 from titok_jax.runtime.outputs import new_file
 
-CROPS = ("center", "flip", "ten", "random")
+CROPS = {"center": 1, "flip": 2, "ten": 10, "random": 1}  # how many each makes of an image
 MANIFEST = "pretokenize.json"
 
 

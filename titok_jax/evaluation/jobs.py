@@ -13,6 +13,7 @@ from etils import epath
 
 from titok_jax import __version__
 from titok_jax.evaluation import pieces
+from titok_jax.runtime.capacity import check_batch
 from titok_jax.runtime.locks import lock_run
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
@@ -23,10 +24,12 @@ from titok_jax.runtime.shards import Shards
 class Work:
     """The folder with the pieces of an evaluation, and the settings that all of its jobs share."""
 
-    def __init__(self, folder: Path | epath.Path, *, batch_size: int, restart: bool = False, quiet: bool = False):
+    def __init__(
+        self, folder: Path | epath.Path, *, batch_size: int, image_size: int, restart: bool = False, quiet: bool = False
+    ):
         import jax
 
-        self.folder, self.batch_size, self.quiet = folder, batch_size, quiet
+        self.folder, self.batch_size, self.image_size, self.quiet = folder, batch_size, image_size, quiet
         self._options = {"restart": restart, "process_index": jax.process_index(), "process_count": jax.process_count()}
         self.first = jax.process_index() == 0
         self.jobs: list[Shards] = []
@@ -34,6 +37,7 @@ class Work:
     def job(self, name: str, length: int, settings: dict[str, Any]) -> Shards:
         """Begins or continues a job and returns its pieces."""
         size = round_up_batch_size(self.batch_size, length)
+        check_batch(size, self.image_size, f"--batch-size {self.batch_size}")
         shards = Shards(self.folder / name, settings, length, size, **self._options)
         self.jobs.append(shards)
         return shards

@@ -13,6 +13,7 @@ from titok_jax.evaluation.jobs import Work, versions
 from titok_jax.inference.arguments import precision_settings
 from titok_jax.inference.many import balanced_labels
 from titok_jax.models.generator import SamplingConfig
+from titok_jax.runtime.capacity import check_batch, check_memory, check_space
 from titok_jax.runtime.outputs import sha256
 from titok_jax.runtime.paths import as_path
 from titok_jax.runtime.sharding import local_mesh
@@ -32,17 +33,20 @@ class Evaluation:
 
         self.args, self.work, self.image_size = args, work, image_size
         kind = args.features or _default_features(args, mode)
+        batch_size = min(args.batch_size, 1024)  # every batch of features is filled up to it
         if kind == "digits":
             if image_size != DIGITS_SIZE:
                 raise ValueError(
                     f"--features digits is for {DIGITS_SIZE}x{DIGITS_SIZE} pixels, not {image_size}x{image_size}"
                 )
-            self.network = features.load_digits_features(batch_size=args.batch_size)
+            self.network = features.load_digits_features(batch_size=batch_size)
         elif kind == "none":
             self.network = None
         else:
-            self.network = features.load_inception(args.inception, batch_size=args.batch_size)
+            self.network = features.load_inception(args.inception, batch_size=batch_size)
         self.prefix = "digits-" if kind == "digits" else ""
+        if mode in ("digits", "generation", "sweep"):
+            self._check_capacity(mode)
         tokenizer = None if mode in ("samples", "reference") else args.tokenizer or args.model
         generator = args.model if mode in ("digits", "generation", "sweep") else None
         weights = weights_sha256(generator, tokenizer, args.revision, tokenizer_revision(args, generator))
@@ -63,6 +67,16 @@ class Evaluation:
         }
         if mode == "sweep":  # common to all points
             self.result |= {"seed": args.seed, "num_images": args.num, "reference_given": args.reference or "digits:train"}
+
+    def _check_capacity(self, mode: str) -> None:
+        """Raises ValueError if the machine cannot hold what is kept of the generated images: features, of which one kind is
+        in memory at once, and for the figures of digits the images too."""
+        args, network, what = self.args, self.network, f"--num {self.args.num}"
+        check_batch(min(args.batch_size, args.num), self.image_size, f"--batch-size {args.batch_size}")
+        images = 3 * self.image_size**2 if mode == "digits" else 0
+        values = network.dim + (network.spatial_dim or 0) + network.num_classes
+        check_memory(args.num * (4 * network.dim + images), what)
+        check_space(self.work.folder, args.num * (4 * values + images), what)
 
     def images(self, data: str, crop: str, num: int | None = None) -> image_sources.SourceImages:
         source = make_source(parse_source(data))

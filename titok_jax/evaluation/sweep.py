@@ -14,7 +14,7 @@ from titok_jax.evaluation.jobs import versions, write_json
 from titok_jax.evaluation.runs import Evaluation
 from titok_jax.inference.arguments import sampling_settings
 from titok_jax.inference.many import balanced_labels
-from titok_jax.models.generator import SamplingConfig
+from titok_jax.models.generator import GeneratorConfig, SamplingConfig
 from titok_jax.pictures import plots
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path
@@ -103,13 +103,13 @@ def sweep_plot(points: Sequence[dict[str, Any]], title: str) -> Figure:
     return plots.sweep(lines, scales, x_label=score, y_label=fid, title=title, table=table)
 
 
-def settings_grid(args: argparse.Namespace, defaults: SamplingConfig) -> list[SamplingConfig]:
+def settings_grid(args: argparse.Namespace, model: GeneratorConfig) -> list[SamplingConfig]:
     """The sampling settings of every point in the grid."""
     values = [getattr(args, name) or [None] for name in ("guidance_scale", "temperature")]
     points = []
     for guidance_scale, temperature in itertools.product(*values):
         point = argparse.Namespace(**vars(args) | {"guidance_scale": guidance_scale, "temperature": temperature})
-        settings = sampling_settings(point, defaults)
+        settings = sampling_settings(point, model)
         if settings not in points:
             points.append(settings)
     return points

@@ -2,7 +2,6 @@
 its key."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from titok_jax.runtime.messages import first_lines, near, shown
 
 # Upper limits, so that a damaged number causes an error and not hours of building a model.
-_LARGEST = {"num_layers": 1000, "num_res_blocks": 100, "image_size": 8192, "resolution": 8192, "num_steps": 10_000}
+_LARGEST = {"num_layers": 1000, "num_res_blocks": 8, "num_stages": 10, "image_size": 8192, "resolution": 8192}
+_LARGEST |= {"num_steps": 10_000}
 _LARGEST_NUMBER = 10_000_000
 _RATES = ("dropout", "attn_dropout", "class_label_dropout")  # probabilities
 
@@ -73,7 +73,7 @@ def check(key: str, value: Any, field: str, kind: Any) -> Any:
     elif kind is float:
         largest = 1 if field in _RATES else _LARGEST_NUMBER
         expected = f"a number from 0 to {largest}"
-        good = type(value) in (int, float) and math.isfinite(value) and 0 <= value <= largest
+        good = type(value) in (int, float) and 0 <= value <= largest
     elif kind is bool:
         expected, good = "true or false", isinstance(value, bool)
     elif kind is str:
@@ -87,14 +87,15 @@ def check(key: str, value: Any, field: str, kind: Any) -> Any:
 
 
 def check_fields(config: Any) -> None:
-    """Checks the numbers of a configuration when it is made: whole numbers are at least 1, other numbers finite and at least
-    0, probabilities below 1.
+    """Checks the numbers of a configuration when it is made: whole numbers are at least 1, other numbers at least 0, both
+    at most what a published configuration may have, probabilities at most 1.
 
     Raises:
       ValueError: for the first one that is not.
     """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name
+        largest = _LARGEST.get(name, _LARGEST_NUMBER)
         if field.type is int or field.type == tuple[int, ...]:
             several = isinstance(value, tuple)
             whole = [
@@ -103,11 +104,12 @@ def check_fields(config: Any) -> None:
             if not whole or not all(whole) or min(value if several else [value]) < 1:
                 expected = "whole numbers" if several else "a whole number"
                 raise ValueError(f"{name} is {_shown(value)}, expected {expected} of at least 1")
+            if max(value if several else [value]) > largest:
+                raise ValueError(f"{name} is {_shown(value)}, expected at most {largest}")
         elif field.type is float:
-            if not isinstance(value, numbers.Real) or not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {_shown(value)}, expected a finite number of at least 0")
-            if name in _RATES and value > 1:
-                raise ValueError(f"{name} is {_shown(value)}, expected 0 to 1")
+            largest = 1 if name in _RATES else largest
+            if not isinstance(value, numbers.Real) or not 0 <= value <= largest:  # also of NaN
+                raise ValueError(f"{name} is {_shown(value)}, expected a number from 0 to {largest}")
 
 
 def _shown(value: Any) -> str:

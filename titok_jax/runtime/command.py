@@ -26,7 +26,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
 
     An impossible request (ValueError, OSError) or a diverged training (FloatingPointError) prints `error: ...` on stderr and
     gives status 2, as argparse's own errors do. So does a missing package of the extra "train", if `main` imports it and not
-    the module. Every other exception is a bug and keeps its traceback.
+    the module. So does a lack of memory. Every other exception is a bug and keeps its traceback.
 
     Returns:
       main(argv=None) -> exit status, for `sys.exit(main())`: the value that `main` returns, or 0 if it returns None.
@@ -38,6 +38,12 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
             return main(argv) or 0
         except (ValueError, OSError, FloatingPointError) as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # as JAX says it
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            print(f"error: not enough memory, a smaller batch or model needs less: {reason}", file=sys.stderr)
             return 2
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]

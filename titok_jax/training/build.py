@@ -5,11 +5,13 @@ import functools
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from titok_jax import models
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.perceptual import PerceptualConfig
 from titok_jax.models.titok import TiTokConfig
+from titok_jax.runtime.capacity import check_memory
 from titok_jax.training.settings import Settings, load_model_config, vqgan_config
 from titok_jax.training.tasks import generator, maskgit_vqgan, single_stage, stage1, stage2
 from titok_jax.training.tasks.base import Task
@@ -53,6 +55,28 @@ def build_task(settings: Settings, *, abstract: bool = False) -> Task:
     }
     kinds = {"maskgit_vqgan": maskgit_vqgan, "stage2": stage2, "single_stage": single_stage}
     return kinds[settings.task].make_task(model, loss, **options)
+
+
+def check_capacity(settings: Settings, task: Task, mesh: Mesh) -> None:
+    """Checks that the devices of this process can hold its part of a training, by the least that it needs.
+
+    Raises:
+      ValueError: they cannot.
+    """
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # unknown for CPUs
+    memory = None if limit is None else limit * jax.local_device_count()
+    trained = (network.trainable(network.abstract) for network in task.networks.values())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(list(trained)))
+    shards = min(mesh.shape["fsdp"] * mesh.shape["tensor"], jax.process_count())
+    check_memory(3 * 4 * parameters // shards, f"a model of {parameters:,} parameters, with AdamW,", memory)
+
+    batch, size = settings.data.batch_size, settings.image_size or 0
+    what, rows = f"config.data.batch_size={batch}", batch // jax.process_count()
+    check_memory(3 * rows * size**2, what)  # as uint8, not on the devices
+    values = 3 * size**2
+    if settings.task == "generator":
+        values += settings.model.num_tokens * settings.model.codebook_size  # logits
+    check_memory(4 * rows * values // settings.gradient_accumulation, what, memory)
 
 
 def _load(field: str, source: str, kind: type, abstract: bool = False) -> tuple[models.Config, convert.Params]:

@@ -24,7 +24,7 @@ from titok_jax.runtime.locks import BucketLock, lock_run
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path, is_remote
 from titok_jax.training import same_run
-from titok_jax.training.build import build_task
+from titok_jax.training.build import build_task, check_capacity
 from titok_jax.training.checkpoint import Checkpoints
 from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.progress import CodebookWatch, Evaluation, Previews, check_classes
@@ -122,6 +122,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     source = open_source(settings.data.source, settings, "--config.data.source", replace=True)
     check_tokens(settings)
     task = build_task(settings)
+    check_capacity(settings, task, mesh)
     contents = source.contents()
     same_run.check_same_data(contents)
     # A recipe of one's own may lack this field. Without it, a checkpoint is older than the field: see LATER_FIELDS.

@@ -6,6 +6,8 @@ Every configuration error that can be found without the data and the weights is 
 import dataclasses
 import functools
 import json
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +24,7 @@ from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.generator import GeneratorConfig, SamplingConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig, transformer_size
+from titok_jax.runtime.arguments import MOST_THREADS
 from titok_jax.training.optimizer import OptimizerConfig, constant_decay
 from titok_jax.training.tasks import generator, maskgit_vqgan, pixels, stage1
 from titok_jax.weights import known_models, pretrained
@@ -33,6 +36,24 @@ LOSSES: dict[str, type] = {
     "stage1": stage1.LossConfig,
     "stage2": pixels.LossConfig,
     "single_stage": pixels.LossConfig,
+}
+
+
+# The limits of the numbers in a recipe, from the least to the most, by the names of their fields. `_check_number` has the
+# limits of all others. Sizes of models have further ones, which their classes check.
+_COUNT = (1, 2**31 - 1)  # steps are int32
+_COUNTS = ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite_steps", "eval_images")
+_SHARES = ("ema_decay", "beta1", "beta2", "label_smoothing", "lecam_decay")
+_LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_COUNTS, _COUNT),
+    **dict.fromkeys(("batch_size", "gradient_accumulation"), (1, 1_000_000)),
+    **dict.fromkeys(("preview_images", "preview_columns"), (1, 10_000)),
+    **dict.fromkeys(("num_workers", "num_threads"), (0, MOST_THREADS)),
+    **dict.fromkeys(_SHARES, (0, 1)),
+    **dict.fromkeys(("data", "fsdp", "tensor"), (-1, 1_000_000)),
+    "seed": (0, 2**32 - 1),
+    "entropy_temperature": (1e-6, 1_000_000),
+    "max_grad_norm": (0, math.inf),  # infinite: gradients are not clipped
 }
 
 
@@ -135,9 +156,6 @@ class Settings:
     discriminator_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "num_steps", "max_nonfinite_steps", "eval_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.{name} is {getattr(self, name)}, expected at least 1")
         if self.token_precision not in PRECISIONS:
             raise ValueError(f"config.token_precision is {self.token_precision!r}, expected one of {PRECISIONS}")
 
@@ -201,12 +219,23 @@ def section(make: Callable, fields: Mapping[str, Any], name: str, cls: type | No
     unknown = set(fields) - {field.name for field in dataclasses.fields(cls or make)}
     if unknown:
         raise ValueError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
+    for field in dataclasses.fields(cls or make):
+        if field.name in fields and field.type in (int, float):
+            _check_number(f"{where}.{field.name}", fields[field.name], field.type)
     try:
         return make(**fields)
     except (TypeError, ValueError) as error:
         if str(error).startswith("config."):
             raise
         raise ValueError(f"{where}: {error}") from None
+
+
+def _check_number(name: str, value: Any, kind: type) -> None:
+    least, most = _LIMITS.get(name.rpartition(".")[2], (0, 2**31 - 1 if kind is int else 10_000_000))
+    is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:  # also of NaN
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} is {repr(value)[:80]}, expected {what} from {least:,} to {most:,}")
 
 
 def load_model_config(field: str, source: str, kind: type, *, abstract: bool = False) -> models.Config:
@@ -266,7 +295,8 @@ def _model(settings: Settings, fields: dict[str, Any], abstract: bool) -> tuple[
         if tokenizer:
             check_pair(tokenizer, model)
         return model, tokenizer.image_size if tokenizer else None
-    fields |= {tower: transformer_size(fields[tower]) for tower in ("encoder", "decoder") if tower in fields}
+    towers = [name for name in ("encoder", "decoder") if name in fields]
+    fields |= {name: transformer_size(fields[name], f"config.model.{name}") for name in towers}
     if settings.task == "stage2":
         fields["pixel_decoder"] = _pixel_decoder(settings, abstract)
     model = section(cls, fields, "model")
@@ -312,8 +342,8 @@ def _check_sizes(settings: Settings) -> None:
             if transform[option] != expected:
                 raise ValueError(f"{found}, but the model takes images of {expected} x {expected} pixels")
             edge = transform.get("resize_shorter_edge") or expected
-            if edge < expected:
-                raise ValueError(f"{found}, but resize_shorter_edge beside it is {edge}, expected at least as much")
+            if not isinstance(edge, int) or not expected <= edge <= 8192:
+                raise ValueError(f"{found}, but resize_shorter_edge beside it is {edge!r}, expected {expected} to 8,192")
 
 
 def open_source(spec: Mapping[str, Any], settings: Settings, flag: str = "", *, replace: bool = False) -> CheckedSource:
