@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -254,6 +256,27 @@ def test_a_configuration_is_read_with_its_changes(monkeypatch):
     assert (config.num_steps, config.data.source.paths, config.remat, config.ema_ramp) == (8, "'x y'", True, False)
     assert config.model.num_latent_tokens == 64
     assert config.is_locked
+
+
+def test_recipes_are_read_from_anywhere(tmp_path, monkeypatch):
+    """With or without a common.py beside them, from any folder, whatever other module is called configs."""
+    theirs = tmp_path / "elsewhere/configs"
+    theirs.mkdir(parents=True)
+    shutil.copy(ROOT / "configs/generator.py", theirs)
+    (tmp_path / "work/configs").mkdir(parents=True)
+    (tmp_path / "work/configs/__init__.py").write_text("")
+    (tmp_path / "work/configs/common.py").write_text("raise AssertionError('another project')")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.syspath_prepend(tmp_path / "work")
+    foreign = types.ModuleType("configs")
+    monkeypatch.setitem(sys.modules, "configs", foreign)
+    for file in (f"{theirs}/generator.py:smoke", "../elsewhere/configs/generator.py:smoke", "generator:smoke"):
+        assert recipes.read_config(file, ["--config.num_steps=7"]).num_steps == 7
+    text = (ROOT / "configs/common.py").read_text().replace("config.seed = 42", "config.seed = 43")
+    (theirs / "common.py").write_text(text)
+    assert recipes.read_config(f"{theirs}/generator.py:smoke", []).seed == 43
+    assert recipes.read_config("generator:smoke", []).seed == 42
+    assert sys.modules["configs"] is foreign
 
 
 def test_bugs_keep_their_traceback():
