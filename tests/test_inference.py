@@ -1,5 +1,8 @@
 """The public API on tiny models: shapes, dtypes, errors, and that nothing is compiled twice."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import golden_data
 import jax
 import numpy as np
@@ -8,6 +11,7 @@ import tiny_models
 from flax import nnx
 
 import titok_jax
+from titok_jax.data.digits import load_digits
 from titok_jax.inference.generator import Generator
 from titok_jax.inference.loading import check_pair
 from titok_jax.inference.tokenizer import Tokenizer
@@ -208,3 +212,33 @@ def test_pairs_that_do_not_fit_are_refused():
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match="digits"):
         titok_jax.load_tokenizer("titok_xxl")
+
+
+def test_threads_that_share_a_model_get_the_answers_of_one():
+    """Eight threads use one tokenizer and one generator from the first call on, with other shapes and settings each."""
+    digits = np.repeat(load_digits("test", 32)[0][:40, ..., None], 3, axis=-1)
+
+    def work(tokenizer, generator, number):
+        answers = []
+        for turn in range(2):
+            count = (2, 5)[(number + turn) % 2]
+            images, labels = digits[number : number + count], (np.arange(count) + number) % 10
+            ids = np.asarray(tokenizer.encode(images))
+            scale = np.linspace(0, 4, count) if number % 4 < 2 else 3.0
+            options = {"num_steps": 3, "guidance_scale": scale}
+            answers += [ids, tokenizer.decode(ids), generator.generate(labels, number, **options)]
+            answers += [generator.logits(ids, labels), tokenizer.encode_all(digits[number : number + 4], batch_size=2)]
+        return list(map(np.asarray, answers))
+
+    shared, start = titok_jax.load_pair("digits"), threading.Barrier(8)
+
+    def in_thread(number):
+        start.wait(60)
+        return work(*shared, number)
+
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(in_thread, range(8)))
+    alone = titok_jax.load_pair("digits")
+    for number, answers in enumerate(together):
+        for mine, expected in zip(answers, work(*alone, number), strict=True):
+            np.testing.assert_array_equal(mine, expected)
