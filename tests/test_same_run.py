@@ -18,6 +18,7 @@ from titok_jax.training.settings import parse_settings
 
 
 def write_tokens(path, count: int) -> None:
+    path.unlink(missing_ok=True)
     with token_writer(path) as write:
         for number in range(count):
             write(np.full(8, number % 7), number % 10)
