@@ -31,20 +31,24 @@ import zipfile
 import jax
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import tiny_models
 from etils import epath
 
 from titok_jax import models
 from titok_jax.data import transforms
+from titok_jax.data.checked import CheckedSource, Limits
 from titok_jax.data.records import token_writer
-from titok_jax.data.sources import CheckedSource, Limits, make_source
+from titok_jax.data.sources import make_source
 from titok_jax.data.webdataset import tar_writer
 from titok_jax.evaluation.image_sources import NpzImages
 from titok_jax.evaluation.references import read_reference
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig
+from titok_jax.runtime import sharding
 from titok_jax.runtime.shards import Shards
+from titok_jax.training.checkpoint import Checkpoints, quiet_checkpointing
 from titok_jax.training.log import MetricLog
 from titok_jax.training.recipes import read_config
 from titok_jax.training.settings import parse_settings
@@ -177,7 +181,7 @@ def bomb(rng: random.Random) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kinds. Each is a class: `__init__(folder)` makes what is right, `case(rng, place)` changes it and returns what reads it.
+# The kinds: `__init__(folder)` makes what is right, `case(rng, place)` changes it and returns what reads it.
 
 
 class ModelFolder:
@@ -517,6 +521,67 @@ class Arrays:
                     new.writestr(name, data, method)
 
 
+class Table:
+    """A Parquet file of images and classes."""
+
+    weight = 6
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.file = folder / "t.parquet"
+        image = an_image(random.Random(1))
+        rows = {"image": [{"bytes": image, "path": f"{n}.jpg"} for n in range(6)], "label": list(range(6))}
+        pyarrow.parquet.write_table(pyarrow.table(rows), self.file, row_group_size=3)
+
+    def case(self, rng, place):
+        place.mkdir()
+        changed = place / self.file.name
+        changed.write_bytes(mutate_bytes(rng, self.file.read_bytes()))
+
+        def read():
+            source = make_source({"name": "parquet", "paths": str(changed)})
+            for number in range(min(len(source), 100)):
+                source[number]
+
+        return read
+
+
+class Checkpoint:
+    """The checkpoint of a run: what is restored must be what was saved, or nothing is."""
+
+    weight = 3
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.folder, self.state = folder / "checkpoints", {"w": np.arange(4096.0, dtype=np.float32), "step": np.int32(3)}
+        with Checkpoints(self.folder) as checkpoints:
+            checkpoints.save(3, jax.tree.map(jax.numpy.asarray, self.state), {"seed": 0, "model": {"width": 3}})
+        abstract = jax.eval_shape(lambda: self.state)
+        self.target = abstract, sharding.state_shardings(sharding.make_mesh(), abstract)
+
+    def case(self, rng, place):
+        shutil.copytree(self.folder, place)
+        files = sorted(path for path in place.rglob("*") if path.is_file())
+        file = rng.choice(files)
+        way = rng.randrange(6)
+        if way == 0:
+            file.unlink()
+        elif way < 3 and file.read_bytes()[:1] == b"{":
+            file.write_bytes(mutate_json(rng, file.read_text()))
+        else:
+            file.write_bytes(mutate_bytes(rng, file.read_bytes()))
+
+        def read():
+            with Checkpoints(place) as checkpoints:
+                found = checkpoints.restore_newest(*self.target, lambda step, config: None)
+            if found is None:
+                return
+            for name, array in self.state.items():
+                assert np.array_equal(found[1][name], array), "restored though wrong"
+
+        return read
+
+
 class Notes:
     """metrics.jsonl of a workdir."""
 
@@ -541,7 +606,8 @@ class Notes:
 
 
 KINDS = {
-    kind.__name__: kind for kind in (ModelFolder, ForeignFolder, FlaxFile, Recipe, Tokens, Archive, Images, Arrays, Notes)
+    kind.__name__: kind
+    for kind in (ModelFolder, ForeignFolder, FlaxFile, Recipe, Tokens, Archive, Images, Arrays, Table, Checkpoint, Notes)
 }
 
 
@@ -588,6 +654,7 @@ def main() -> int:
 
     signal.signal(signal.SIGALRM, late)
     warnings.simplefilter("ignore")
+    quiet_checkpointing()
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mutations-")
     jax.devices()
     size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from titok_jax.runtime.messages import near, near_path
+from titok_jax.runtime.messages import near, near_path, printable
 
 
 def recipe_folder() -> Path:
@@ -118,7 +118,7 @@ def read_config(file: str, changes: Sequence[str]):
         config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=list(changes))
         _, *others = values(["", *changes])
     except flags.Error as error:
-        raise ValueError(str(error).removeprefix("flag ")) from error
+        raise ValueError(printable(str(error).removeprefix("flag "))) from error
     if others:
         raise ValueError(f"unknown argument {others[0]}")
     return config
