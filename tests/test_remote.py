@@ -121,6 +121,15 @@ def same(a, b):
             np.testing.assert_array_equal(a[i][name], b[i][name])
 
 
+def test_no_output_has_a_name_that_fsspec_takes_for_a_pattern(bucket):
+    for check in (lambda path: outputs.check_output(path, True), lambda path: locks.lock_run(path).__enter__()):
+        with pytest.raises(
+            ValueError, match=r"cannot write gs://bucket/run \[1\].*: names in a bucket may have no \*, \? or \["
+        ):
+            check("gs://bucket/run [1]/x.npz")
+    assert list(bucket.iterdir()) == []
+
+
 def test_a_model_is_saved_and_loaded(bucket):
     folder = bucket / "models/digits"
     tiny_models.save(str(folder))

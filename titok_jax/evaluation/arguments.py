@@ -2,6 +2,7 @@
 
 import argparse
 
+from titok_jax.runtime.messages import near_path
 from titok_jax.runtime.outputs import check_output
 from titok_jax.runtime.paths import as_path
 
@@ -54,6 +55,7 @@ def check_arguments(args: argparse.Namespace) -> str:
     if args.reference and args.reference.endswith(".npz") and not as_path(args.reference).is_file():
         raise FileNotFoundError(
             f"--reference {args.reference}: no such file; docs/evaluation.md says where ADM's is to be had"
+            f"{near_path(args.reference)}"
         )
     if args.samples:
         if not args.reference:

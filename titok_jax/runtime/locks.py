@@ -17,7 +17,7 @@ from pathlib import Path
 
 from etils import epath
 
-from titok_jax.runtime.paths import as_path, is_remote, writing
+from titok_jax.runtime.paths import as_path, check_bucket_output, is_remote, writing
 
 BEAT = 20.0  # seconds between two heartbeats of a lock in a bucket
 _PATIENCE = 3  # after this many beats without a heartbeat, the run counts as dead
@@ -97,6 +97,8 @@ def lock_run(
     """
     place = as_path(place)
     path = place.with_name(f".{place.name}.lock") if beside else place / ".lock"
+    if is_remote(path):
+        check_bucket_output(path)
     lock = BucketLock(path) if is_remote(path) else _FileLock(path)
     held, problem = False, None
     if process_index == 0:

@@ -17,7 +17,7 @@ from pathlib import Path
 from etils import epath
 
 from titok_jax.runtime.locks import file_lock
-from titok_jax.runtime.paths import as_path, is_remote, objects_below, short_name, writing
+from titok_jax.runtime.paths import as_path, check_bucket_output, is_remote, objects_below, short_name, writing
 
 # The names of what is being written, beside its place. Nothing else has 16 random digits there, so leftovers of killed
 # writers are known by them.
@@ -106,6 +106,7 @@ def _check_place(path: Path) -> None:
 
 def _try_bucket(path: epath.Path) -> None:
     """Writes an object beside `path` and removes it. There is no other way to find out whether the bucket is writable."""
+    check_bucket_output(path)
     trial = _beside(path)
     try:
         trial.write_bytes(b"")

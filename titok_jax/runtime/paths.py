@@ -92,6 +92,15 @@ def is_file(path: str | os.PathLike) -> bool:
         return storage.isfile(name)
 
 
+def check_bucket_output(path: str | os.PathLike) -> None:
+    """Raises ValueError if the name of an output in a bucket has characters of globs: fsspec would remove and rename what they
+    match, not the object of that name."""
+    if any(char in os.fspath(path) for char in "*?["):
+        raise ValueError(
+            f"cannot write {os.fspath(path)}: names in a bucket may have no *, ? or [ to write to; choose another"
+        )
+
+
 def file_size(path: str | os.PathLike) -> int:
     """The size of a file in bytes: on this machine, in a bucket or on the web. 0 if a web server does not tell it."""
     if is_web(path):
