@@ -123,11 +123,9 @@ def same(a, b):
 
 def test_no_output_has_a_name_that_fsspec_takes_for_a_pattern(bucket):
     for check in (lambda path: outputs.check_output(path, True), lambda path: locks.lock_run(path).__enter__()):
-        with pytest.raises(
-            ValueError, match=r"cannot write gs://bucket/run \[1\].*: names in a bucket may have no \*, \? or \["
-        ):
+        with pytest.raises(ValueError, match=r"cannot write gs://bucket/run \[1\].*: names in a bucket may have no"):
             check("gs://bucket/run [1]/x.npz")
-    assert list(bucket.iterdir()) == []
+    assert not (bucket / "run [1]").exists()
 
 
 def test_a_model_is_saved_and_loaded(bucket):

@@ -93,12 +93,13 @@ def is_file(path: str | os.PathLike) -> bool:
 
 
 def check_bucket_output(path: str | os.PathLike) -> None:
-    """Raises ValueError if the name of an output in a bucket has characters of globs: fsspec would remove and rename what they
-    match, not the object of that name."""
-    if any(char in os.fspath(path) for char in "*?["):
-        raise ValueError(
-            f"cannot write {os.fspath(path)}: names in a bucket may have no *, ? or [ to write to; choose another"
-        )
+    """Raises ValueError if the name of an output in a bucket has characters of globs.
+
+    By such a name fsspec would remove and rename all that it matches.
+    """
+    path = os.fspath(path)
+    if any(char in path for char in "*?["):
+        raise ValueError(f"cannot write {path}: names in a bucket may have no *, ? or [ to be written; choose another")
 
 
 def file_size(path: str | os.PathLike) -> int:
