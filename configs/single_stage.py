@@ -81,4 +81,5 @@ def get_config(variant: str = "bl64_vq8k") -> ConfigDict:
         config.num_steps = config.recipe.num_steps = 300
         config.checkpoint_every = config.eval_every = config.preview_every = 150
         config.loss.discriminator_start = 225
+        config.model.codebook_size = 128  # as in the digits' recipe
     return config

@@ -20,10 +20,10 @@ def warnings(perplexities, *, differ=0.5, recipe="single_stage:smoke", changes=(
 
 
 def test_five_low_lines_in_a_row_after_the_warm_up_are_a_collapse():
-    """256 codes: below 5.12. The warm-up ends at step 15."""
+    """128 codes: below 2.56. The warm-up ends at step 15."""
     assert list(warnings([1.0] * 20)) == [60]  # lines 2 to 6, and once only
-    assert list(warnings([1.0] * 5 + [5.2] + [5.1] * 9)) == [110]
-    assert warnings([5.2] * 20) == {}
+    assert list(warnings([1.0] * 5 + [2.6] + [2.5] * 9)) == [110]
+    assert warnings([2.6] * 20) == {}
 
 
 def test_a_batch_can_use_no_more_codes_than_it_has_tokens():
