@@ -182,7 +182,7 @@ def test_held_out_is_a_split_of_the_digits():
         (["--reconstruct", "array_record:{none}"], r"data source array_record: no examples \(paths .*none\.array_record\)"),
         (["--samples", "{zero}", "--reference", "digits:train"], r"zero\.npz: arr_0 is \[0, 32, 32, 3\], no image at all"),
         (["--reference", "{zero}"], r"zero\.npz: arr_0 is \[0, 32, 32, 3\], no image at all"),
-        (["--reconstruct", "digits:test", "--num", "0"], "--num is 0, expected at least 1"),
+        (["--reconstruct", "digits:test", "--num", "0"], "--num is 0, expected a whole number from 1"),
     ],
 )
 def test_what_is_refused(arguments, message, model, tmp_path, capsys):
@@ -207,10 +207,10 @@ def test_no_command_works_on_nothing(model, tmp_path, capsys):
         pass
     out = ["--out", str(tmp_path / "out")]
     for command, arguments, message in (
-        (sample, ["--num", "0", *out], "--num is 0, expected at least 1"),
+        (sample, ["--num", "0", *out], "--num is 0, expected a whole number from 1"),
         (sample, ["--labels", "", *out], "--labels is '', expected numbers like 3,1,4, or all"),
         (reconstruct, [str(tmp_path / "empty"), *out], "empty: no images in this folder or below"),
-        (reconstruct, ["--num", "0", *out], "--num is 0, expected at least 1"),
+        (reconstruct, ["--num", "0", *out], "--num is 0, expected a whole number from 1"),
         (pretokenize, [str(tmp_path / "empty"), *out], "empty: no images in this folder or below"),
         (pretokenize, [f"array_record:{tmp_path}/none.array_record", *out], "no examples"),
     ):

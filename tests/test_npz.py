@@ -142,7 +142,7 @@ def saved(path, **changes):
     values = np.random.default_rng(0).random((9, 6))
     stats = metrics.FeatureStatistics(6, "n").update(values)
     about = {"image_size": 5, "num_images": 9, "network": "n"}
-    references.Reference(stats, None, values.astype(np.float32), about).save(path)
+    references.Reference(stats, None, values.astype(np.float32), about).save(path, replace=False)
     with np.load(path) as file:
         arrays = dict(file) | changes
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
@@ -225,7 +225,7 @@ def test_about_is_kept(tmp_path):
     values = np.random.default_rng(0).random((9, 6))
     stats = metrics.FeatureStatistics(6, "n").update(values)
     about = {"source": "x", "image_size": 5, "num_images": None, "crop": "adm"}
-    references.Reference(stats, stats, values.astype(np.float32), about).save(tmp_path / "a.npz")
+    references.Reference(stats, stats, values.astype(np.float32), about).save(tmp_path / "a.npz", replace=False)
     found = references.read_reference(tmp_path / "a.npz", "n", 5)
     assert found.about == json.loads(json.dumps(about)) | {"network": "n"}
     assert found.spatial.dim == 6

@@ -9,7 +9,7 @@ from typing import Any
 from titok_jax.runtime.messages import first_lines, near, shown
 
 # Upper limits, so that a damaged number causes an error and not hours of building a model.
-_LARGEST = {"num_layers": 1000, "num_res_blocks": 8, "num_stages": 10, "image_size": 8192, "resolution": 8192}
+_LARGEST = {"num_layers": 1000, "num_res_blocks": 12, "num_stages": 10, "image_size": 8192, "resolution": 8192}
 _LARGEST |= {"num_steps": 10_000}
 _LARGEST_NUMBER = 10_000_000
 _RATES = ("dropout", "attn_dropout", "class_label_dropout")  # probabilities
