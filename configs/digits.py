@@ -48,7 +48,7 @@ def base() -> ConfigDict:
     config.compute_dtype = "float32"
     config.remat = False
     config.gradient_accumulation = 1
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1})
     config.log_every, config.log_grad_norms = 100, False
     config.checkpoint_every = 1000
     config.keep_checkpoints = 2

@@ -1,6 +1,8 @@
 """Placement rules: every large parameter of a published model is sharded along fsdp, unless its size does not divide."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -72,6 +74,80 @@ def test_mesh_sizes():
         sharding.make_mesh(2, 1, 1)
     with pytest.raises(ValueError, match="does not fit 1 devices"):
         sharding.make_mesh(-1, -1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Stands for a TPU chip, with all that the arrangement of a mesh reads."""
+
+    id: int
+    coords: tuple[int, int, int]
+    process_index: int
+    slice_index: int
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+
+
+PLANES = ("2x2x1", "2x4x1", "4x4x1", "4x8x1", "8x8x1", "8x16x1", "16x16x1")
+BOXES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+
+
+def chips(kind: str, shape: str, slices: int = 1) -> list[Chip]:
+    """The chips of some slices, in the order of `jax.devices()`: by process. Each process has 2x2 chips."""
+    x, y, z = map(int, shape.split("x"))
+    found = []
+    for index, k, j, i in itertools.product(range(slices), range(z), range(y), range(x)):
+        host = ((index * z + k) * (y // 2) + j // 2) * (x // 2) + i // 2
+        found.append(Chip(len(found), (i, j, k), host, index, kind))
+    return sorted(found, key=lambda chip: (chip.process_index, chip.id))
+
+
+def powers(largest: int) -> list[int]:
+    return [2**i for i in range(largest.bit_length())]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("TPU v4", BOXES),
+        ("TPU v5", BOXES),  # v5p
+        ("TPU v5p", BOXES[:3]),  # JAX has a ring of its own for 2x2x2
+        ("TPU v5 lite", PLANES),  # v5e
+        ("TPU v6 lite", PLANES),
+    ],
+)
+def test_every_pod_has_every_mesh(kind, shapes):
+    for shape, slices in itertools.product(shapes, (1, 2, 4)):
+        devices = chips(kind, shape, slices)
+        size = len(devices) // slices
+        for fsdp, tensor in itertools.product(powers(size), powers(size)):
+            if size % (fsdp * tensor):
+                continue
+            mesh = sharding.make_mesh(-1, fsdp, tensor, devices=devices)
+            assert mesh.devices.shape == (len(devices) // (fsdp * tensor), fsdp, tensor)
+            assert set(mesh.devices.flat) == set(devices)
+            owners = [{chip.slice_index for chip in group.flat} for group in mesh.devices]
+            assert all(len(owner) == 1 for owner in owners), "fsdp or tensor crosses slices"
+
+
+def test_a_mesh_that_jax_makes_keeps_its_order():
+    """An axis is split only where it must be, so a run keeps the order of devices that it began with."""
+    devices = chips("TPU v5", "4x4x4")
+    for sizes in ((64, 1, 1), (16, 4, 1), (4, 16, 1), (1, 64, 1), (4, 4, 4)):
+        theirs = jax.make_mesh(sizes, sharding.AXES, devices=devices)
+        assert (sharding.make_mesh(*sizes, devices=devices).devices == theirs.devices).all()
+
+
+def test_a_mesh_across_slices_is_checked():
+    devices = chips("TPU v5 lite", "4x4x1", 2)
+    assert sharding.make_mesh(fsdp=16, dcn_data=2, devices=devices).shape["data"] == 2
+    with pytest.raises(ValueError, match="fsdp=32, tensor=1 does not fit 2 TPU slices of 16 devices: data must be a"):
+        sharding.make_mesh(fsdp=32, devices=devices)
+    with pytest.raises(ValueError, match=r"dcn_data=4 does not fit the devices, which belong to 2 TPU slice\(s\)"):
+        sharding.make_mesh(dcn_data=4, devices=devices)
+    with pytest.raises(ValueError, match=r"dcn_data=2 does not fit the devices, which belong to 1 TPU slice\(s\)"):
+        sharding.make_mesh(dcn_data=2)
 
 
 def test_batch_size_is_checked():

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules, logical_axis_rules
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -55,11 +55,19 @@ _RULES: tuple[tuple[str, int | None, int | None], ...] = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """Makes a mesh over all devices of all processes. One size may be -1: it takes the remaining devices.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, dcn_data: int = -1, devices: list | None = None) -> Mesh:
+    """Makes a mesh over all devices of all processes. One of `data`, `fsdp` and `tensor` may be -1: it takes the remaining
+    devices.
+
+    Several TPU slices are joined along the outer part of `data`. So fsdp and tensor communicate inside a slice, over its
+    fast links, and little but the sum of the gradients crosses the network between slices.
+
+    Args:
+      dcn_data: the number of slices; -1 takes as many as there are.
 
     Raises:
-      ValueError: the product of the sizes is not the number of devices.
+      ValueError: the product of the sizes is not the number of devices, `dcn_data` is not the number of slices, or `data` is
+        not a multiple of it.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -69,7 +77,31 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     if any(n < 1 for n in sizes) or math.prod(sizes) != len(devices):
         raise ValueError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: "
                          "the three must multiply to their number; one of them may be -1 for the rest")  # fmt: skip
-    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    slices = _num_slices(devices)
+    if dcn_data not in (-1, slices):
+        raise ValueError(f"mesh dcn_data={dcn_data} does not fit the devices, which belong to {slices} TPU slice(s): "
+                         "set it to their number, or to -1")  # fmt: skip
+    if sizes[0] % slices:
+        raise ValueError(f"mesh data={sizes[0]}, fsdp={fsdp}, tensor={tensor} does not fit {slices} TPU slices of "
+                         f"{len(devices) // slices} devices: data must be a multiple of {slices}, "
+                         "because fsdp and tensor stay inside a slice")  # fmt: skip
+    return Mesh(_arranged(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _num_slices(devices: list) -> int:
+    """How many TPU slices the devices belong to; 1 for other devices."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
+def _arranged(sizes: list[int], slices: int, devices: list) -> np.ndarray:
+    """The devices [data, fsdp, tensor], so that neighbours along an axis are near each other.
+
+    An axis of the mesh takes whole axes of the slice if it can, otherwise parts of them.
+    """
+    inner = (sizes[0] // slices, *sizes[1:])
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:

@@ -50,7 +50,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("preview_images", "preview_columns"), (1, 10_000)),
     **dict.fromkeys(("num_workers", "num_threads"), (0, MOST_THREADS)),
     **dict.fromkeys(_SHARES, (0, 1)),
-    **dict.fromkeys(("data", "fsdp", "tensor"), (-1, 1_000_000)),
+    **dict.fromkeys(("data", "fsdp", "tensor", "dcn_data"), (-1, 1_000_000)),
     "seed": (0, 2**32 - 1),
     "entropy_temperature": (1e-6, 1_000_000),
     "max_grad_norm": (0, math.inf),  # infinite: gradients are not clipped
@@ -80,11 +80,13 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Sizes of the mesh axes. One of them may be -1; it then takes all remaining devices."""
+    """Sizes of the mesh axes. One of the first three may be -1; it then takes all remaining devices. `dcn_data` is the
+    number of TPU slices; -1 takes as many as there are."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    dcn_data: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
