@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             steps[title, "read"] = lambda source=source, count=batches[title]: [source[i] for i in range(count)]
             for name in suited(title):
                 augment = AUGMENTATIONS[name] and make_train_transform(AUGMENTATIONS[name])
-                options = {"train_transform": augment, "num_threads": 0, "process_index": 0, "process_count": 1}
+                options = {"train_transform": augment, "num_threads": 0, "blocks": [0], "num_blocks": 1}
                 steps[title, name] = make_loader(source, seed=0, global_batch_size=batches[title], **options).__next__
         rates: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
         for _ in tqdm(range(args.rounds), desc="measuring", unit="round"):

@@ -47,7 +47,7 @@ def draw(example, rng):
 
 
 def take(source, steps, **options):
-    options = {"seed": 5, "train_transform": draw, "process_index": 0, "process_count": 1} | options
+    options = {"seed": 5, "train_transform": draw, "blocks": [0], "num_blocks": 1} | options
     with loader.make_loader(source, **options) as batches:
         return list(itertools.islice(batches, steps))
 
@@ -126,16 +126,25 @@ def test_digits_example():
 def test_processes_together_give_the_batches_of_one(process_count):
     source = Positions(37)
     whole = take(source, 12, global_batch_size=16)
-    parts = [
-        take(source, 12, global_batch_size=16, process_index=p, process_count=process_count) for p in range(process_count)
-    ]
+    parts = [take(source, 12, global_batch_size=16, blocks=[p], num_blocks=process_count) for p in range(process_count)]
     joined = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)]
     assert_same(joined, whole)
 
 
+def test_a_process_may_have_any_blocks_of_a_batch():
+    """As on a TPU slice, where the mesh follows the links between chips. Across an epoch's end and after a resume."""
+    whole = take(Positions(37), 5, global_batch_size=16, start_step=1)
+    for blocks in ((0, 3), (1, 2)):
+        part = take(Positions(37), 5, global_batch_size=16, start_step=1, blocks=blocks, num_blocks=4)
+        rows = np.concatenate([np.arange(4 * block, 4 * block + 4) for block in blocks])
+        assert_same(part, [{key: batch[key][rows] for key in batch} for batch in whole])
+    with loader.make_eval_loader(Positions(9), global_batch_size=8, blocks=(1, 3), num_blocks=4) as batches:
+        assert [batch["label"].tolist() for batch in batches] == [[2, 3, 6, 7], [8, 8, 8, 8]]
+
+
 @pytest.mark.parametrize(("index", "count"), [(0, 1), (1, 2)])
 def test_resuming_continues(index, count):
-    options = {"global_batch_size": 16, "process_index": index, "process_count": count}
+    options = {"global_batch_size": 16, "blocks": [index], "num_blocks": count}
     whole = take(Positions(37), 12, **options)
     for start in (1, 7):
         assert_same(take(Positions(37), 12 - start, start_step=start, **options), whole[start:])
@@ -171,7 +180,7 @@ def test_seed_decides():
 
 def test_one_epoch_in_order():
     for process in range(2):
-        options = {"global_batch_size": 4, "process_index": process, "process_count": 2, "train_transform": None}
+        options = {"global_batch_size": 4, "blocks": [process], "num_blocks": 2, "train_transform": None}
         stream = take(Positions(11), 99, shuffle=False, repeat=False, **options)
         expected = [[0, 1], [4, 5]] if process == 0 else [[2, 3], [6, 7]]
         assert [batch["label"].tolist() for batch in stream] == expected
@@ -181,7 +190,7 @@ def test_two_processes_with_two_workers_each_give_the_batches_of_one_without():
     """Every step has the same examples with the same random draws, across the end of an epoch and after a resume."""
     options = {"global_batch_size": 16, "start_step": 1}
     whole = take(Positions(37), 5, **options)
-    parts = [take(Positions(37), 5, num_workers=2, process_index=p, process_count=2, **options) for p in range(2)]
+    parts = [take(Positions(37), 5, num_workers=2, blocks=[p], num_blocks=2, **options) for p in range(2)]
     joined = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)]
     assert_same(joined, whole)
 
@@ -195,7 +204,7 @@ def test_any_number_of_workers_gives_the_same_batches(num_workers):
 
 def test_evaluation_with_workers_gives_everything_once_and_in_order():
     """Three batches on two workers; the last batch is filled up."""
-    options = {"global_batch_size": 4, "process_index": 0, "process_count": 1}
+    options = {"global_batch_size": 4, "blocks": [0], "num_blocks": 1}
     with loader.make_eval_loader(Positions(9), num_workers=2, **options) as batches:
         found = list(batches)
     assert np.concatenate([batch["label"] for batch in found]).tolist() == [*range(9), 8, 8, 8]
@@ -247,7 +256,7 @@ def test_evaluation_gives_everything_once():
     labels = load_digits("test")[1]
     streams = []
     for process in range(2):
-        options = {"transform": transform, "process_index": process, "process_count": 2}
+        options = {"transform": transform, "blocks": [process], "num_blocks": 2}
         with loader.make_eval_loader(source, global_batch_size=64, **options) as batches:
             streams.append(list(batches))
     assert [len(stream) for stream in streams] == [6, 6]
@@ -260,7 +269,7 @@ def test_evaluation_gives_everything_once():
 
 
 def test_evaluation_of_less_than_a_batch():
-    with loader.make_eval_loader(Positions(3), global_batch_size=8, process_index=0, process_count=1) as batches:
+    with loader.make_eval_loader(Positions(3), global_batch_size=8, blocks=[0], num_blocks=1) as batches:
         (batch,) = batches
     assert batch["label"].tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
     assert batch["valid"].tolist() == [True] * 3 + [False] * 5
@@ -270,9 +279,9 @@ def test_loader_errors():
     with pytest.raises(ValueError, match="10 examples, fewer than one global batch of 16; lower the global batch size"):
         take(Positions(10), 1, global_batch_size=16)
     with pytest.raises(
-        ValueError, match=r"global batch size 10 does not divide among 4 processes; make it a .*multiple of 4"
+        ValueError, match=r"global batch size 10 does not divide into 4 blocks .*; make it a .*multiple of 4"
     ):
-        take(Positions(100), 1, global_batch_size=10, process_count=4)
+        take(Positions(100), 1, global_batch_size=10, num_blocks=4)
     with pytest.raises(ValueError, match="no examples"):
         loader.make_eval_loader(Positions(0), global_batch_size=4)
 
@@ -968,7 +977,7 @@ def test_one_wrong_record_among_many_is_named(suffix, wrong, message, tmp_path):
         source[11]
     unchecked = checked.CheckedSource(sources.make_source({"name": "tokens", "paths": paths}), checked.Limits())
     assert unchecked[11]["label"] == wrong[1]
-    options = {"seed": 0, "global_batch_size": 6, "num_threads": 2, "process_index": 0, "process_count": 1}
+    options = {"seed": 0, "global_batch_size": 6, "num_threads": 2, "blocks": [0], "num_blocks": 1}
     with loader.make_loader(source, **options) as batches, pytest.raises(ValueError, match=message):
         list(itertools.islice(batches, 3))
 

@@ -80,9 +80,20 @@ sources.DigitsSource.__getitem__ = getitem
 def what_was_read(command):
     pathlib.Path(f"{workdir}/{command}.{jax.process_index()}.json").write_text(json.dumps(read))
     read.clear()
+import numpy as np
+from titok_jax.data import loader
+devices, digits = jax.devices(), sources.make_source({"name": "digits"})
+mesh = sharding.make_mesh(devices=devices[::2] + devices[1::2])  # as on a TPU slice: neighbours are of different processes
+options = {"seed": 0, "global_batch_size": 16, "num_threads": 0}
+with loader.make_loader(digits, **options, **sharding.batch_part(mesh)) as own_rows:
+    labels = sharding.put_batch(mesh, next(own_rows))["label"]
+with loader.make_loader(digits, **options, blocks=[0], num_blocks=1) as all_rows:
+    rows = next(all_rows)["label"]
+for shard in labels.addressable_shards:
+    np.testing.assert_array_equal(shard.data, rows[shard.index])
+read.clear()
 loop.train(parse_settings(config), workdir + "/run")
 what_was_read("train")
-import numpy as np
 from titok_jax import evaluate, inference, pretokenize, reconstruct, sample
 from titok_jax.data import token_shards
 from titok_jax.inference import generator

@@ -93,7 +93,7 @@ def draw(example, rng):
 
 
 def take(source, steps, **options):
-    options = {"global_batch_size": 8, "seed": 3, "process_index": 0, "process_count": 1} | options
+    options = {"global_batch_size": 8, "seed": 3, "blocks": [0], "num_blocks": 1} | options
     with loader.make_loader(source, train_transform=draw, **options) as batches:
         return list(itertools.islice(batches, steps)), batches.take_replaced(), batches.take_replaced()
 
@@ -109,7 +109,7 @@ def test_batches_are_the_same_for_any_processes_and_after_a_restart(tmp_path):
         assert all(np.array_equal(a[key], b[key]) for a, b in zip(left, right, strict=True) for key in a)
 
     same(take(pickle.loads(pickle.dumps(source)), 3, start_step=2, num_threads=0)[0], whole[2:])
-    parts = [take(source, 5, process_index=index, process_count=2) for index in range(2)]
+    parts = [take(source, 5, blocks=[index], num_blocks=2) for index in range(2)]
     same(
         [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(parts[0][0], parts[1][0], strict=True)], whole
     )

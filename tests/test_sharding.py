@@ -129,6 +129,9 @@ def test_every_pod_has_every_mesh(kind, shapes):
             assert set(mesh.devices.flat) == set(devices)
             owners = [{chip.slice_index for chip in group.flat} for group in mesh.devices]
             assert all(len(owner) == 1 for owner in owners), "fsdp or tensor crosses slices"
+            blocks = sharding.process_blocks(mesh)
+            assert blocks.keys() == {chip.process_index for chip in devices}
+            assert sorted(itertools.chain(*set(blocks.values()))) == list(range(len(devices) // tensor))
 
 
 def test_a_mesh_that_jax_makes_keeps_its_order():
@@ -166,23 +169,23 @@ def test_a_function_on_a_mesh_is_traced_with_the_mesh_set():
 
 
 @pytest.mark.parametrize(
-    ("shape", "processes", "parts"),
-    [  # each device's process, in the order of the mesh; each process's part
-        ((4, 1, 1), [0, 0, 1, 1], [(0, 2), (1, 2)]),
-        ((2, 2, 1), [1, 1, 0, 0], [(1, 2), (0, 2)]),
-        ((2, 1, 2), [0, 0, 1, 1], [(0, 2), (1, 2)]),
-        ((1, 1, 4), [0, 0, 1, 1], [(0, 1), (0, 1)]),
-        ((1, 2, 4), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ("shape", "processes", "blocks"),
+    [  # each device's process, in the order of the mesh; each process's blocks
+        ((4, 1, 1), [0, 0, 1, 1], [(0, 1), (2, 3)]),
+        ((2, 2, 1), [1, 1, 0, 0], [(2, 3), (0, 1)]),
+        ((2, 1, 2), [0, 0, 1, 1], [(0,), (1,)]),
+        ((1, 1, 4), [0, 0, 1, 1], [(0,), (0,)]),
+        ((1, 2, 4), [0, 0, 1, 1, 2, 2, 3, 3], [(0,), (0,), (1,), (1,)]),
         ((2, 1, 2), [0, 1, 0, 1], [(0, 1), (0, 1)]),
-        ((4, 1, 1), [0, 1, 0, 1], [(0, 2), (1, 2)]),
+        ((4, 1, 1), [0, 1, 0, 1], [(0, 2), (1, 3)]),
     ],
 )
-def test_processes_joined_along_tensor_read_the_same_part(monkeypatch, shape, processes, parts):
+def test_a_process_reads_the_blocks_of_its_devices(monkeypatch, shape, processes, blocks):
     devices = np.array([types.SimpleNamespace(process_index=process) for process in processes]).reshape(shape)
     mesh = types.SimpleNamespace(devices=devices, shape=dict(zip(sharding.AXES, shape, strict=True)))
-    for process, part in enumerate(parts):
+    for process, own in enumerate(blocks):
         monkeypatch.setattr(sharding.jax, "process_index", lambda process=process: process)
-        assert tuple(sharding.batch_part(mesh).values()) == part
+        assert sharding.batch_part(mesh) == {"blocks": own, "num_blocks": shape[0] * shape[1]}
 
 
 def test_processes_that_share_some_of_their_rows_are_refused():

@@ -2,14 +2,14 @@
 
 The order and the random numbers of the augmentation depend on the position in the stream of all examples, before the stream
 is split into batches and processes. So a run on one process and a run on many see the same global batches, row by row
-(process p holds the p-th block of rows). A run that resumes at step s continues with the batch it would have seen: the step
+(a process holds some blocks of the rows). A run that resumes at step s continues with the batch it would have seen: the step
 is the position in the data, and no iterator state is saved.
 """
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import grain
@@ -81,15 +81,15 @@ def make_loader(
     repeat: bool = True,
     num_workers: int = 0,
     num_threads: int = 2,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    blocks: Sequence[int] | None = None,
+    num_blocks: int | None = None,
 ) -> Loader:
     """Makes a loader of training batches.
 
     Args:
       source: an object with `__len__` and `__getitem__` that returns examples (see sources.py).
       seed: decides the order and the augmentation; not negative.
-      global_batch_size: rows over all processes. Each process gets `global_batch_size // process_count` of them.
+      global_batch_size: rows over all processes.
       start_step: number of global batches to skip, at no cost.
       train_transform: the augmentation. It gets a random generator that depends on the position in the stream.
       shuffle: use a new permutation of all examples in every epoch. Otherwise keep the order of the source.
@@ -97,13 +97,13 @@ def make_loader(
         partial batch.
       num_workers: processes that prepare batches; 0 for none. The program then needs an `if __name__ == "__main__"` guard.
       num_threads: threads that prepare batches, in each worker or in this process.
-      process_index, process_count: the part of each batch to load, and the number of parts (see `sharding.batch_part`). By
-        default the index and the number of this run's JAX processes.
+      blocks, num_blocks: the blocks of rows of each batch to load, in increasing order, and the number of equal blocks in a
+        batch (see `sharding.batch_part`). By default one block for each of this run's JAX processes, in their order.
 
     Raises:
-      ValueError: the batch does not divide among processes, or the source is smaller than one global batch.
+      ValueError: the batch does not divide into blocks, or the source is smaller than one global batch.
     """
-    index, count, local_batch_size = _share(global_batch_size, process_index, process_count)
+    blocks, num_blocks = _own_blocks(global_batch_size, blocks, num_blocks)
     if len(source) < global_batch_size:
         raise ValueError(
             f"the source has {len(source)} examples, fewer than one global batch of {global_batch_size}; "
@@ -118,9 +118,8 @@ def make_loader(
         dataset = dataset[: len(source) // global_batch_size * global_batch_size]
     if train_transform is not None:
         dataset = dataset.random_map(train_transform)
-    # The processes take local batches in turn, so that the rows of a global batch keep their order.
-    batches = dataset.batch(local_batch_size, drop_remainder=True)[index::count][start_step:]
-    return Loader(batches, num_threads, num_workers)
+    own = _Blocks(dataset, global_batch_size // num_blocks, blocks, num_blocks)
+    return Loader(own.batch(own.rows, drop_remainder=True)[start_step:], num_threads, num_workers)
 
 
 def make_eval_loader(
@@ -130,8 +129,8 @@ def make_eval_loader(
     transform: Callable[[Example], Example] | None = None,
     num_workers: int = 0,
     num_threads: int = 2,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    blocks: Sequence[int] | None = None,
+    num_blocks: int | None = None,
 ) -> Loader:
     """Makes a loader that yields every example once, in the order of the source.
 
@@ -141,13 +140,14 @@ def make_eval_loader(
 
     Arguments and errors are those of `make_loader`. The source may be smaller than a batch, but not empty.
     """
-    index, count, local_batch_size = _share(global_batch_size, process_index, process_count)
+    blocks, num_blocks = _own_blocks(global_batch_size, blocks, num_blocks)
     if len(source) == 0:
         raise ValueError("the source has no examples; there is nothing to evaluate")
     dataset = grain.MapDataset.source(_FilledUp(source, global_batch_size))
     if transform is not None:
         dataset = dataset.map(transform)
-    return Loader(dataset.batch(local_batch_size)[index::count], num_threads, num_workers)
+    own = _Blocks(dataset, global_batch_size // num_blocks, blocks, num_blocks)
+    return Loader(own.batch(own.rows), num_threads, num_workers)
 
 
 class _FilledUp:
@@ -165,13 +165,36 @@ class _FilledUp:
         return self._source[min(index, last)] | {"valid": np.bool_(index <= last)}
 
 
-def _share(global_batch_size: int, process_index: int | None, process_count: int | None) -> tuple[int, int, int]:
-    """The index of this process, the number of processes, and the number of rows of each in a global batch."""
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
-    if global_batch_size < 1 or global_batch_size % count:
+class _Blocks(grain.MapDataset):
+    """The examples of some blocks of each global batch, in order.
+
+    Attributes:
+      rows: how many of each batch.
+    """
+
+    def __init__(self, examples: grain.MapDataset, block_size: int, blocks: Sequence[int], num_blocks: int):
+        super().__init__(examples)
+        self._block_size, self._blocks, self._num_blocks = block_size, tuple(blocks), num_blocks
+        self.rows = block_size * len(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._parent) // (self._block_size * self._num_blocks) * self.rows
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        block, row = divmod(index, self._block_size)
+        batch, block = divmod(block, len(self._blocks))
+        return self._parent[(batch * self._num_blocks + self._blocks[block]) * self._block_size + row]
+
+
+def _own_blocks(global_batch_size: int, blocks: Sequence[int] | None, num_blocks: int | None) -> tuple[Sequence[int], int]:
+    """The blocks of this process in a global batch, and the number of all blocks."""
+    blocks = (jax.process_index(),) if blocks is None else blocks
+    num_blocks = jax.process_count() if num_blocks is None else num_blocks
+    if global_batch_size < 1 or global_batch_size % num_blocks:
         raise ValueError(
-            f"global batch size {global_batch_size} does not divide among {count} processes; "
-            f"make it a positive multiple of {count}"
+            f"global batch size {global_batch_size} does not divide into {num_blocks} blocks for the devices or processes; "
+            f"make it a positive multiple of {num_blocks}"
         )
-    return index, count, global_batch_size // count
+    return blocks, num_blocks

@@ -254,31 +254,38 @@ def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
                          + f"; make it a multiple of {devices * parts}")  # fmt: skip
 
 
-def batch_part(mesh: Mesh) -> dict[str, int]:
-    """The part of every batch that this process reads, as the arguments `process_index` and `process_count` of a loader.
+def process_blocks(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """The blocks of every batch that each process reads: {its index: blocks, in increasing order}.
 
-    The parts are in the order of the mesh. Processes along the same tensor axis compute the same rows, so they read the same
-    part.
+    A batch is cut into one block of rows for each position along data and fsdp, in the order of the mesh. A process reads
+    the blocks of its devices. They need not be neighbours: the mesh follows the links between devices, not their processes.
+    Processes along the same tensor axis compute the same rows, so they read the same blocks.
 
     Raises:
-      ValueError: two processes share some of their rows but not all.
+      ValueError: two processes share some of their blocks but not all.
     """
-    rows: dict[int, set[int]] = {}
-    for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+    found: dict[int, set[int]] = {}
+    for block, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
         for device in devices:
-            rows.setdefault(device.process_index, set()).add(row)
-    parts = sorted({tuple(sorted(own)) for own in rows.values()})
-    if sum(map(len, parts)) != len(set().union(*rows.values())) or len(set(map(len, parts))) > 1:
+            found.setdefault(device.process_index, set()).add(block)
+    own = {process: tuple(sorted(blocks)) for process, blocks in found.items()}
+    different = set(own.values())
+    if sum(map(len, different)) != batch_devices(mesh) or len(set(map(len, different))) > 1:
         raise ValueError(
-            f"mesh {dict(mesh.shape)}: {len(rows)} processes would share their rows of a batch in part; make tensor a "
+            f"mesh {dict(mesh.shape)}: {len(own)} processes would share their rows of a batch in part; make tensor a "
             "divisor or a multiple of the number of devices of a process"
         )
-    own = tuple(sorted(rows[jax.process_index()]))
-    return {"process_index": parts.index(own), "process_count": len(parts)}
+    return own
+
+
+def batch_part(mesh: Mesh) -> dict[str, Any]:
+    """The part of every batch that this process reads (`process_blocks`), as the arguments `blocks` and `num_blocks` of a
+    loader."""
+    return {"blocks": process_blocks(mesh)[jax.process_index()], "num_blocks": batch_devices(mesh)}
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Makes global arrays on the mesh from this process's rows of a batch (its `batch_part`)."""
+    """Makes global arrays on the mesh from this process's rows of a batch (its `batch_part`, in increasing order)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 

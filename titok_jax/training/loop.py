@@ -81,7 +81,7 @@ class Run:
     mesh: Mesh
     source: Any
     task: Task
-    part: dict[str, int]
+    part: dict[str, Any]
     stored: dict[str, Any]
     evaluation: Evaluation | None
     previews: Previews | None
@@ -297,7 +297,7 @@ def run_steps(run: Run, started: Started) -> tuple[State, int]:
         active=run.first_process,
     )
     loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
-    replaced = ReplacedImages(run.source, run.part["process_index"])
+    replaced = ReplacedImages(run.source, run.part["blocks"][0])
     stop, done, codebook = StopSignal(), start, CodebookWatch(settings)
     with contextlib.ExitStack() as closing:  # closes all of them, even if one cannot write what is left
         for opened in (stop, started.checkpoints, log, loader):

@@ -17,7 +17,8 @@ class ReplacedImages:
     def __init__(self, source: CheckedSource, part: int):
         """
         Args:
-          part: the part of each batch that this process reads, `process_index` of `sharding.batch_part`.
+          part: the first block of each batch that this process reads (`sharding.batch_part`). It stands
+            for all of them.
         """
         self._source, self._part = source, part
         self._count, self._reasons = 0, {}  # how often an image was replaced; index -> why
