@@ -14,7 +14,7 @@ import pytest
 
 from configs import common
 from titok_jax import compile as compiling
-from titok_jax.compiler import hlo, tables
+from titok_jax.compiler import hlo, slices, tables
 from titok_jax.training.build import build_task
 from titok_jax.training.settings import parse_settings
 from titok_jax.weights import known_models
@@ -213,6 +213,31 @@ def test_a_small_step_compiles_for_a_tpu_slice(tmp_path):
     assert row["argument_bytes"] == pytest.approx(memory, rel=0.05)
     assert row["unknown_loops"] == 0
     assert 0 < row["estimated_seconds"] < 0.1
+
+
+_ALL_SLICES = """
+from titok_jax.compiler import slices
+from titok_jax.runtime import sharding
+for name in slices.SLICES:
+    devices = slices.topology_devices(name)
+    mesh = sharding.make_mesh(fsdp=2, devices=devices)
+    print(name, len(devices), len({getattr(device, "slice_index", 0) for device in devices}), mesh.shape["data"])
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install libtpu"
+)
+def test_every_slice_can_be_described():
+    """Its name counts what Google counts, and each has a mesh that splits its axes."""
+    done = subprocess.run([sys.executable, "-c", _ALL_SLICES], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, *numbers in map(str.split, done.stdout.splitlines()):
+        chips, number, data = map(int, numbers)
+        counted = int(name.rpartition("-")[2]) // (2 if slices.slice_chip(name).topology in ("v4", "v5p") else 1)
+        assert (chips, number) == (counted * number, 2 if name.startswith("2x") else 1)
+        assert data == chips // 2
+    assert name == [*slices.SLICES][-1]
 
 
 def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypatch, capsys):

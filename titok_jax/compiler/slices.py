@@ -31,31 +31,41 @@ CHIPS = {
 }
 
 # {Google's name: topology}. The names of v4 and v5p count TensorCores, two per chip; those of v5e and v6e count chips.
+# "2xv5e-256" is two slices v5e-256.
 SLICES = {
     "v4-8": "2x2x1",
     "v4-32": "2x2x4",
     "v5e-4": "2x2",
     "v5e-16": "4x4",
+    "v5e-256": "16x16",
+    "2xv5e-256": "16x16",
     "v5p-32": "2x2x4",
     "v5p-128": "4x4x4",
+    "v5p-256": "4x4x8",
     "v6e-64": "8x8",
     "v6e-256": "16x16",
 }
 
 
+def _split(name: str) -> tuple[int, str]:
+    """The number of slices, and the chip: "2xv5e-256" -> (2, "v5e")."""
+    number, _, one = name.rpartition("x")
+    return int(number or 1), one.split("-")[0]
+
+
 def slice_chip(name: str) -> Chip:
-    """The chip of a slice.
+    """The chip of a slice, or of several.
 
     Raises:
       ValueError: an unknown slice.
     """
     if name not in SLICES:
         raise ValueError(f"--slice is {name!r}, expected one of {', '.join(SLICES)}")
-    return CHIPS[name.split("-")[0]]
+    return CHIPS[_split(name)[1]]
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a slice, one per chip, for compilation. Call this before any other use of JAX.
+    """The devices of a slice, or of several, one per chip, for compilation. Call this before any other use of JAX.
 
     Raises:
       ValueError: an unknown slice, or the TPU compiler is not installed.
@@ -69,5 +79,7 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     # On v4 a device is a chip only with the option "megacore", otherwise a core. On v5p it is always a chip.
-    options = {"chip_config_name": "megacore"} if chip.topology == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip.topology == "v4" else {}
+    if (slices := _split(name)[0]) > 1:
+        options["num_slices"] = slices
     return list(topologies.get_topology_desc(f"{chip.topology}:{SLICES[name]}", "tpu", **options).devices)
