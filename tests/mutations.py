@@ -47,6 +47,7 @@ from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig
 from titok_jax.runtime import sharding
+from titok_jax.runtime.messages import printable
 from titok_jax.runtime.shards import Shards
 from titok_jax.training.checkpoint import Checkpoints, quiet_checkpointing
 from titok_jax.training.log import MetricLog
@@ -629,8 +630,9 @@ def run_case(kind, name: str, number: int, seed: int, folder: pathlib.Path) -> s
         read()
         return "accepted"
     except (ValueError, OSError) as error:
-        if len(str(error)) > 4000:
-            return f"a message of {len(str(error))} characters"
+        said = printable(str(error))  # as commands print it
+        if len(said) > 4000:
+            return f"a message of {len(said)} characters"
         return "refused"
     except TooSlow:
         return f"longer than {SECONDS} s"
