@@ -657,33 +657,44 @@ def main() -> int:
     signal.signal(signal.SIGALRM, late)
     warnings.simplefilter("ignore")
     quiet_checkpointing()
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mutations-")
+    kinds = {args.kind: KINDS[args.kind]} if args.kind else KINDS
+    total = sum(kind.weight for kind in kinds.values())
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        if args.number is not None:
+            kind, place = KINDS[args.kind](pathlib.Path(folder) / args.kind), pathlib.Path(folder) / "case"
+            print(kind.case(random.Random(f"{args.seed} {args.kind} {args.number}"), place)())
+            return 0
+        failed = False
+        for name, make in kinds.items():
+            child = os.fork()  # of its own for each kind, so that the memory of one does not count for the next
+            if not child:
+                try:
+                    os._exit(run_kind(name, round(args.count * make.weight / total), args.seed, pathlib.Path(folder)))
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            failed |= os.waitpid(child, 0)[1] != 0
+    return int(failed)
+
+
+def run_kind(name: str, count: int, seed: int, folder: pathlib.Path) -> int:
+    """Runs the cases of one kind and prints their counts. Returns 1 if any failed."""
     jax.devices()
     size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    kinds = {args.kind: KINDS[args.kind]} if args.kind else KINDS
-    total = sum(kind.weight for kind in kinds.values())
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="mutations-") as folder, open(os.devnull, "w") as nowhere:
-        folder = pathlib.Path(folder)
-        for name, make in kinds.items():
-            kind = make(folder / name)
-            if args.number is not None:
-                place = folder / "case"
-                print(kind.case(random.Random(f"{args.seed} {name} {args.number}"), place)())
-                return 0
-            counts, wrong = collections.Counter(), {}
-            for number in range(round(args.count * make.weight / total)):
-                with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                    found = run_case(kind, name, number, args.seed, folder)
-                counts[found if found in ("accepted", "refused") else "wrong"] += 1
-                if found not in ("accepted", "refused"):
-                    wrong.setdefault(found, []).append(number)
-            failed += counts["wrong"]
-            print(json.dumps({"kind": name, **counts}), flush=True)
-            for found, numbers in wrong.items():
-                print(f"  {len(numbers)} x {found}; cases {numbers[:3]}", flush=True)
-    return 1 if failed else 0
+    kind, counts, wrong = KINDS[name](folder / name), collections.Counter(), {}
+    with open(os.devnull, "w") as nowhere:
+        for number in range(count):
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                found = run_case(kind, name, number, seed, folder)
+            counts[found if found in ("accepted", "refused") else "wrong"] += 1
+            if found not in ("accepted", "refused"):
+                wrong.setdefault(found, []).append(number)
+    print(json.dumps({"kind": name, **counts}), flush=True)
+    for found, numbers in wrong.items():
+        print(f"  {len(numbers)} x {found}; cases {numbers[:3]}", flush=True)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
