@@ -49,6 +49,22 @@ def tool(request):
     return module
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny generator with its tokenizer."""
+    import tiny_models
+
+    return str(tiny_models.save(tmp_path_factory.mktemp("models") / "generator"))
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    """That tokenizer and generator, loaded."""
+    from titok_jax import inference
+
+    return inference.load_pair(model)
+
+
 @pytest.fixture
 def full_disk():
     """A context manager in which writes beyond a number of bytes in a file fail, as on a full disk."""

@@ -30,16 +30,6 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {"sample": sample, "reconstruct": reconstruct, "evaluate": evaluate}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(tiny.save(tmp_path_factory.mktemp("models") / "generator"))
-
-
-@pytest.fixture(scope="module")
-def pair(model):
-    return inference.load_pair(model)
-
-
 @pytest.fixture
 def no_weights(monkeypatch):
     """Makes it an error to read weights: a command must refuse before it reads any."""

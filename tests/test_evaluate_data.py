@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 from PIL import Image
 from test_evaluate import Projection
 
@@ -16,16 +15,6 @@ from titok_jax.data.digits import load_digits
 from titok_jax.evaluation import features
 
 pytestmark = pytest.mark.filterwarnings("ignore:Matrix is singular")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(tiny.save(tmp_path_factory.mktemp("models") / "generator"))
-
-
-@pytest.fixture(scope="module")
-def pair(model):
-    return inference.load_pair(model)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 import tiny_models as tiny
 from flax import serialization
 from PIL import Image
+from test_weights import sparse_zeros
 
 from titok_jax import evaluate, inference, models, parity, pretokenize, reconstruct, sample
 from titok_jax.data import records
@@ -58,19 +59,6 @@ def folders(tmp_path_factory):
         config = known_models.known_configs(kind)[name, "titok_l32"]
         saved[f"{name}_file"] = sparse_zeros(tmp / f"{name}.safetensors", known_models.published_shapes(config))
     return saved
-
-
-def sparse_zeros(path, shapes):
-    header, position = {}, 0
-    for name, shape in shapes.items():
-        end = position + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + position)
-    return path
 
 
 @pytest.mark.parametrize("file", ["", "_file"])

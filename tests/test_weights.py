@@ -135,6 +135,7 @@ def sparse_zeros(path, shapes):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + position)
+    return path
 
 
 MEMORY = """

@@ -3,13 +3,21 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from titok_jax.runtime.messages import first_lines
+from titok_jax.runtime.paths import file_size
+
 # A source with more files is kept folder by folder, one with more folders than this only as a whole.
 MOST_PARTS = 2000
-_SHOWN = 5  # differences in a message
+
+
+def sized_files(paths: Iterable[str], counts: Iterable[int]) -> Iterator[tuple[str, int, int]]:
+    """Yields (path, number of examples, size in bytes) of each file, as the method `files` of a source does."""
+    for path, count in zip(paths, counts, strict=True):
+        yield path, count, file_size(path)
 
 
 def source_contents(source: Any) -> dict[str, Any]:
@@ -53,10 +61,7 @@ def content_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     lines = []
     if then["examples"] != now["examples"]:
         lines.append(f"{then['examples']:,} examples then, {now['examples']:,} now")
-    parts = list(_part_changes(then["parts"], now["parts"]))
-    lines += parts[:_SHOWN]
-    if len(parts) > _SHOWN:
-        lines.append(f"... and {len(parts) - _SHOWN:,} more")
+    lines += first_lines(list(_part_changes(then["parts"], now["parts"])))
     if not lines:
         same = then["parts"] == now["parts"] and then["parts"]
         lines.append("the files are in another order" if same else "files have other names, sizes or numbers of examples")

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from titok_jax.data.contents import sized_files
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.transforms import Example, decode_example
-from titok_jax.runtime.paths import file_size, is_remote, open_bytes
+from titok_jax.runtime.paths import is_remote, open_bytes
 
 CACHE_BYTES = 128 * 2**20  # of encoded images that a source keeps
 
@@ -64,8 +65,7 @@ class ParquetSource:
 
     def files(self) -> Iterator[tuple[str, int, int]]:
         """Yields (path, number of rows, size in bytes) of each file."""
-        for path, rows in zip(self._paths, self._rows, strict=True):
-            yield path, rows, file_size(path)
+        yield from sized_files(self._paths, self._rows)
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file (empty if it is null), its label, and its location for error messages."""

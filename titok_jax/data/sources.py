@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from titok_jax.data.contents import sized_files
 from titok_jax.data.digits import load_digits
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.image_files import read_image
@@ -248,8 +249,7 @@ class ArrayRecordSource:
 
     def files(self) -> Iterator[tuple[str, int, int]]:
         """Yields (path, number of examples, size in bytes) of each file."""
-        for path in self._paths:
-            yield path, _num_records(path), file_size(path)
+        yield from sized_files(self._paths, map(_num_records, self._paths))
 
     def where(self, index: int) -> str:
         """The file and the record in it of an example, for error messages."""
@@ -306,9 +306,7 @@ class JsonLinesSource:
 
     def files(self) -> Iterator[tuple[str, int, int]]:
         """Yields (path, number of examples, size in bytes) of each file."""
-        counts = np.bincount(self._spans[:, 0], minlength=len(self._paths)).tolist()
-        for path, count in zip(self._paths, counts, strict=True):
-            yield path, count, file_size(path)
+        yield from sized_files(self._paths, np.bincount(self._spans[:, 0], minlength=len(self._paths)).tolist())
 
     def where(self, index: int) -> str:
         """The file and the line of an example, for error messages."""

@@ -12,11 +12,13 @@ from typing import BinaryIO
 
 import numpy as np
 
+from titok_jax.data.contents import sized_files
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.image_files import read_image
 from titok_jax.data.transforms import IMAGE_SUFFIXES, Example, decode_example
+from titok_jax.runtime.messages import escaped
 from titok_jax.runtime.outputs import check_absent, new_file
-from titok_jax.runtime.paths import file_size, open_bytes
+from titok_jax.runtime.paths import open_bytes
 
 # How files of these kinds begin; all others are named JPEG, as ImageNet's are.
 _BEGINNINGS = {b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}
@@ -68,9 +70,7 @@ class WebDatasetSource:
 
     def files(self) -> Iterator[tuple[str, int, int]]:
         """Yields (path, number of examples, size in bytes) of each tar that is used."""
-        counts = np.bincount(self._spans[:, 0], minlength=len(self._paths)).tolist()
-        for path, count in zip(self._paths, counts, strict=True):
-            yield path, count, file_size(path)
+        yield from sized_files(self._paths, np.bincount(self._spans[:, 0], minlength=len(self._paths)).tolist())
 
     def encoded(self, index: int) -> tuple[bytes, int, str]:
         """Returns the bytes of an image file, its label, and its location for error messages."""
@@ -121,7 +121,7 @@ def tar_files(file: BinaryIO, end: int | None = None) -> Iterator[tarfile.TarInf
         tar = tarfile.TarFile(fileobj=headers)
         for member in iter(tar.next, None):
             tar.members.clear()  # it would keep all of them
-            member.name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in member.name)
+            member.name = escaped(member.name)
             if member.size < 0 or member.issparse():
                 raise tarfile.ReadError(f"{member.name[:200]} is sparse or has no size, expected a plain file")
             if member.isfile():

@@ -22,10 +22,6 @@ def check_arguments(args: argparse.Namespace) -> str:
       ValueError: for arguments that are invalid or do not go together, or figures that cannot be compared.
       FileNotFoundError: if the .npz file of --reference does not exist.
     """
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
-    if args.num is not None and args.num < 1:
-        raise ValueError(f"--num is {args.num}, expected at least 1")
     sampling = [f"--{name.replace('_', '-')}" for name in _SAMPLING if getattr(args, name) is not None]
     several = [len(values or []) > 1 for values in (args.guidance_scale, args.temperature)]
     if args.latents and not args.reconstruct:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+from typing import ClassVar
 
 MOST_SHARDS = 99_999  # their names have five digits
 MOST_THREADS = 1024
@@ -19,39 +20,36 @@ class Parser(argparse.ArgumentParser):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
-    """The `type` of an argument that is a whole number from `least` to `most`. There is always a limit, so that a zero too
-    many is found at once, not after hours or when the memory is full."""
+class Real:
+    """The `type` of an argument that is a number from `least` to `most`. There is always a limit, so that a zero too many is
+    found at once, not after hours or when the memory is full."""
 
-    least: int = 1
-    most: int = 10_000_000
+    least: float = 0
+    most: float = 10_000_000
 
-    def __call__(self, text: str) -> int:
+    kind: ClassVar[type] = float
+    name: ClassVar[str] = "a number"
+
+    def __call__(self, text: str) -> float:
         try:
-            number = int(text)
+            number = self.kind(text)
         except ValueError:
-            number = None
-        if number is None or not self.least <= number <= self.most:
-            expected = f"expected a whole number from {self.least:,} to {self.most:,}"
+            number = math.nan
+        if not self.least <= number <= self.most:  # also of NaN
+            expected = f"expected {self.name} from {self.least:,} to {self.most:,}"
             raise argparse.ArgumentTypeError(f"is {text[:80]}, {expected}")
         return number
 
 
 @dataclasses.dataclass(frozen=True)
-class Real:
-    """The `type` of an argument that is a number from `least` to `most`."""
+class Whole(Real):
+    """The `type` of an argument that is a whole number from `least` to `most`."""
 
-    least: float = 0
-    most: float = 10_000_000
+    least: int = 1
+    most: int = 10_000_000
 
-    def __call__(self, text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not self.least <= number <= self.most:  # also of NaN
-            raise argparse.ArgumentTypeError(f"is {text[:80]}, expected a number from {self.least:,} to {self.most:,}")
-        return number
+    kind: ClassVar[type] = int
+    name: ClassVar[str] = "a whole number"
 
 
 @dataclasses.dataclass(frozen=True)
