@@ -15,6 +15,7 @@ import test_train
 from titok_jax.runtime import processes
 from titok_jax.training import loop
 from titok_jax.training.settings import parse_settings
+from titok_jax.weights import tensor_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -273,6 +274,69 @@ def test_a_checkpoint_that_one_process_cannot_read_is_damaged_for_all(which, tmp
     assert "warning: the checkpoint of step 2 cannot be read" in printed[0]
     assert ("another process cannot read it" in printed[0]) == (which == 1)
     assert (tmp_path / "damaged" / "2").is_dir()
+
+
+# Four processes write a sharded model of 128 MiB as a file, place an array of 64 MiB, and try to place different arrays.
+WEIGHTS = """
+import pathlib, sys
+from titok_jax.runtime import placement, processes, sharding
+from titok_jax.weights import safetensors_file
+processes.initialize_distributed()
+import jax
+import jax.numpy as jnp
+import numpy as np
+def grown(action):
+    before = peak()
+    result = action()
+    print("grown by", peak() - before, flush=True)
+    return result
+def peak():
+    (line,) = (line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
+def begin():
+    return {f"{n:02d}/kernel": jnp.arange(2**21, dtype=jnp.float32).reshape(2**10, 2**11) + n for n in range(16)}
+mesh, first = sharding.make_mesh(1, 4, 1), jax.process_index() == 0
+def export():
+    leaves = placement.gathered(state)
+    if first:
+        safetensors_file.write_safetensors(sys.argv[1], leaves, arrays=leaves.items())
+    else:
+        placement.take_part(leaves)
+shardings = sharding.state_shardings(mesh, jax.eval_shape(begin))
+state = jax.block_until_ready(jax.jit(begin, out_shardings=shardings)())
+grown(export)
+del state
+place, array = placement.placer(mesh), np.arange(2**24, dtype=np.float32).reshape(2**10, 2**14)
+cut = grown(lambda: jax.block_until_ready(place("kernel", array)))
+whole = grown(lambda: jax.block_until_ready(placement.put(array, sharding.replicated(mesh))))
+for placed, columns in ((cut, 2**12), (whole, 2**14)):
+    (part,) = placed.addressable_shards
+    assert part.data.shape == (2**10, columns)
+    np.testing.assert_array_equal(part.data, array[part.index])
+last = jax.process_index() == 3
+for tree in ({"a": np.ones(2), "b": np.full(3, float(last))}, {"a": np.ones(2 + last)}):
+    try:
+        placement.put(tree, sharding.replicated(mesh), "config.vqgan (FOLDER)")
+    except ValueError as error:
+        print("error:", error, flush=True)
+"""
+
+
+def test_weights_reach_four_processes_and_leave_them_without_copies_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")  # freed arrays leave the process at once
+    printed = finish(start(WEIGHTS, str(tmp_path / "model.safetensors"), processes=4))
+    for text in printed:
+        export, cut, whole = (int(line.split()[-1]) for line in text.splitlines() if line.startswith("grown by"))
+        assert export < 64  # MiB: some leaves of 8. Gathering all of them takes 128 and more
+        assert cut < 40  # a quarter of 64
+        assert whole < 96
+        why = "config.vqgan (FOLDER): process 3 has other weights than process 0 ({}), but every host needs the same weights"
+        errors = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error")]
+        assert errors == [why.format(what) for what in ("b", "names, shapes or dtypes")]
+    with tensor_files.open_weights(tmp_path / "model.safetensors") as (_, tensors):
+        for n in range(16):
+            expected = np.arange(2**21, dtype=np.float32).reshape(2**10, 2**11) + n
+            np.testing.assert_array_equal(np.asarray(tensors[f"{n:02d}/kernel"]), expected)
 
 
 # Here the bucket is a folder. Only the first process looks into it.

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
+import tiny_models
 from test_train import small
 
 from titok_jax import train as train_command
@@ -13,8 +14,10 @@ from titok_jax.data.contents import MOST_PARTS, content_changes, source_contents
 from titok_jax.data.records import token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.data.webdataset import tar_writer
+from titok_jax.runtime import placement
 from titok_jax.training import loop, same_run
 from titok_jax.training.settings import parse_settings
+from titok_jax.weights import pretrained
 
 
 def write_tokens(path, count: int) -> None:
@@ -61,6 +64,25 @@ def test_data_that_have_changed_are_refused_with_what_differs_or_accepted(tmp_pa
     stored = json.loads(next((tmp_path / "run" / "checkpoints" / "4").rglob("metadata")).read_text())
     assert stored[same_run.CHANGES] == [{"step": 2, "changes": [line.strip() for line in lines[1:-1]]}]
     loop.train(parse_settings(config), tmp_path / "run")  # knows the new values
+
+
+def test_weights_that_differ_between_processes_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """Here the comparison itself is replaced; `tests/test_distributed.py` has it."""
+    config, compared = small("generator", tokenizer="digits"), []
+    model = parse_settings(config).model
+    pretrained.save(tmp_path / "model", model, tiny_models.params(model))
+    config.init_from = str(tmp_path / "model")
+
+    def differ(tree, mesh, what):
+        compared.append(what)
+        if "init_from" in what:
+            raise ValueError(what)
+
+    monkeypatch.setattr(placement, "check_same", differ)
+    with pytest.raises(ValueError, match="init_from"):
+        loop.train(parse_settings(config), tmp_path / "run")
+    assert compared == ["config.tokenizer (digits)", f"config.init_from ({tmp_path}/model)"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_change_of_the_model_cannot_be_accepted_and_moves_nothing(tmp_path):

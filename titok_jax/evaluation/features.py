@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from titok_jax import models
 from titok_jax.models import DigitsNetConfig, InceptionConfig, digits_net
-from titok_jax.runtime import sharding
+from titok_jax.runtime import placement, sharding
 from titok_jax.runtime.paths import as_path, local_copy
 from titok_jax.weights import convert, kinds, published_models, tensor_files
 from titok_jax.weights.convert import WeightsError
@@ -85,7 +85,7 @@ class FeatureNetwork:
         self._mesh = sharding.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         devices = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         self._batch_size = -(-batch_size // devices) * devices
-        self._params = jax.device_put(params, sharding.replicated(self._mesh))
+        self._params = placement.put(params, sharding.replicated(self._mesh), name)
         self._apply = jax.jit(apply)
 
     def __call__(self, images: np.ndarray) -> Features:
@@ -216,7 +216,8 @@ def load_lpips(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Callab
       FileNotFoundError, WeightsError: as `titok_jax.weights.perceptual_files.load_perceptual`.
     """
     perceptual = load_perceptual("lpips", folder, advice="set --lpips to the folder that holds it")
-    params = jax.device_put(perceptual.params, mesh and sharding.replicated(mesh))
+    params = perceptual.params
+    params = jax.device_put(params) if mesh is None else placement.put(params, sharding.replicated(mesh), "LPIPS")
 
     def distance(params, images, reconstructions):
         with jax.default_matmul_precision("highest"):

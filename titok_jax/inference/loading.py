@@ -15,7 +15,7 @@ from titok_jax.inference.tokenizer import VQGAN, Tokenizer
 from titok_jax.models.generator import GeneratorConfig
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig
-from titok_jax.runtime import sharding
+from titok_jax.runtime import placement, sharding
 from titok_jax.weights import model_files, pretrained, published_models
 
 
@@ -125,7 +125,7 @@ def _load(cls: type, source, kind: type, dtype, precision, param_dtype, mesh, re
         if mesh != "local":
             raise ValueError(f"mesh is {mesh!r}, expected a mesh, 'local' or None")
         mesh = sharding.local_mesh()
-    put = (lambda path, array: jax.device_put(array)) if mesh is None else sharding.placer(mesh)
+    put = (lambda path, array: jax.device_put(array)) if mesh is None else placement.placer(mesh)
 
     def place(path: str, array: np.ndarray) -> jax.Array:
         return put(path, array.astype(jnp.dtype(param_dtype)))

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from titok_jax import models
 from titok_jax.inference.functions import ModelFunctions
-from titok_jax.runtime import sharding
+from titok_jax.runtime import placement, sharding
 from titok_jax.weights import convert
 
 
@@ -53,7 +53,11 @@ class Model:
         functions = self.functions_class(config, dtype, precision)
         check_params(config, params)
         if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
-            params = jax.device_put(params, None if mesh is None else sharding.state_shardings(mesh, params))
+            # On one device, or on the shards of a mesh.
+            if mesh is None:
+                params = jax.device_put(params)
+            else:
+                params = placement.put(params, sharding.state_shardings(mesh, params))
         self.functions, self.params, self.mesh = functions, params, mesh
         self._compiled: dict[str, Any] = {}  # by the name of a function
 

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules, logical_axis_rules
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -135,11 +135,6 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(place, state)
-
-
-def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
-    """Returns (path, array) -> the sharded array, for reading weights directly onto a mesh."""
-    return lambda path, array: jax.device_put(array, NamedSharding(mesh, param_spec(path, array.shape, mesh.shape)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -288,13 +283,6 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     """Makes global arrays on the mesh from this process's rows of a batch (its `batch_part`, in increasing order)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-
-
-def to_host(tree: Any) -> Any:
-    """Gathers a tree of arrays, however they are sharded, to full numpy arrays on every process, one array at a time."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
 
 
 def local_mesh():

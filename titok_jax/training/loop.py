@@ -19,7 +19,7 @@ from titok_jax.data.files import find_files
 from titok_jax.data.loader import Loader, make_loader
 from titok_jax.data.token_shards import MANIFEST, read_manifest
 from titok_jax.data.transforms import make_train_transform
-from titok_jax.runtime import sharding
+from titok_jax.runtime import placement, sharding
 from titok_jax.runtime.locks import BucketLock, lock_run
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import as_path, is_remote
@@ -41,7 +41,8 @@ def train(settings: Settings, workdir: epath.PathLike, *, accept_changes: bool =
       accept_changes: resume also if the configuration, the data or the frozen networks are not those of the checkpoint.
 
     Returns:
-      The final state in host memory, or None if SIGTERM stopped the run.
+      The final state, or None if SIGTERM stopped the run. It is in host memory if there is one process. With several it
+      stays on the devices, as sharded arrays, since no process need be able to hold it whole.
     """
     with contextlib.ExitStack() as held:
         text = TextLog()
@@ -236,13 +237,16 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
     """Locks the workdir until `held` is closed. Restores the newest checkpoint or initialises the state, sharded.
 
     Raises:
-      ValueError: the checkpoint is of a run with another configuration, data or frozen networks, and this is not accepted.
+      ValueError: the checkpoint is of a run with another configuration, data or frozen networks, and this is not accepted;
+        or the processes have read different weights.
     """
     key = jax.random.key(run.settings.seed)
     abstract = jax.eval_shape(run.task.begin, key)
     shardings = sharding.state_shardings(run.mesh, abstract)
     frozen_shardings = sharding.state_shardings(run.mesh, run.task.frozen)
-    frozen = jax.device_put(run.task.frozen, frozen_shardings)
+    frozen = placement.put(run.task.frozen, frozen_shardings, same_run.frozen_fields(run.settings))
+    origin = f"config.init_from ({run.settings.init_from})"
+    placement.check_same(run.task.start, run.mesh, origin)  # here, because nothing is written yet
     several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     lock = held.enter_context(lock_run(run.workdir, what="workdir", **several))
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=run.settings.keep_checkpoints)
@@ -257,7 +261,7 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
 
     restored = checkpoints.restore_newest(abstract, shardings, check)
     if restored is None:
-        given = jax.device_put(run.task.start, sharding.state_shardings(run.mesh, run.task.start))
+        given = placement.put(run.task.start, sharding.state_shardings(run.mesh, run.task.start), origin)
         step, state = 0, jax.jit(run.task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), given)
     else:
         step, state = restored
@@ -394,10 +398,12 @@ class StopSignal:
 
 
 def export(run: Run, state: State) -> State:
-    """Writes workdir/pretrained and returns the state in host memory."""
-    host_state = sharding.to_host(state)
+    """Writes workdir/pretrained, one parameter at a time, from the first process. Returns the state as `train` does."""
+    averages = placement.gathered(state["ema"])
     if run.first_process:
-        run.task.export(host_state, run.workdir / "pretrained")
+        run.task.export({**state, "ema": averages}, run.workdir / "pretrained")
         print(f"Done: {run.workdir}/pretrained", flush=True)
+    else:
+        placement.take_part(averages)
     multihost_utils.sync_global_devices("end")  # the other processes wait for the export
-    return host_state
+    return jax.device_get(state) if jax.process_count() == 1 else state

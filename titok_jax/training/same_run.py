@@ -76,13 +76,17 @@ def changes(found: Mapping[str, Any], now: Mapping[str, Any], settings: Settings
     if CONTENTS in found:
         lines += [f"config.data.source: {line}" for line in content_changes(found[CONTENTS], now[CONTENTS])]
     if found.get(FROZEN) != now[FROZEN]:
-        networks = {name: getattr(settings, name) for name in ("tokenizer", "vqgan", "perceptual_weights")}
-        named = " or ".join(f"config.{name} ({value})" for name, value in networks.items() if value)
         lines.append(
-            f"the frozen weights of {named}: SHA-256 {str(found.get(FROZEN))[:12]}... in the checkpoint, "
+            f"the frozen weights of {frozen_fields(settings)}: SHA-256 {str(found.get(FROZEN))[:12]}... in the checkpoint, "
             f"{now[FROZEN][:12]}... now"
         )
     return lines
+
+
+def frozen_fields(settings: Settings) -> str:
+    """The fields that name the frozen networks, with their values: "config.vqgan (FOLDER) or ..."."""
+    networks = {name: getattr(settings, name) for name in ("tokenizer", "vqgan", "perceptual_weights")}
+    return " or ".join(f"config.{name} ({value})" for name, value in networks.items() if value)
 
 
 def check_accepted(lines: Sequence[str], step: int, workdir: Any, *, accept: bool) -> None:

@@ -5,7 +5,7 @@ wrong shape. One message lists them all. torch is never imported here.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,26 +72,35 @@ def published_names(table: Table, params: Params) -> dict[str, str]:
 
 def published_shapes(table: Table, params: Params) -> dict[str, tuple[int, ...]]:
     """Returns {published name: shape in the published layout} for parameters that are arrays or ShapeDtypeStructs."""
-    shapes = {}
+    return {name: tensor.shape for name, tensor in published_abstract(table, params).items()}
+
+
+def published_abstract(table: Table, params: Params) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns {published name: shape and dtype in the published layout} for arrays or ShapeDtypeStructs."""
+    abstract = {}
     for path, leaf in flatten(params).items():
         entry = _entry(table, path, leaf.shape)
         one = jax.ShapeDtypeStruct(leaf.shape[1:] if entry.stacked else leaf.shape, leaf.dtype)
         outputs = jax.eval_shape(entry.layout.publish, one)
         for names in entry.names:
-            shapes.update({name: out.shape for name, out in zip(names, outputs, strict=True)})
-    return shapes
+            abstract.update({n: jax.ShapeDtypeStruct(o.shape, leaf.dtype) for n, o in zip(names, outputs, strict=True)})
+    return abstract
 
 
 def to_published(table: Table, params: Params) -> dict[str, np.ndarray]:
     """Our parameters -> {published name: array in the published layout}."""
-    weights = {}
+    return dict(publish(table, params))
+
+
+def publish(table: Table, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (published name, array in the published layout). Reads our parameters one at a time, in their order, by
+    `np.asarray`."""
     for path, leaf in flatten(params).items():
         entry = _entry(table, path, leaf.shape)
         array = np.asarray(leaf)
         for names, one in zip(entry.names, array if entry.stacked else [array], strict=True):
             for name, out in zip(names, entry.layout.publish(one), strict=True):
-                weights[name] = np.ascontiguousarray(out)
-    return weights
+                yield name, np.ascontiguousarray(out)
 
 
 def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], source: str) -> None:

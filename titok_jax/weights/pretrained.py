@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,7 @@ def save(
 
     Args:
       folder: the folder to write, also "gs://". Its parent is created if it does not exist.
-      config, params: the model, with params as a nested dict of arrays.
+      config, params: the model, with params as a nested dict of arrays. They are read one at a time, in their order.
       tokenizer: a tokenizer to write into the sub-folder `tokenizer`.
       overwrite: replace an existing folder.
 
@@ -250,15 +250,19 @@ def save(
 
 
 def _write(folder: Path, config: models.Config, params: convert.Params) -> None:
-    tensors = convert.to_published(convert.table_for(config), params)
+    table = convert.table_for(config)
+    tensors = convert.published_abstract(table, params)
     convert.check_shapes(published_shapes(config), {name: tensor.shape for name, tensor in tensors.items()}, "to be saved")
-    write_weights(folder / WEIGHTS_FILE, tensors, config)
+    write_weights(folder / WEIGHTS_FILE, tensors, config, convert.publish(table, params))
     write_config(folder / CONFIG_FILE, config)
 
 
-def write_weights(path: Path, tensors: Mapping[str, Any], config: models.Config) -> None:
-    """Writes {published name: tensor} as safetensors with the checksum of `config`. Returns when the file is on the disk."""
-    safetensors_file.write_safetensors(path, tensors, {NETWORK_CHECKSUM: network_checksum(config_json(config))})
+def write_weights(
+    path: Path, tensors: Mapping[str, Any], config: models.Config, arrays: Iterable[tuple[str, Any]] | None = None
+) -> None:
+    """Writes {published name: tensor} as safetensors with the checksum of `config`. Arguments: `write_safetensors`."""
+    metadata = {NETWORK_CHECKSUM: network_checksum(config_json(config))}
+    safetensors_file.write_safetensors(path, tensors, metadata, arrays)
 
 
 def weights_sha256(

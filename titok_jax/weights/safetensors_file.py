@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,12 +97,18 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_safetensors(
-    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    arrays: Iterable[tuple[str, Any]] | None = None,
 ) -> None:
     """Writes {name: tensor} in the layout of the safetensors library. Returns when the file is on the disk.
 
-    The tensors are converted to arrays one at a time. The header holds the metadata that PyTorch code expects, `metadata`,
-    and checksums.
+    The header holds the metadata that PyTorch code expects, `metadata`, and checksums.
+
+    Args:
+      tensors: arrays, which are read one at a time; or only their shapes and dtypes, with `arrays`.
+      arrays: (name, array) of each tensor, in any order. The file is the same in every order.
     """
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
     entries: dict[str, Any] = {}
@@ -125,12 +131,14 @@ def write_safetensors(
 
     with open(path, "wb") as file:
         file.write(header(["0" * 8] * len(order)))  # placeholder; the checksums are computed with the tensors
-        checksums = []
-        for name in order:
-            raw = np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)
+        begin, checksums = file.tell(), {}
+        for name, array in tensors.items() if arrays is None else arrays:
+            raw = np.ascontiguousarray(array, tensors[name].dtype).reshape(-1).view(np.uint8)
+            file.seek(begin + entries[name]["data_offsets"][0])
             file.write(raw)
-            checksums.append(_checksum(name, entries[name]["dtype"], entries[name]["shape"], raw))
+            checksums[name] = _checksum(name, entries[name]["dtype"], entries[name]["shape"], raw)
+            del array, raw  # before the next one is made
         file.seek(0)
-        file.write(header(checksums))
+        file.write(header([checksums[name] for name in order]))
         file.flush()
         os.fsync(file.fileno())

@@ -227,7 +227,8 @@ class Task:
         return reconstruction_quality(self.preview(state, frozen, batch, key))
 
     def export(self, state: State, folder: Path) -> None:
-        """Writes the averaged model as a pretrained folder."""
+        """Writes the averaged model as a pretrained folder. Reads each leaf of `state["ema"]` once, in order, and no other
+        part of the state: in a run of several processes they are gathered on the way (`placement.gathered`)."""
         pretrained.save(folder, self.config, state["ema"][self.model], overwrite=True)
 
     # Methods that all kinds share
