@@ -64,7 +64,7 @@ def base(task: str) -> ConfigDict:
     config.compute_dtype = "bfloat16"
     config.remat = False
     config.gradient_accumulation = 1
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1, "shard_optimizer": True})
     config.log_every, config.log_grad_norms = 50, False
     config.checkpoint_every = 5000
     config.keep_checkpoints = 2

@@ -136,21 +136,20 @@ def projections(array: np.ndarray) -> list:
     return [str(array.dtype), float(np.abs(array).max()), *(directions @ array.astype(np.float64).reshape(-1)).tolist()]
 
 
-def compile_step(task, state, mesh):
-    """Compiles a step for a mesh. Returns (the compiled step, the sharded state, the sharded frozen parameters, the
-    shardings of the latter)."""
-    shardings, frozen_shardings = sharding.state_shardings(mesh, state), sharding.state_shardings(mesh, task.frozen)
-    state, frozen = jax.device_put(state, shardings), jax.device_put(task.frozen, frozen_shardings)
+def compile_step(task, state, mesh, shard_optimizer=False):
+    """Compiles a step for a mesh. Returns (the compiled step, the sharded state, the replicated frozen parameters)."""
+    shardings = sharding.state_shardings(mesh, state, shard_optimizer=shard_optimizer)
+    state, frozen = jax.device_put(state, shardings), jax.device_put(task.frozen, sharding.replicated(mesh))
     with sharding.on_mesh(mesh):
         arguments = sharding.put_batch(mesh, batch_of(task, 0)), jax.random.key(0)
-        compiled = jit_step(task, mesh, shardings, frozen_shardings).lower(state, frozen, *arguments).compile()
-    return compiled, state, frozen, frozen_shardings
+        compiled = jit_step(task, mesh, shardings).lower(state, frozen, *arguments).compile()
+    return compiled, state, frozen
 
 
 def run(task, state, shape):
     """Runs one task on one mesh. Returns its losses, final state, collectives and shardings."""
     mesh, key = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)]), jax.random.key(0)
-    compiled, state, frozen, frozen_shardings = compile_step(task, state, mesh)
+    compiled, state, frozen = compile_step(task, state, mesh)
     metrics = []
     for step in range(STEPS):
         state, found = compiled(state, frozen, sharding.put_batch(mesh, batch_of(task, step)), key)
@@ -158,7 +157,7 @@ def run(task, state, shape):
     places = {
         "in": (state, compiled.input_shardings[0][0]),
         "out": (state, compiled.output_shardings[0]),
-        "frozen": (frozen, frozen_shardings),  # a step may use only some of them
+        "frozen": (frozen, jax.tree.map(lambda _: sharding.replicated(mesh), frozen)),  # a step may use only some of them
     }
     placed = {}
     for side, (tree, found) in places.items():
@@ -170,6 +169,26 @@ def run(task, state, shape):
         "collectives": collectives(compiled.as_text()),
         "placed": placed,
     }
+
+
+def print_differences_of_a_sharded_optimizer(name: str, mesh: str) -> None:
+    """Prints in what the states after three steps differ with and without a sharded optimizer, and the gradient norms."""
+    sharding.SMALLEST_SHARDED = 512
+    sharding.SMALLEST_SHARDED = 512
+    task, states, norms = make_tasks()[name], [], []
+    start, devices = begin(task), sharding.make_mesh(*map(int, mesh.split(",")))
+    for shard_optimizer in (False, True):
+        copy = jax.tree.map(np.array, start)  # a step is given the memory of its state
+        compiled, state, frozen = compile_step(task, copy, devices, shard_optimizer)
+        count = sum("data" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(state))
+        for step in range(3):
+            batch = sharding.put_batch(devices, batch_of(task, step))
+            state, metrics = compiled(state, frozen, batch, jax.random.key(0))
+            norms.append(float(metrics["grad_norm"]))
+        states.append(jax.device_get(state))
+    pairs = zip(named(states[0]), jax.tree.leaves(states[1]), strict=True)
+    different = [path for (path, one), other in pairs if not np.array_equal(one, other)]
+    print(json.dumps({"different": different, "sharded": count, "grad_norm": norms}))
 
 
 def print_collectives_of_tpu_forms(name: str, *meshes: str) -> None:

@@ -36,8 +36,10 @@ MESH = {"data": 1, "fsdp": 4, "tensor": 2}
         ("layers/mlp/fc1/kernel", (24, 768, 3072), P(None, "fsdp", "tensor")),
         ("ema/generator/layers/mlp/fc2/kernel", (24, 3072, 768), P(None, "tensor", "fsdp")),
         ("embeddings/word_embeddings", (5098, 768), P(None, "fsdp")),
-        ("convnext/stages/2/dwconv/kernel", (27, 7, 7, 1, 384), P(None, None, None, None, None)),
-        ("pixel_decoder/mid/0/conv1/kernel", (3, 3, 512, 512), P(None, None, None, "fsdp")),
+        ("convnext/stages/2/dwconv/kernel", (27, 7, 7, 1, 384), P()),
+        ("layers/mlp/fc1/bias", (24, 4096), P()),
+        ("pixel_decoder/mid/0/conv1/kernel", (3, 3, 512, 512), P()),
+        ("layers/mlp/fc1/kernel", (24, 128, 256), P()),  # one layer is small
         ("lm_head/kernel", (768, 4097), P("fsdp", None)),  # 4097 does not divide by 2
         ("encoder/ln_pre/scale", (1024,), P()),  # small
         ("step", (), P()),
@@ -45,6 +47,26 @@ MESH = {"data": 1, "fsdp": 4, "tensor": 2}
 )
 def test_rules(path, shape, expected):
     assert sharding.param_spec(path, shape, MESH) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("params/tokenizer/mlp/fc1/kernel", (24, 1024, 4096), P(None, "fsdp", "tensor")),
+        ("opt/tokenizer/0/mu/mlp/fc1/kernel", (24, 1024, 4096), P(None, "fsdp", ("tensor", "data"))),
+        ("ema/tokenizer/mlp/fc1/kernel", (24, 1024, 4096), P(None, "fsdp", ("tensor", "data"))),
+        ("opt/tokenizer/0/nu/mlp/fc1/bias", (24, 4096), P(None, "data")),
+        ("ema/tokenizer/up/0/conv1/kernel", (3, 3, 512, 256), P(None, None, "data", None)),
+        ("ema/tokenizer/decoder/positional_embedding", (257, 1023), P()),  # does not divide
+        ("opt/tokenizer/0/count", (), P()),
+    ],
+)
+def test_optimizer_states_and_averages_are_sharded_along_data_too(path, shape, expected):
+    mesh = jax.sharding.AbstractMesh((4, 2, 2), sharding.AXES)
+    leaf = jax.ShapeDtypeStruct(shape, np.float32)
+    state = functools.reduce(lambda tree, name: {name: tree}, reversed(path.split("/")), leaf)
+    (place,) = jax.tree.leaves(sharding.state_shardings(mesh, state, shard_optimizer=True))
+    assert place.spec == expected
 
 
 @pytest.mark.parametrize(
@@ -61,6 +83,8 @@ def test_memory_of_published_models_falls_with_fsdp(config):
     total = local = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if "pixel_decoder" in name:  # its convolutions are replicated
+            continue
         cuts = sum(axis is not None for axis in sharding.param_spec(name, leaf.shape, mesh))
         size = math.prod(leaf.shape)
         total, local = total + size, local + size // (8 if cuts else 1)
@@ -201,9 +225,9 @@ def test_a_batch_is_put_whole_on_one_device():
     np.testing.assert_array_equal(placed["label"], batch["label"])
 
 
-def python_on_eight_devices(*arguments: str) -> subprocess.CompletedProcess:
+def python_on_eight_devices(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     """Runs Python on 8 simulated devices, with the modules of tests."""
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8", **env}
     run = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return run
@@ -215,6 +239,7 @@ import jax, numpy as np, titok_jax
 import on_meshes
 from titok_jax.runtime import sharding
 results, jit_on = [], sharding.jit_on
+sharding.SMALLEST_SHARDED = 2**15  # the digits' kernels are small
 for shape in ((2, 2, 2), (1, 8, 1)):
     tokenizer, generator = titok_jax.load_pair("digits", mesh=sharding.make_mesh(*shape))
     kernel = generator.params["layers"]["mlp"]["fc1"]["kernel"]
@@ -299,8 +324,21 @@ def test_memory_of_stage1_training_falls_with_fsdp(fsdp):
             total += leaf.size * leaf.dtype.itemsize
             local += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         assert total > 2e9 * (2 if part == "opt" else 1), part
-        # Small arrays, 0.08 % of all, are replicated.
-        assert local < total / fsdp + 0.0008 * total, part
+        # Biases, normalisations and embeddings, 0.25 % of all, are replicated.
+        assert local < total / fsdp + 0.0025 * total, part
+
+
+def test_memory_of_stage1_training_falls_with_data():
+    """The same for a sharded optimizer under data parallelism: parameters are whole, two thirds of the state are not."""
+    task = stage1.make_task(STAGE_1_L32, stage1.LossConfig(), optimizer=OPTIMIZER, num_steps=10, vqgan=None)
+    state, mesh = jax.eval_shape(task.begin, jax.random.key(0)), jax.sharding.AbstractMesh((16, 1, 1), sharding.AXES)
+    local = {True: 0, False: 0}
+    for shard_optimizer in local:
+        shards = sharding.state_shardings(mesh, state, shard_optimizer=shard_optimizer)
+        for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(shards), strict=True):
+            local[shard_optimizer] += math.prod(place.shard_shape(leaf.shape)) * 4
+    assert local[False] > 9.7e9
+    assert local[True] < local[False] * (1 / 4 + 3 / 4 / 16 + 0.002)
 
 
 INIT_ON_EIGHT_DEVICES = """
@@ -327,7 +365,7 @@ def test_the_first_state_is_made_on_its_shards():
     run = python_on_eight_devices("-c", INIT_ON_EIGHT_DEVICES)
     total, kept, temporary, sent = json.loads(run.stdout)
     assert total > 9e9
-    assert kept < 1.01 * total / 8
+    assert kept < total / 8 + 0.002 * total  # biases, normalisations and embeddings are replicated
     assert temporary < 0.02 * total  # a few times an eighth of the largest parameter's random numbers
     assert not sent
 
@@ -405,6 +443,67 @@ def assert_same_in_float64(one: dict, other: dict) -> None:
         np.testing.assert_allclose(other["state"][name][2:], products, 0, 1e-10 * largest + 1e-16, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(name, marks=() if name in ("maskgit_vqgan", "generator") else pytest.mark.long) for name in NAMES],
+)
+def test_a_sharded_optimizer_gives_the_same_bits(task):
+    """Three steps on a (4, 2, 1) mesh with and without; the gradient of the VQGAN is clipped. Of their two states, every
+    array is compared. The compiler's flags are those of a user: without optimisation it rounds differently in pieces of an
+    array."""
+    code = "import sys, on_meshes; on_meshes.print_differences_of_a_sharded_optimizer(*sys.argv[1:])"
+    found = json.loads(python_on_eight_devices("-c", code, task, "4,2,1", XLA_FLAGS="").stdout)
+    assert found["sharded"] >= 10
+    assert found["different"] == []
+    assert (max(found["grad_norm"]) > OPTIMIZER.max_grad_norm) == (task == "maskgit_vqgan")
+
+
+ACCUMULATION = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from titok_jax.compiler.hlo import program_cost
+from titok_jax.runtime import sharding
+from titok_jax.training.accumulation import accumulate, map_parts
+draw = np.random.default_rng(0).standard_normal
+params, scale = {"kernel": draw((24, 40)), "bias": draw(40)}, draw(40)
+rows, mesh = draw((64, 24)), sharding.make_mesh(8, 1, 1)
+def apply(params, rows):
+    return jnp.tanh(rows @ params["kernel"] + params["bias"])
+def added(parts, params, scale, rows):
+    def loss(params, rows):
+        out = apply(params, rows) * scale
+        return jnp.mean(out**2), ({"loss": jnp.mean(out**2)}, {"out": out})
+    return accumulate(loss, params, rows, parts)
+def mapped(parts, params, scale, rows):
+    def loss(params):
+        out = map_parts(apply, params, rows, parts) * scale
+        return jnp.mean(out**2), ({"loss": jnp.mean(out**2)}, {"out": out})
+    grads, (metrics, outputs) = jax.grad(loss, has_aux=True)(params)
+    return grads, metrics, outputs
+found = []
+for function in (added, mapped):
+    expected = jax.jit(function, static_argnums=0)(1, params, scale, rows)
+    for parts in (1, 2, 4):
+        places = sharding.replicated(mesh), sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        with sharding.on_mesh(mesh):
+            compiled = jax.jit(lambda *a: function(parts, *a), in_shardings=places).lower(params, scale, rows).compile()
+            result = compiled(params, scale, rows)
+        # Sums of 24 products of size 1, in another order: a few units in the last place of the largest.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), result, expected)
+        cost = program_cost(compiled.as_text())
+        found.append([function.__name__, parts, cost.bytes, cost.count.get("all-reduce")])
+print(json.dumps(found))
+"""
+
+
+def test_devices_send_as_much_for_any_number_of_accumulated_parts():
+    found = json.loads(python_on_eight_devices("-c", ACCUMULATION).stdout)
+    gradient = 4 * (24 * 40 + 40)
+    for name, parts, sent, _ in found:
+        assert set(sent) == {"all-reduce"}, (name, parts)
+        assert gradient <= sent["all-reduce"] <= gradient + 16, (name, parts)  # and the loss
+
+
 BATCH = 40  # as in on_meshes.py
 
 
@@ -465,4 +564,7 @@ def test_the_optimizer_and_the_average_are_sharded_as_their_parameters(task, mes
                     assert len(copies) >= (2 if network == "discriminator" else 1)
                     assert all(placed[copy] == [shape, shard] for copy in copies), name
                     count += shape != shard
-        assert (count >= 10) == (axes["fsdp"] * axes["tensor"] > 1)
+        if task == "maskgit_vqgan":  # has convolutions only
+            assert count == 0
+        else:
+            assert (count >= 10) == (axes["fsdp"] * axes["tensor"] > 1)

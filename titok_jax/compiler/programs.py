@@ -1,6 +1,5 @@
 """Programs to compile for a slice, and checks of the results."""
 
-import dataclasses
 import importlib.metadata
 import math
 import time
@@ -53,12 +52,13 @@ def training_step(name: str, settings, devices: list) -> Program:
     from titok_jax.training.build import build_task
     from titok_jax.training.tasks.base import jit_step
 
-    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
+    mesh = sharding.make_mesh(**settings.mesh.sizes, devices=devices)
     batch_size = settings.data.batch_size
     sharding.check_batch_size(mesh, batch_size, settings.gradient_accumulation)
     task = build_task(settings, abstract=True)
     state = jax.eval_shape(task.begin, jax.random.key(0))
-    shardings, frozen = sharding.state_shardings(mesh, state), sharding.state_shardings(mesh, task.frozen)
+    shardings = sharding.state_shardings(mesh, state, shard_optimizer=settings.mesh.shard_optimizer)
+    frozen = jax.tree.map(lambda _: sharding.replicated(mesh), task.frozen)
     if settings.data.source.get("name") == "tokens":
         data = {"tokens": ((settings.model.num_tokens,), "int32")}
     else:
@@ -71,7 +71,7 @@ def training_step(name: str, settings, devices: list) -> Program:
     key = jax.eval_shape(lambda: jax.random.key(0))
     args = (_placed(state, shardings), _placed(task.frozen, frozen), batch, key)
     trained = {name: network.trainable(state["params"][name]) for name, network in task.networks.items()}
-    function = jit_step(task, mesh, shardings, frozen)
+    function = jit_step(task, mesh, shardings)
     return Program(name, mesh, batch_size, function, args, {}, trained, (args[0]["params"], args[1]))
 
 

@@ -17,7 +17,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from titok_jax.models import published
-from titok_jax.models.layers import MLP, Attention, LayerNorm, PreNormBlock, dropout, make_stack, normal_002, run_stack
+from titok_jax.models.layers import (
+    MLP,
+    Attention,
+    LayerNorm,
+    PreNormBlock,
+    dropout,
+    make_stack,
+    normal_002,
+    run_stack,
+    split_key,
+)
 from titok_jax.runtime.sharding import any_mesh, hint
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
@@ -170,7 +180,7 @@ class PostNormBlock(nnx.Module):
     def __call__(self, x: jax.Array, skip: None = None, *, key: jax.Array | None = None) -> jax.Array:
         """x [B, L, D] -> [B, L, D], with dropout if a key is given. `skip` is unused; `run_stack` passes it."""
         del skip
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        keys = (None,) * 3 if key is None else split_key(key, 3)
         x = self.attention(x, keys[:2])
         return self.norm2(x + dropout(self.mlp(x), self.dropout_rate, keys[2]))
 
@@ -207,7 +217,7 @@ class ViTGenerator(nnx.Module):
     @any_mesh
     def logits(self, ids: jax.Array, labels: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """See `make_generator`."""
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = (None, None) if key is None else split_key(key)
         x = self.embeddings(with_class(ids, labels, self.config))
         x = dropout(x, self.config.dropout, keys[0])
         x, _ = run_stack(self.layers, x, key=keys[1], remat=self.remat)

@@ -59,11 +59,20 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.7071067811865476))
 
 
+def split_key(key: jax.Array, num: int = 2) -> jax.Array:
+    """Splits a key, or each of a vector of keys, into `num`: [num] or [num, B]."""
+    return jax.random.split(key, num) if key.ndim == 0 else jax.vmap(lambda key: jax.random.split(key, num))(key).T
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; the identity when `key` is None (evaluation) or the rate is 0."""
+    """Inverted dropout; the identity when `key` is None (evaluation) or the rate is 0. With keys [B], each row of x [B, ...]
+    is drawn from its own, so the draws do not depend on the rows beside it."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    if key.ndim == 0:
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    else:
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(key)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
@@ -223,20 +232,22 @@ def run_stack(
 ) -> tuple[jax.Array, jax.Array]:
     """Scans x [B, L, D] through a stack of n blocks.
 
-    `key` is split into one dropout key per layer. `skips` [n, B, L, D] holds a second input for each layer. Returns the last
-    output and the outputs of all layers [n, B, L, D], which cost nothing if they are not used.
+    `key` is a dropout key, or one per row [B]; it is split into one for each layer. `skips` [n, B, L, D] holds a second
+    input for each layer. Returns the last output and the outputs of all layers [n, B, L, D], which cost nothing if they are
+    not used.
     """
     graphdef, params = nnx.split(stack)
     num_layers = jax.tree.leaves(params)[0].shape[0]
 
     def body(x, layer):
         params, key, skip = layer
+        params = sharding.hint_gathered(params, x.dtype)
         x = sharding.hint(nnx.merge(graphdef, params)(sharding.hint(x, "batch"), skip, key=key), "batch")
         return x, x
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    keys = None if key is None else jax.random.split(key, num_layers)
+    keys = None if key is None else split_key(key, num_layers)
     return jax.lax.scan(body, x, (params, keys, skips))
 
 

@@ -40,18 +40,20 @@ AXES = ("data", "fsdp", "tensor")
 # The mesh axes of the logical axis names in `hint`.
 RULES = (("batch", ("data", "fsdp")), ("vocabulary", "tensor"))
 
-# Smaller parameters are replicated: gathering them costs more than sharding saves.
+# Smaller parameters are replicated: gathering them costs more than sharding saves. Of stacked layers, one layer counts,
+# because a step gathers one layer at a time.
 SMALLEST_SHARDED = 2**16
 
-# (pattern, axis sharded along fsdp, axis sharded along tensor). The first pattern that matches the end of a parameter's path
-# applies. Axes are counted from the last; a leading axis of stacked layers is never sharded.
-_RULES: tuple[tuple[str, int | None, int | None], ...] = (
-    (r"attn/qkv/kernel", -3, -1),  # [D, 3, D]: heads along the last axis
-    (r"(attn/proj|mlp/fc2)/kernel", -1, -2),  # [in, D]: in holds heads or columns, over which an all-reduce sums
-    (r"(mlp/fc1|lm_head)/kernel", -2, -1),  # [D, out]
-    # Only 49 numbers per channel. If it were sharded, the partitioner would gather the batch and shard its channels.
-    (r"dwconv/kernel", None, None),
-    (r".*", -1, None),
+# (pattern, number of axes, axis sharded along fsdp, axis sharded along tensor). The first rule whose pattern matches the end
+# of a parameter's path applies. Axes are counted from the last; axes before that number belong to stacked layers. Other
+# parameters are replicated. So are the kernels of convolutions: cut, a TPU exchanges them piece by piece, which took longer
+# than the convolutions themselves.
+_RULES: tuple[tuple[str, int, int, int | None], ...] = (
+    (r"attn/qkv/kernel", 3, -3, -1),  # [D, 3, D]: heads along the last axis
+    (r"(attn/proj|mlp/fc2)/kernel", 2, -1, -2),  # [in, D]: in holds heads or columns, over which an all-reduce sums
+    (r"(mlp/fc1|lm_head)/kernel", 2, -2, -1),  # [D, out]
+    (r"(patch_embed|ffn_\d+|skip_linear)/kernel", 2, -1, None),
+    (r"(word_)?embeddings", 2, -1, None),
 )
 
 
@@ -114,25 +116,44 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> Pa
       mesh: the sizes of the mesh axes.
     """
     spec: list[str | None] = [None] * len(shape)
-    if math.prod(shape) < SMALLEST_SHARDED:
+    rule = next((rule for rule in _RULES if re.search(rf"(^|/){rule[0]}$", path)), None)
+    if rule is None or len(shape) < rule[1] or math.prod(shape[-rule[1] :]) < SMALLEST_SHARDED:
         return PartitionSpec()
-    fsdp, tensor = next((f, t) for pattern, f, t in _RULES if re.search(rf"(^|/){pattern}$", path))
+    _, _, fsdp, tensor = rule
     for name, axis in (("fsdp", fsdp), ("tensor", tensor)):
-        if axis is not None and len(shape) >= -axis and mesh[name] > 1 and shape[axis] % mesh[name] == 0:
+        if axis is not None and mesh[name] > 1 and shape[axis] % mesh[name] == 0:
             spec[axis] = name
     return PartitionSpec(*spec)
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """The NamedShardings for a tree of parameters, optimizer states or averages.
+def _also_along_data(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
+    """Shards an array along data too, on the largest axis that can be, if it is large."""
+    if mesh["data"] == 1 or math.prod(shape) < SMALLEST_SHARDED:
+        return spec
+    names = [(name,) if name else () for name in (*spec, *[None] * (len(shape) - len(spec)))]
+    pieces = [size // math.prod(mesh[name] for name in held) for size, held in zip(shape, names, strict=True)]
+    axis = max(range(len(shape)), key=lambda axis: pieces[axis] if pieces[axis] % mesh["data"] == 0 else 0)
+    if pieces[axis] % mesh["data"]:
+        return spec
+    names[axis] = (*names[axis], "data")
+    return PartitionSpec(*((held if len(held) > 1 else held[0]) if held else None for held in names))
+
+
+def state_shardings(mesh: Mesh, state: Any, *, shard_optimizer: bool = False) -> Any:
+    """The NamedShardings for the state of a training, or for a tree of parameters.
 
     The paths of optimizer states and averages end in those of their parameters, so they are sharded like their parameters.
+
+    Args:
+      shard_optimizer: shard optimizer states ("opt") and averages ("ema") along data too (ZeRO-1, arXiv 1910.02054).
     """
 
     def place(path, leaf):
-        return NamedSharding(
-            mesh, param_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh.shape)
-        )
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = param_spec(name, leaf.shape, mesh.shape)
+        if shard_optimizer and name.split("/")[0] in ("opt", "ema"):
+            spec = _also_along_data(spec, leaf.shape, mesh.shape)
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -173,6 +194,52 @@ def hint(x: jax.Array, *names: str | None) -> jax.Array:
         return tuple(axis for axis in ((mapped,) if isinstance(mapped, str) else mapped) if axis in auto)
 
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes(name) or None for name in names)))
+
+
+def hint_gathered(params: Any, dtype: Any) -> Any:
+    """Gathers those of a layer's parameters that are sharded along fsdp, in the dtype in which the layer computes with them.
+
+    The partitioner would otherwise multiply by one shard of a kernel at a time, which leaves a TPU's matrix units idle. Like
+    `hint`, it does nothing in a program without our rules.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not get_logical_axis_rules() or mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return params
+
+    def gather(path, leaf):
+        name = jax.tree_util.keystr([key for key in path if hasattr(key, "key")], simple=True, separator="/")
+        spec = param_spec(name, leaf.shape, mesh.shape)
+        if "fsdp" not in spec:
+            return leaf
+        kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), kept)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def apart_along_data(function: Callable, params: Any, rows: Any) -> tuple[Any, Any]:
+    """Applies `function` to each part of a batch that lies at one position along data, without exchange between them.
+
+    Under the mesh that is set, if its axis data is of type Auto. Otherwise, and where data is 1, the batch is one part.
+
+    Args:
+      function: (params, rows) -> (means over the rows, outputs [b, ...] of the rows).
+      params: all that is differentiated; the function may close over other traced arrays.
+      rows: tree of [B, ...], sharded along the batch.
+
+    Returns:
+      (the means over the whole batch, the outputs [B, ...]).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") != AxisType.Auto or mesh.shape["data"] == 1:
+        return function(params, rows)
+
+    def local(params, rows):
+        means, outputs = function(params, rows)
+        return jax.lax.pmean(means, "data"), outputs
+
+    specs = PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(local, in_specs=specs, out_specs=specs, axis_names={"data"}, check_vma=False)(params, rows)
 
 
 def any_mesh(method: Callable) -> Callable:

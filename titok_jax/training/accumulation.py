@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from titok_jax.models.layers import target_platform
+from titok_jax.runtime import sharding
 
 Params = Any  # nested dict of arrays
 
@@ -34,14 +35,23 @@ def cond(condition: jax.Array, branch: Callable[[], Any], otherwise: Callable[[]
     return jax.lax.cond(condition, branch, otherwise)
 
 
-def map_parts(function: Callable, rows: Any, parts: int) -> Any:
-    """Applies `function` to a tree of [B, ...], one part of the batch at a time. The backward pass computes it again."""
+def map_parts(function: Callable, params: Any, rows: Any, parts: int) -> Any:
+    """Applies `function(params, rows)` to a tree of [B, ...], one part of the batch at a time. The backward pass computes it
+    again.
+
+    What it does with a row may not depend on the other rows. The gradient of `params` is summed over the devices
+    once, not for each part.
+    """
     if parts == 1:
-        return function(rows)
+        return function(params, rows)
     once = jax.checkpoint(function)
     inline = _INLINE[target_platform()]
-    _, outputs = jax.lax.scan(lambda _, part: (None, once(part)), None, split_batch(rows, parts), unroll=inline)
-    return join_batch(outputs)
+
+    def one_by_one(params, rows):
+        _, outputs = jax.lax.scan(lambda _, part: (None, once(params, part)), None, split_batch(rows, parts), unroll=inline)
+        return None, join_batch(outputs)
+
+    return sharding.apart_along_data(one_by_one, params, rows)[1]
 
 
 def accumulate(
@@ -49,8 +59,11 @@ def accumulate(
 ) -> tuple[Params, dict[str, jax.Array], Any]:
     """Computes the gradient of a loss averaged over `parts` parts of a batch, one part at a time.
 
+    With several parts, a device adds up the gradients of its own rows, and the devices along data sum them once at the end.
+
     Args:
-      loss: (params, rows of one part) -> (scalar, (metrics, outputs [b, ...])).
+      loss: (params, rows of one part) -> (scalar, (metrics, outputs [b, ...])). The scalar and the metrics are means over
+        rows.
       rows: tree of [B, ...].
       convolutions: whether the loss contains convolutions. If so, the loop over the parts is unrolled on a CPU.
 
@@ -62,15 +75,17 @@ def accumulate(
         grads, (metrics, outputs) = grad(params, rows)
         return grads, metrics, outputs
 
-    def body(total, part):
-        grads, (metrics, outputs) = grad(params, part)
-        return jax.tree.map(jnp.add, total, grads), (metrics, outputs)
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
     inline = convolutions and _INLINE[target_platform()]
-    grads, (metrics, outputs) = jax.lax.scan(body, zeros, split_batch(rows, parts), unroll=inline)
-    return (
-        jax.tree.map(lambda g: g / parts, grads),
-        jax.tree.map(lambda m: m.mean(0), metrics),
-        join_batch(outputs),
-    )
+
+    def one_by_one(params, rows):
+        def body(total, part):
+            grads, (metrics, outputs) = grad(params, part)
+            return jax.tree.map(jnp.add, total, grads), (metrics, outputs)
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, (metrics, outputs) = jax.lax.scan(body, zeros, split_batch(rows, parts), unroll=inline)
+        means = jax.tree.map(lambda g: g / parts, grads), jax.tree.map(lambda m: m.mean(0), metrics)
+        return means, join_batch(outputs)
+
+    (grads, metrics), outputs = sharding.apart_along_data(one_by_one, params, rows)
+    return grads, metrics, outputs

@@ -117,7 +117,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
         workdir = workdir.resolve()  # would turn gs:// into a local path
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file, expected a folder")
-    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
+    mesh = sharding.make_mesh(**settings.mesh.sizes)
     sharding.check_batch_size(mesh, settings.data.batch_size, settings.gradient_accumulation)
     # Open the data before building the task, because the task may download networks.
     source = open_source(settings.data.source, settings, "--config.data.source", replace=True)
@@ -219,7 +219,7 @@ class Started:
     Attributes:
       step: the first step to run.
       stored: what checkpoints store: `Run.stored`, and the changes that were accepted on the way.
-      state, frozen: sharded arrays; shardings, frozen_shardings: their trees of NamedSharding.
+      state, frozen: sharded arrays; shardings: a NamedSharding for each of the state.
       lock: the lock of a workdir in a bucket; None on a local disk.
     """
 
@@ -228,7 +228,6 @@ class Started:
     state: State
     frozen: Any
     shardings: Any
-    frozen_shardings: Any
     checkpoints: Checkpoints
     lock: BucketLock | None
 
@@ -242,9 +241,8 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
     """
     key = jax.random.key(run.settings.seed)
     abstract = jax.eval_shape(run.task.begin, key)
-    shardings = sharding.state_shardings(run.mesh, abstract)
-    frozen_shardings = sharding.state_shardings(run.mesh, run.task.frozen)
-    frozen = placement.put(run.task.frozen, frozen_shardings, same_run.frozen_fields(run.settings))
+    shardings = sharding.state_shardings(run.mesh, abstract, shard_optimizer=run.settings.mesh.shard_optimizer)
+    frozen = placement.put(run.task.frozen, sharding.replicated(run.mesh), same_run.frozen_fields(run.settings))
     origin = f"config.init_from ({run.settings.init_from})"
     placement.check_same(run.task.start, run.mesh, origin)  # here, because nothing is written yet
     several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -267,7 +265,7 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
         step, state = restored
         if run.first_process:
             print(f"Continuing at step {step} of {run.settings.num_steps} from {run.workdir}/checkpoints", flush=True)
-    return Started(step, stored, state, frozen, shardings, frozen_shardings, checkpoints, lock)
+    return Started(step, stored, state, frozen, shardings, checkpoints, lock)
 
 
 def write_config(run: Run) -> None:
@@ -290,7 +288,7 @@ def write_config(run: Run) -> None:
 def run_steps(run: Run, started: Started) -> tuple[State, int]:
     """Runs the remaining steps. Returns (state, number of steps done), which is less than `num_steps` after SIGTERM."""
     settings, start, num_steps, state = run.settings, started.step, run.settings.num_steps, started.state
-    step_fn = jit_step(run.task, run.mesh, started.shardings, started.frozen_shardings)
+    step_fn = jit_step(run.task, run.mesh, started.shardings)
     step_key = jax.random.fold_in(jax.random.key(settings.seed), 1)
     log = MetricLog(
         run.workdir,

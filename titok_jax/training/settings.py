@@ -81,12 +81,19 @@ class DataSettings:
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
     """Sizes of the mesh axes. One of the first three may be -1; it then takes all remaining devices. `dcn_data` is the
-    number of TPU slices; -1 takes as many as there are."""
+    number of TPU slices; -1 takes as many as there are. `shard_optimizer`: also shard optimizer states and averages along
+    data."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     dcn_data: int = -1
+    shard_optimizer: bool = True
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The arguments of `titok_jax.runtime.sharding.make_mesh`."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "dcn_data": self.dcn_data}
 
 
 @dataclasses.dataclass(frozen=True)

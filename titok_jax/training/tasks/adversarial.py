@@ -82,16 +82,21 @@ class Adversary:
     def _loss(self, params, state: State, images, reconstructions) -> tuple[jax.Array, tuple[Metrics, losses.LeCamEma]]:
         # LeCam is not linear in the mean logits, so the gradients of the parts would not add up to that of the full batch.
         # The logits of all parts therefore go into one loss.
-        critic = self.network.module(params)
+        def critic(params, part):
+            return self.network.module(params)(part)
+
+        def critic_and_slope(params, part):
+            return _logits_and_slope(self.network.module(params), part)
+
         reconstructions = jax.lax.stop_gradient(reconstructions)
         square_norms = None
         if self.gradient_penalty:
-            real, square_norms = map_parts(lambda part: _logits_and_slope(critic, part), images, self.parts)
+            real, square_norms = map_parts(critic_and_slope, params, images, self.parts)
         else:
-            real = map_parts(critic, images, self.parts)
+            real = map_parts(critic, params, images, self.parts)
         total, metrics, lecam = losses.discriminator_loss(
             real,
-            map_parts(critic, reconstructions, self.parts),
+            map_parts(critic, params, reconstructions, self.parts),
             state["lecam"],
             factor=self.factor,
             lecam_weight=self.lecam_weight,

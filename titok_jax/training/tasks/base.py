@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import Mesh
 
 from titok_jax import models
@@ -83,8 +84,9 @@ class Network:
     ) -> tuple[convert.Params, optax.OptState, jax.Array]:
         """Clips the gradients of the trainable part and applies them. Returns (params, optimizer state, gradient norm before
         clipping)."""
-        grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
         trainable = self.trainable(params)
+        grads = jax.tree.map(lambda g, p: shard_alike(g, p)[0], grads, trainable)
+        grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
         updates, opt = self.optimizer.update(grads, opt, trainable)
         return {**params, **optax.apply_updates(trainable, updates)}, opt, norm
 
@@ -328,17 +330,18 @@ def group_norms(grads: convert.Params, name: str) -> Metrics:
     return {f"{name}/{group}": optax.tree.norm(leaves) for group, leaves in groups.items()}
 
 
-def jit_step(task: Task, mesh: Mesh, state: Any, frozen: Any) -> Callable:
-    """Compiles `task.step` for a mesh. The state is donated and keeps its sharding; the metrics are replicated.
+def jit_step(task: Task, mesh: Mesh, state: Any) -> Callable:
+    """Compiles `task.step` for a mesh. The state is donated and keeps its sharding; the metrics and the frozen parameters
+    are replicated.
 
     Call and trace the result under `jax.set_mesh(mesh)`.
 
     Args:
-      state, frozen: shardings of the state and the frozen parameters, trees of NamedSharding.
+      state: shardings of the state, a tree of NamedSharding.
     """
     return jax.jit(
         task.step,
-        in_shardings=(state, frozen, sharding.batch_sharding(mesh), None),
+        in_shardings=(state, sharding.replicated(mesh), sharding.batch_sharding(mesh), None),
         out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,
     )

@@ -79,9 +79,8 @@ class GeneratorTask(Task):
             "labels": jnp.where(draws["drop_uniforms"] < config.class_label_dropout, config.num_classes, batch["label"]),
             "targets": tokens,
             "mask": mask,
-            # Normalised over the whole batch before it is split; `accumulate` takes the mean over the parts.
-            "weights": losses.token_weights(mask, self.weights.unmasked_weight) * parts,
-            # One dropout key per part: the key of its first row.
+            # Normalised over the whole batch before it is split; times its rows, because the loss is a mean over rows.
+            "weights": losses.token_weights(mask, self.weights.unmasked_weight) * len(tokens),
             "keys": jax.random.split(draws["dropout"], tokens.shape[0]),
         }
         grads, metrics, _ = accumulate(self.token_loss, state["params"]["generator"], rows, parts)
@@ -97,10 +96,12 @@ class GeneratorTask(Task):
 
     def token_loss(self, params: convert.Params, rows: Batch) -> tuple[jax.Array, tuple[Metrics, None]]:
         """Returns (loss, (metrics, None)) of some rows of a batch."""
-        dropout_key = None if self.config.dropout == self.config.attn_dropout == 0.0 else rows["keys"][0]
-        logits = self.networks["generator"].module(params).logits(rows["ids"], rows["labels"], key=dropout_key)
+        # With accumulation, the draws of a row depend on its key alone, so on no mesh and no number of parts.
+        key = rows["keys"][0] if self.options.gradient_accumulation == 1 else rows["keys"]
+        key = None if self.config.dropout == self.config.attn_dropout == 0.0 else key
+        logits = self.networks["generator"].module(params).logits(rows["ids"], rows["labels"], key=key)
         smoothing = self.weights.label_smoothing
-        total = losses.weighted_token_loss(logits, rows["targets"], rows["weights"], label_smoothing=smoothing)
+        total = losses.weighted_token_loss(logits, rows["targets"], rows["weights"], label_smoothing=smoothing) / len(logits)
         correct = losses.correct_tokens(logits, rows["targets"], rows["mask"])
         return total, ({"loss": total, "correct_tokens": correct}, None)
 
@@ -139,7 +140,7 @@ def make_task(
         computes in float32.
       token_precision: precision of the tokenizer's matrix products, see `titok_jax.inference.functions`.
       options: as in `TaskOptions`. With `gradient_accumulation`, the gradient is that of the full batch except for the
-        dropout draws.
+        dropout draws, which are the same for any number of parts from 2 on.
     """
     given = TaskOptions(**options)
     return GeneratorTask(

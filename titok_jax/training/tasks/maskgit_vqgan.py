@@ -84,20 +84,20 @@ class MaskgitVQGANTask(AdversarialTask):
         The entropy loss is not linear in the parts of a batch, so the gradients of the parts would not add up to that of the
         full batch. The networks run on one part at a time, and the loss is computed on all parts together.
         """
-        parts, weights = self.options.gradient_accumulation, self.weights
-        model = self.networks["vqgan"].module(params)
-        latents = map_parts(model.encode, images, parts)
+        parts, weights, network = self.options.gradient_accumulation, self.weights, self.networks["vqgan"]
+        model = network.module(params)
+        latents = map_parts(lambda params, images: network.module(params).encode(images), params, images, parts)
         bottleneck = model.quantize(latents)
 
-        def decode(rows):
+        def decode(params, rows):
             images, z = rows
-            reconstructions = model.decode(z)
+            reconstructions = network.module(params).decode(z)
             distance = self.perceptual_distance(frozen, images, reconstructions)
             factor, logits = self.judge(state, reconstructions)
             judged = (jnp.broadcast_to(factor, len(z)), logits)
             return reconstructions, jnp.broadcast_to(distance, len(z)), judged
 
-        decoded = map_parts(decode, (images, bottleneck.quantized), parts)
+        decoded = map_parts(decode, params, (images, bottleneck.quantized), parts)
         reconstructions, distances, (factors, logits_fake) = decoded
         total, metrics = losses.maskgit_vqgan_loss(
             images,
