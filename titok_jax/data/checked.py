@@ -1,12 +1,19 @@
 """The examples of a source, checked against what a model takes. Others take the place of images that cannot be decoded."""
 
+import contextlib
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
 
 from titok_jax.data.contents import source_contents
 from titok_jax.data.transforms import REPLACED, Example, Undecodable
+from titok_jax.runtime.messages import escaped
+
+# How many seconds pass before an example is read again whose storage failed. After the last try the run ends.
+PAUSES = (1, 3, 10, 30)
+_SAY_EVERY = 10  # seconds; every thread of a loader meets the same failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +42,17 @@ class CheckedSource:
       replace: the next example takes the place of one that cannot be decoded, which it names by its entry REPLACED. Which
         one that is depends on the files only.
 
+    A read that the storage refuses (OSError) is tried again after each of `PAUSES`, with a message.
+
     Raises on reading:
+      OSError: the storage refuses it each time; the message names the file.
       ValueError: a label or token out of range, or another number of tokens; the message has the value, what is allowed, and
         the record with its file.
       Undecodable: an example that cannot be decoded; with `replace`, only if there are more than `most_replaced` in a row.
     """
 
     def __init__(self, source: Any, limits: Limits, *, replace: bool = False):
-        self._source, self._limits, self._replace = source, limits, replace
+        self._source, self._limits, self._replace, self._said = source, limits, replace, -np.inf
 
     @property
     def class_names(self) -> list[str]:
@@ -70,7 +80,7 @@ class CheckedSource:
         raise Undecodable(f"{row:,} examples in a row cannot be decoded, the first: {reason}")
 
     def _checked(self, index: int) -> Example:
-        example, limits = self._source[index], self._limits
+        example, limits = self._read(index), self._limits
         label, tokens = int(example["label"]), example.get("tokens")
         if limits.num_classes is not None and not 0 <= label < limits.num_classes:
             hint = "; are the labels counted from 1?" if label == limits.num_classes else ""
@@ -82,6 +92,33 @@ class CheckedSource:
             if wrong.size:
                 raise ValueError(f"{self.where(index)}: token {wrong[0]}, expected 0 to {limits.codebook_size - 1}")
         return example
+
+    def _read(self, index: int) -> Example:
+        for pause in PAUSES:
+            try:
+                return self._source[index]
+            except OSError as error:
+                if time.monotonic() - self._said > _SAY_EVERY:
+                    self._said = time.monotonic()
+                    failure = escaped(self._failure(index, error))
+                    print(f"WARNING: the data cannot be read now, trying again in {pause} s: {failure}", flush=True)
+                time.sleep(pause)
+        try:
+            return self._source[index]
+        except OSError as error:
+            raise OSError(
+                f"the data cannot be read, also not at {len(PAUSES)} more tries in {sum(PAUSES)} s: "
+                f"{self._failure(index, error)}. Is the disk, the mount or the bucket still there?"
+            ) from error
+
+    def _failure(self, index: int, error: OSError) -> str:
+        """What failed, with the file."""
+        named = error.filename is not None or error.errno is None  # without a number it is of our own or a library's making
+        where = ""
+        if not named:
+            with contextlib.suppress(Exception):  # it may have to read as well
+                where = f"{self.where(index)}: "
+        return f"{where}{error}"
 
     def damage(self, index: int) -> str:
         """Why an example was replaced, beginning with its place."""

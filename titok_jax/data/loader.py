@@ -8,6 +8,7 @@ is the position in the data, and no iterator state is saved.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
@@ -60,8 +61,13 @@ class Loader(Iterator[Batch]):
 
 
 def _end_with_parent(worker: int, num_workers: int) -> None:
-    """Ends a worker process when its parent has been killed. Without this, Grain's workers would wait for ever."""
+    """Ends a worker process when its parent has ended, however it did. Without this, Grain's workers would wait for ever.
+
+    Nothing else ends it: a machine that is taken away sends SIGTERM to all processes, but a training needs its batches until
+    all of its hosts have come to the step that they save.
+    """
     del worker, num_workers
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def watch():
         multiprocessing.parent_process().join()

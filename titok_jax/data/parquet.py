@@ -13,7 +13,7 @@ import numpy as np
 from titok_jax.data.contents import sized_files
 from titok_jax.data.files import Paths, find_files
 from titok_jax.data.transforms import Example, decode_example
-from titok_jax.runtime.paths import is_remote, open_bytes
+from titok_jax.runtime.paths import is_remote, name_file, open_bytes
 
 CACHE_BYTES = 128 * 2**20  # of encoded images that a source keeps
 
@@ -163,6 +163,7 @@ class _ParquetFile:
         import pyarrow
 
         self._files.__exit__(kind, error, trace)
+        name_file(error, self._path)
         if str(error).startswith(self._path):  # by `open_bytes`
             return
         # pyarrow raises OSErrors without a number for what it cannot decode. fsspec raises ValueErrors.

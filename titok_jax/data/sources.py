@@ -8,6 +8,7 @@ An example is a dict with "label", int32 [] (-1 if there is none), and either "i
 
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,7 @@ class TfdsSource:
         try:
             example = self._examples[index]
         except Exception as error:  # of ArrayRecord, of protocol buffers and of TFDS's decoding
+            _raise_if_unread(error)
             raise Undecodable(f"{name}: damaged ({error})") from error
         label = -1 if self._label_key is None else example[self._label_key]
         if not np.issubdtype(np.asarray(label).dtype, np.integer) or np.ndim(label):
@@ -243,6 +245,7 @@ class ArrayRecordSource:
         try:
             return decode_record(self._records[index])
         except RuntimeError as error:
+            _raise_if_unread(error)
             raise Undecodable(f"{self.where(index)}: damaged, replace the file ({error})") from error
         except ValueError as error:
             raise type(error)(f"{self.where(index)}: {str(error).removeprefix('record: ')}") from None
@@ -259,6 +262,15 @@ class ArrayRecordSource:
                 return f"{path}, record {index}"
             index -= count
         raise IndexError(f"record {index} after the last")
+
+
+def _raise_if_unread(error: Exception) -> None:
+    """Raises OSError if an error of ArrayRecord means that a file could not be read, not that it is damaged. It raises
+    RuntimeError for both. Of the former it says "pread() failed: Input/output error; reading FILE"."""
+    if isinstance(error, OSError):
+        raise error
+    if isinstance(error, RuntimeError) and re.match(r"\w+\(\) failed: ", str(error)):
+        raise OSError(str(error)) from error
 
 
 def _num_records(path: str) -> int:

@@ -130,6 +130,14 @@ def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = No
       ValueError: it is no regular file, or the part has more than `most` bytes (not known of whole files elsewhere).
     """
     _check_length(path, length, most)
+    try:
+        return _read_bytes(path, offset, length, most)
+    except OSError as error:
+        name_file(error, path)
+        raise
+
+
+def _read_bytes(path: str | os.PathLike, offset: int, length: int | None, most: int | None) -> bytes:
     end = None if length is None else offset + length
     if is_web(path):
         with _web_storage(path) as (storage, name):
@@ -147,6 +155,12 @@ def read_bytes(path: str | os.PathLike, offset: int = 0, length: int | None = No
         _check_length(path, min(found.st_size - offset, found.st_size if length is None else length), most)
         file.seek(offset)
         return file.read(length)
+
+
+def name_file(error: BaseException | None, path: str | os.PathLike) -> None:
+    """Makes an OSError name the file if it names none: a failing disk gives only "Input/output error"."""
+    if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+        error.filename = os.fspath(path)
 
 
 @contextlib.contextmanager
