@@ -51,6 +51,7 @@ from titok_jax.runtime.messages import printable
 from titok_jax.runtime.shards import Shards
 from titok_jax.training.checkpoint import Checkpoints, quiet_checkpointing
 from titok_jax.training.log import MetricLog
+from titok_jax.training.log_files import LogFolder
 from titok_jax.training.recipes import read_config
 from titok_jax.training.settings import parse_settings
 from titok_jax.weights import convert, pretrained
@@ -600,7 +601,7 @@ class Notes:
         (place / "metrics.jsonl").write_text("\n".join(lines), errors="replace")
 
         def read():
-            log = MetricLog(epath.Path(place), first_step=4, num_steps=9, batch_size=4)
+            log = MetricLog(LogFolder(epath.Path(place)), first_step=4, num_steps=9, batch_size=4)
             log.close()
 
         return read

@@ -12,6 +12,7 @@ from PIL import Image
 
 from titok_jax.pictures import plots
 from titok_jax.training.log import MetricLog, TextLog
+from titok_jax.training.log_files import LogFolder
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def metrics(step: int) -> dict[str, float]:
 
 
 def open_log(folder, first_step: int) -> MetricLog:
-    return MetricLog(epath.Path(folder), first_step=first_step, num_steps=9, batch_size=4)
+    return MetricLog(LogFolder(epath.Path(folder)), first_step=first_step, num_steps=9, batch_size=4)
 
 
 EXPECTED = {"loss", "lr", "disc_lr", "codebook_usage", "disc_loss", "images_per_second", "eval/psnr"}
@@ -81,7 +82,7 @@ def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, figures):
 
 def test_a_dashed_line_says_where_the_run_went_on_with_changes(tmp_path, figures):
     options = {"first_step": 0, "num_steps": 9, "batch_size": 4}
-    log = MetricLog(epath.Path(tmp_path), **options, changed=[2])
+    log = MetricLog(LogFolder(epath.Path(tmp_path)), **options, changed=[2])
     for step in (1, 2, 3):
         log.write(step, {"loss": 4.0 - step}, shown="loss")
     log.draw_curves()
@@ -115,13 +116,12 @@ def test_nothing_is_drawn_of_nothing_and_by_other_processes(tmp_path, figures):
     log = open_log(tmp_path, 0)
     log.draw_curves()
     log.close()
-    other = MetricLog(epath.Path(tmp_path / "other"), first_step=0, num_steps=9, batch_size=4, active=False)
+    other = MetricLog(None, first_step=0, num_steps=9, batch_size=4)
     other.write(1, metrics(1), shown="loss")
     other.draw_curves()
     other.close()
     assert not figures
     assert not (tmp_path / "curves.png").exists()
-    assert not (tmp_path / "other").exists()
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
@@ -137,7 +137,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
 @pytest.mark.parametrize("file", ["metrics.jsonl", "tensorboard", "curves.png", "log.txt"])
 def test_a_full_disk_says_of_which_file_and_nothing_waits(file, tmp_path, full_disk):
     log, text = open_log(tmp_path, 0), TextLog()
-    text.open(epath.Path(tmp_path))
+    text.open(LogFolder(epath.Path(tmp_path)))
     not_computed = {f"of step {number}": math.nan for number in range(100)}  # TensorBoard gets no such number
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     write = {

@@ -231,6 +231,6 @@ def test_previews_of_training_images_show_the_next_one(tmp_path):
     folder(tmp_path / "data", images(64, (0, 9)))
     settings = parse_settings(config(tmp_path / "data", preview_every=6, preview_images=16))
     task = SimpleNamespace(shows_pictures=True, preview=lambda *arrays: {})
-    shown = progress.Previews(settings, task, sharding.make_mesh(), tmp_path)._batch
+    shown = progress.Previews(settings, task, sharding.make_mesh())._batch
     assert shown["image"][:2, 0, 0].tolist() == [[1, 2, 0]] * 2
     assert REPLACED not in shown

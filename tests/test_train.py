@@ -235,10 +235,19 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsy
         real_write(self, step, metrics, **options)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before, closed = signal.getsignal(signal.SIGTERM), []
+    for opened in (loop.Loader, loop.MetricLog, loop.Checkpoints, loop.LogFolder):
+
+        def close(self, opened=opened, real_close=opened.close):
+            real_close(self)
+            closed.append((opened.__name__, (tmp_path / "stopped" / "checkpoints" / "2").exists()))
+
+        monkeypatch.setattr(opened, "close", close)
     monkeypatch.setattr(loop.MetricLog, "write", write)
     loop.train(parse_settings(config), tmp_path / "stopped")
     monkeypatch.undo()
+    # The first loader looked at one batch before the start. The rest may take longer than a machine has that is taken away.
+    assert closed[1:] == [(name, True) for name in ("Checkpoints", "MetricLog", "Loader", "LogFolder")]
     assert signal.getsignal(signal.SIGTERM) is before
     assert "Stopped by SIGTERM after step 2" in capsys.readouterr().out
     assert not (tmp_path / "stopped" / "pretrained").exists()

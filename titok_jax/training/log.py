@@ -6,163 +6,98 @@ import io
 import json
 import math
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from etils import epath
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from titok_jax.pictures import plots
 from titok_jax.runtime.outputs import new_file
-from titok_jax.runtime.paths import is_remote, writing
+from titok_jax.runtime.paths import writing
+from titok_jax.training.log_files import EventFiles, LogFolder
 
 # These have no useful curve, or too many: the step axis itself, times, values that the configuration fixes, norms by group.
 _NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight", "grad_norm/", "disc_grad_norm/")
 
 
-class _LogFolder:
-    """The folder that log files are written to: the workdir, or for a remote workdir, whose files cannot be appended to, a
-    local folder that is copied there.
-
-    Attributes:
-      path: the folder to write to.
-    """
-
-    def __init__(self, workdir: epath.Path):
-        self.path, self._remote, self._last_copy = workdir, None, time.perf_counter()
-        if is_remote(workdir):
-            self._temporary = tempfile.TemporaryDirectory(prefix="titok_jax-")
-            self._remote, self.path = workdir, epath.Path(self._temporary.name)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the last copy is more than a minute ago."""
-        return time.perf_counter() - self._last_copy > 60
-
-    def copy(self) -> None:
-        """Copies the files to a remote workdir."""
-        self._last_copy = time.perf_counter()
-        if self._remote is None:
-            return
-        local = Path(self._temporary.name)
-        for path in filter(Path.is_file, local.rglob("*")):
-            place = self._remote / path.relative_to(local)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(path).copy(place, overwrite=True)
-
-
-class _EventFile:
-    """A new file of events for TensorBoard.
-
-    `tensorboardX.SummaryWriter` writes such a file in a thread. If the disk is full, that thread dies, and the training
-    waits for it for ever. So the events are written here, where an error ends the training.
-    """
-
-    def __init__(self, folder: epath.Path, first_step: int):
-        """TensorBoard hides the events of earlier files from `first_step` on."""
-        self._folder = folder
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = EventsWriter(str(folder / "events"))
-            self._file.write_event(Event(step=first_step, file_version="brain.Event:2"))
-            self._file.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, step: int, values: summary.Summary) -> None:
-        with writing(self._folder):
-            self._file.write_event(Event(step=step, wall_time=time.time(), summary=values))
-
-    def flush(self) -> None:
-        with writing(self._folder):
-            self._file.flush()
-
-    def close(self) -> None:
-        with writing(self._folder):
-            self._file.close()
-
-
 class TextLog(io.TextIOBase):
     """A copy of what a training prints, in `log.txt` of its workdir, each line with the date and time (UTC).
 
-    Use as `contextlib.redirect_stdout(TextLog())`. It keeps the text until `open` says where the workdir is, since
-    nothing is written there before it is locked. Lines of earlier processes stay. A remote file is copied once a minute.
+    Use as `contextlib.redirect_stdout(TextLog())`. It keeps the text until `open` says where to write it, since nothing is
+    written to a workdir before it is locked. Lines of earlier processes stay. Any thread may print.
     """
 
     def __init__(self):
         self._terminal, self._kept, self._line = sys.stdout, [], ""
-        self._folder: _LogFolder | None = None
+        self._path: epath.Path | None = None
+        self._alone = threading.RLock()
 
-    def open(self, workdir: epath.Path) -> None:
-        """Writes what was printed until now to `workdir/log.txt`, and everything from now on."""
-        self._folder = _LogFolder(workdir)
-        former = workdir / "log.txt"
-        if self._folder.path != workdir and former.exists():
-            former.copy(self._folder.path / former.name)
-        self._append()
+    def open(self, folder: LogFolder) -> None:
+        """Writes what was printed until now to `log.txt` in a folder, and everything from now on."""
+        former = folder.workdir / "log.txt"
+        path = folder.path / former.name
+        if path != former and former.exists():
+            former.copy(path)
+        with self._alone:
+            self._path = path
+            self._append()
 
     def write(self, text: str) -> int:
-        self._terminal.write(text)
-        *lines, self._line = (self._line + text).split("\n")
-        now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
-        self._kept += [f"{now}  {line}\n" for line in lines]
-        if self._folder is not None and lines:
-            self._append()
+        with self._alone:
+            self._terminal.write(text)
+            *lines, self._line = (self._line + text).split("\n")
+            now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+            self._kept += [f"{now}  {line}\n" for line in lines]
+            if self._path is not None and lines:
+                self._append()
         return len(text)
 
     def flush(self) -> None:
         self._terminal.flush()
 
     def _append(self) -> None:
-        path = self._folder.path / "log.txt"
-        with writing(path), path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write("".join(self._kept))
         self._kept = []
-        if self._folder.is_due:
-            self.copy()
-
-    def copy(self) -> None:
-        """Copies the log to a remote workdir."""
-        if self._folder is not None:
-            self._folder.copy()
 
 
 class MetricLog:
-    """Writes on the first process only. On the others, every method does nothing."""
+    """Writes on the first process only. On the others, which have no folder, every method does nothing.
+
+    Attributes:
+      folder: the local folder of the log files.
+    """
 
     def __init__(
         self,
-        workdir: epath.Path,
+        folder: LogFolder | None,
         *,
         first_step: int,
         num_steps: int,
         batch_size: int,
         changed: Sequence[int] = (),
-        active: bool = True,
     ):
         """
         Args:
-          workdir: local or remote folder. Remote files cannot be appended to, so the log is written to a local folder and
-            copied to a remote workdir once a minute.
+          folder: where to write; None on all processes but the first.
           first_step: the step at which this process starts. Later entries of an earlier process are dropped.
           batch_size: global batch size, used to compute images/s.
           changed: steps after which the configuration or the data changed; a line in the curves.
         """
-        self._active, self._num_steps, self._batch_size = active, num_steps, batch_size
+        self._active, self._num_steps, self._batch_size = folder is not None, num_steps, batch_size
         self._changed = list(changed)
         self._last_step, self._last_time, self._wait = first_step, time.perf_counter(), 0.0
-        if not active:
+        if folder is None:
             return
-        self._records = [record for record in _records(workdir / "metrics.jsonl") if record["step"] <= first_step]
-        self._folder = _LogFolder(workdir)
-        workdir = self._folder.path
-        self._path, self._picture = workdir / "metrics.jsonl", workdir / "curves.png"
+        self.folder = folder.path
+        self._path, self._curves = self.folder / "metrics.jsonl", self.folder / "curves.png"
+        self._records = [record for record in _records(folder.workdir / self._path.name) if record["step"] <= first_step]
         with new_file(self._path, replace=True) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in self._records))
-        self._tensorboard = _EventFile(workdir / "tensorboard", first_step + 1)
+        self._tensorboard = EventFiles(self.folder / "tensorboard", first_step + 1)
 
     def waited(self, seconds: float) -> None:
         """Adds the time that a step waited for its data."""
@@ -205,12 +140,7 @@ class MetricLog:
                 self._tensorboard.add(step, summary.scalar(name, value))
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if self._folder.is_due:
-            self._copy()
-
-    def _copy(self) -> None:
         self._tensorboard.flush()
-        self._folder.copy()
 
     def draw_curves(self) -> None:
         """Draws curves.png: everything logged by this process and earlier ones, over the steps."""
@@ -222,14 +152,13 @@ class MetricLog:
         curves = {n: p for n, p in curves.items() if any(value for _, value in p)}
         if not curves:
             return
-        with new_file(self._picture, replace=True) as partial:
+        with new_file(self._curves, replace=True) as partial:
             plots.training_curves(curves, self._changed).savefig(partial, format="png")
-        self._copy()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Logs an image, uint8 [H, W, 3]."""
         if self._active:
-            self._tensorboard.add(step, summary.image(name, image, dataformats="HWC"))
+            self._tensorboard.add(step, summary.image(name, image, dataformats="HWC"), last=True)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -244,10 +173,7 @@ class MetricLog:
 
     def close(self) -> None:
         if self._active:
-            try:
-                self._tensorboard.close()
-            finally:
-                self._folder.copy()
+            self._tensorboard.close()
 
 
 def _records(path: epath.Path) -> list[dict[str, float | None]]:

@@ -27,6 +27,7 @@ from titok_jax.training import same_run
 from titok_jax.training.build import build_task, check_capacity
 from titok_jax.training.checkpoint import Checkpoints
 from titok_jax.training.log import MetricLog, TextLog
+from titok_jax.training.log_files import LogFolder
 from titok_jax.training.progress import CodebookWatch, Evaluation, Previews, check_classes
 from titok_jax.training.replaced import ReplacedImages
 from titok_jax.training.settings import Settings, check_batch, open_source
@@ -47,14 +48,15 @@ def train(settings: Settings, workdir: epath.PathLike, *, accept_changes: bool =
     with contextlib.ExitStack() as held:
         text = TextLog()
         if jax.process_index() == 0:
-            held.callback(text.copy)
             held.enter_context(contextlib.redirect_stdout(text))
         run = prepare(settings, workdir)
         started = begin(run, held, accept_changes=accept_changes)
+        folder = None
         if run.first_process:
             write_config(run)
-            text.open(run.workdir)
-        state, done = run_steps(run, started)
+            folder = held.enter_context(LogFolder(run.workdir))
+            text.open(folder)
+        state, done = run_steps(run, started, folder)
         if done < settings.num_steps:
             if run.first_process:
                 print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
@@ -150,7 +152,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     run = dataclasses.replace(
         run,
         evaluation=Evaluation(settings, task, mesh) if settings.eval_every else None,
-        previews=Previews(settings, task, mesh, workdir) if settings.preview_every else None,
+        previews=Previews(settings, task, mesh) if settings.preview_every else None,
     )
     if run.evaluation:
         check_classes(source, run.evaluation.source)
@@ -285,24 +287,24 @@ def write_config(run: Run) -> None:
 # Steps
 
 
-def run_steps(run: Run, started: Started) -> tuple[State, int]:
+def run_steps(run: Run, started: Started, folder: LogFolder | None) -> tuple[State, int]:
     """Runs the remaining steps. Returns (state, number of steps done), which is less than `num_steps` after SIGTERM."""
     settings, start, num_steps, state = run.settings, started.step, run.settings.num_steps, started.state
     step_fn = jit_step(run.task, run.mesh, started.shardings)
     step_key = jax.random.fold_in(jax.random.key(settings.seed), 1)
     log = MetricLog(
-        run.workdir,
+        folder,
         first_step=start,
         num_steps=num_steps,
         batch_size=settings.data.batch_size,
         changed=[change["step"] for change in started.stored.get(same_run.CHANGES, ())],
-        active=run.first_process,
     )
     loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
     replaced = ReplacedImages(run.source, run.part["blocks"][0])
     stop, done, codebook = StopSignal(), start, CodebookWatch(settings)
     with contextlib.ExitStack() as closing:  # closes all of them, even if one cannot write what is left
-        for opened in (stop, started.checkpoints, log, loader):
+        # From last to first: a machine that is taken away leaves half a minute to write the checkpoint.
+        for opened in (stop, loader, log, started.checkpoints):
             closing.callback(opened.close)
         look(run, log, state, started.frozen, start)  # in case the run was stopped right after writing this checkpoint
         for step in range(start, num_steps):

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from titok_jax.data.loader import Loader, make_eval_loader
@@ -91,8 +90,7 @@ class Evaluation:
 class Previews:
     """Preview images made with the averaged parameters. They go to workdir/previews and to TensorBoard."""
 
-    def __init__(self, settings: Settings, task: Task, mesh: Mesh, workdir: epath.Path):
-        self._folder = workdir / "previews"
+    def __init__(self, settings: Settings, task: Task, mesh: Mesh):
         self._columns = settings.preview_columns
         self._key = jax.random.fold_in(jax.random.key(settings.seed), 2)
         self._fn = None
@@ -118,7 +116,8 @@ class Previews:
             return
         if "reconstruction" in images:
             images["difference"] = np.abs(images["image"] - images["reconstruction"])
-        self._folder.mkdir(parents=True, exist_ok=True)
+        folder = log.folder / "previews"
+        folder.mkdir(parents=True, exist_ok=True)
         # The rows alternate between the kinds, so each reconstruction is below its original.
         count = len(next(iter(images.values())))
         chunks = [
@@ -130,7 +129,7 @@ class Previews:
             row_labels=[name for name, _ in chunks],
             title=f"step {step}",
         )
-        with new_file(self._folder / f"{step:07d}.png", replace=True) as partial:
+        with new_file(folder / f"{step:07d}.png", replace=True) as partial:
             picture.save(partial)
         log.picture(step, "preview", np.asarray(picture))
 
