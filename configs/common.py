@@ -71,6 +71,7 @@ def base(task: str) -> ConfigDict:
     config.eval_every = 5000
     config.eval_images = 5000
     config.max_nonfinite_steps = 20  # in a row
+    config.watchdog_minutes = 30.0  # of one step; 0: no watch
     config.preview_every = 5000
     config.preview_images = 32
     config.preview_columns = 8

@@ -240,6 +240,29 @@ def test_a_command_that_fails_is_run_again_and_given_up(cloud, status, starts, e
     assert (cloud / "worker1/titok_run/exit").read_text() == f"exit {status}\n"
 
 
+def test_a_run_that_makes_no_progress_is_stopped_and_started_again(cloud):
+    """On one of two workers. It says itself until when it may be silent: here, at its first start, until long ago."""
+    (cloud / "hang.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "progress, worker = pathlib.Path(os.environ['TITOK_JAX_PROGRESS']), os.environ['WORKER']\n"
+        "assert not progress.exists()\n"
+        "started = pathlib.Path(sys.argv[1]) / f'{worker}.started'\n"
+        "if started.exists():\n"
+        "    sys.exit(0)\n"
+        "started.touch()\n"
+        "progress.write_text('1000000000\\n' if worker == 'worker1' else '9999999999\\n')\n"
+        "time.sleep(600)\n"
+    )
+    command = ["--", "python", str(cloud / "hang.py"), str(cloud / "bucket")]
+    done = tpu(cloud, "babysit", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the workers: stuck" in done.stdout
+    assert "the command makes no progress (1 of 2 times); the ends of the logs:" in done.stdout
+    assert count(cloud, "ssh", "worker.sh stop") == 1
+    assert count(cloud, "ssh", "worker.sh start") == 2
+    assert "exited with 0 on every worker" in done.stdout
+
+
 def test_each_step_by_itself(cloud):
     assert tpu(cloud, "create").returncode == 0
     assert tpu(cloud, "create").returncode == 0

@@ -19,8 +19,9 @@ commands:
   babysit [--delete] -- CMD...
                         all of it: create, setup, launch; after a preemption delete, create and launch again, until CMD has
                         exited with 0 on every worker. May be stopped and started again at any time, and outlives a lost
-                        network. Gives up when CMD fails by itself MAX_FAILURES times, or on its first start at once with
-                        status 2. --delete: delete the slice in the end
+                        network. A training that makes no progress is stopped and started again. Gives up when CMD fails by
+                        itself MAX_FAILURES times, or on its first start at once with status 2. --delete: delete the slice
+                        in the end
   delete [--yes]        delete the slice
 
 options:
@@ -235,6 +236,7 @@ stop() {
 #   bare      the workers are not set up
 #   idle      CMD must be started, for the first time or again
 #   running, finished
+#   stuck     CMD makes no progress on a worker, by what it said itself
 #   refused   CMD ended with status 2 (our commands reject an impossible request) or with 126 or 127 (bash: no such program)
 #   failed    CMD failed otherwise by itself, or it was started on only some of the workers
 # Returns a nonzero status if the workers cannot be reached.
@@ -245,6 +247,7 @@ run_state() {
   case $lines in
     *" bare"*) echo bare ;;
     *" exit "[1-9]*) if grep -qE ' exit (2|126|127)$' <<<"$lines"; then echo refused; else echo failed; fi ;;
+    *" stuck"*) echo stuck ;;
     *" running"*)
       # A worker that has finished does not wait for others. But if the run is missing on one worker, all others wait for it.
       if grep -qE ' (none|dead|stopped)$' <<<"$lines"; then echo failed; else echo running; fi
@@ -256,7 +259,7 @@ run_state() {
 }
 
 babysit() {
-  local state last="" failures=0 started=0 starts=0
+  local state what last="" failures=0 started=0 starts=0
   if [[ $DRY_RUN == yes ]]; then
     create
     setup
@@ -289,12 +292,13 @@ babysit() {
         started=$SECONDS starts=$((starts + 1))
         launch "$@" || say "the start failed; trying again"
         ;;
-      failed | refused)
+      failed | refused | stuck)
         if ((SECONDS - started > 3600)); then
           failures=0
         fi
         failures=$((failures + 1))
-        say "the command failed ($failures of $MAX_FAILURES times); the ends of the logs:"
+        [[ $state == stuck ]] && what="makes no progress" || what=failed
+        say "the command $what ($failures of $MAX_FAILURES times); the ends of the logs:"
         logs all || true
         stop || true
         # A command that ran before may be refused because of a temporary problem. So give up only in the first ten minutes

@@ -4,12 +4,14 @@
 #                      whether FILE can be the ENV_FILE; tpu.sh also calls this where it runs
 #   setup              installs the repository
 #   start CMD          runs CMD, a bash command line, in the background
-#   status [CMD]       prints "worker HOST none|running|dead|stopped|exit N". none: there is no run, or its command is not
-#                      CMD. stopped: it got SIGTERM, whatever its exit status. dead: it ended without a status, for example
-#                      because the machine restarted
+#   status [CMD]       prints "worker HOST none|running|stuck|dead|stopped|exit N". none: there is no run, or its command is
+#                      not CMD. stuck: it runs, but has been silent for longer than it said it would be. stopped: it got
+#                      SIGTERM, whatever its exit status. dead: it ended without a status, for example because the machine
+#                      restarted
 #   stop SECONDS       sends SIGTERM, and SIGKILL after SECONDS
 #   log                prints the end of the log
-# ~/titok_run holds the files of the run: command, pid, exit and log. Logs of earlier runs are log.1, log.2, ..., from oldest
+# ~/titok_run holds the files of the run: command, pid, exit, progress and log. progress is there if CMD writes it, as a
+# training does: the time, in seconds since 1970, until which CMD may be silent. Logs of earlier runs are log.1, log.2, ..., from oldest
 # to newest; the newest 20 are kept.
 set -euo pipefail
 
@@ -110,7 +112,7 @@ start() {
     mv "$RUN/log" "$RUN/log.$number"
     rm -f "$RUN/log.$((number - 20))"
   fi
-  rm -f "$RUN/exit" "$RUN/pid"
+  rm -f "$RUN/exit" "$RUN/pid" "$RUN/progress"
   printf '%s' "$command" >"$RUN/command"
   # The run gets its own session, so it outlives this connection and its process group has its process id.
   setsid nohup bash "$SCRIPT" run "$command" >"$RUN/log" 2>&1 </dev/null &
@@ -128,7 +130,7 @@ run() {
     cd "$CODE"
     set -- "$1" "$VENV/bin" # the names below may be any
     ((${#environment[@]} == 0)) || export "${environment[@]}"
-    export PATH="$2:$PATH" JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
+    export PATH="$2:$PATH" TITOK_JAX_PROGRESS="$RUN/progress" JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
     eval "exec env $1" # env: for VARIABLE=value in front
   } &
   until wait $!; status=$?; [[ -z $interrupted ]]; do interrupted=""; done # a signal ends `wait`
@@ -137,11 +139,15 @@ run() {
 }
 
 status() {
-  local state=none
+  local state=none silent_until
   [[ -f $RUN/ready ]] || return 1
   if [[ -f $RUN/command && ($# -eq 0 || $(<"$RUN/command") == "${1:-}") ]]; then
     if alive; then # checked first: a run that has ended by then has written its exit status
       state=running
+      silent_until=$(cat "$RUN/progress" 2>/dev/null || true)
+      if [[ $silent_until =~ ^[0-9]{1,12}$ ]] && (($(date +%s) > silent_until)); then
+        state=stuck
+      fi
     elif [[ -f $RUN/exit ]]; then
       state=$(<"$RUN/exit")
     else

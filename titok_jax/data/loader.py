@@ -6,6 +6,7 @@ is split into batches and processes. So a run on one process and a run on many s
 is the position in the data, and no iterator state is saved.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -68,6 +69,7 @@ def _end_with_parent(worker: int, num_workers: int) -> None:
     """
     del worker, num_workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # of a training that makes no progress: where do its workers wait?
 
     def watch():
         multiprocessing.parent_process().join()

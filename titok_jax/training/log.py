@@ -48,12 +48,17 @@ class TextLog(io.TextIOBase):
     def write(self, text: str) -> int:
         with self._alone:
             self._terminal.write(text)
+            self.note(text)
+        return len(text)
+
+    def note(self, text: str) -> None:
+        """Writes a text to the file only."""
+        with self._alone:
             *lines, self._line = (self._line + text).split("\n")
             now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
             self._kept += [f"{now}  {line}\n" for line in lines]
             if self._path is not None and lines:
                 self._append()
-        return len(text)
 
     def flush(self) -> None:
         self._terminal.flush()

@@ -32,6 +32,7 @@ from titok_jax.training.progress import CodebookWatch, Evaluation, Previews, che
 from titok_jax.training.replaced import ReplacedImages
 from titok_jax.training.settings import Settings, check_batch, open_source
 from titok_jax.training.tasks.base import State, Task, jit_step
+from titok_jax.training.watchdog import COMPILE, LONG, Watchdog
 from titok_jax.weights.pretrained import weights_sha256
 
 
@@ -47,6 +48,7 @@ def train(settings: Settings, workdir: epath.PathLike, *, accept_changes: bool =
     """
     with contextlib.ExitStack() as held:
         text = TextLog()
+        watchdog = held.enter_context(Watchdog(settings.watchdog_minutes))
         if jax.process_index() == 0:
             held.enter_context(contextlib.redirect_stdout(text))
         run = prepare(settings, workdir)
@@ -56,11 +58,13 @@ def train(settings: Settings, workdir: epath.PathLike, *, accept_changes: bool =
             write_config(run)
             folder = held.enter_context(LogFolder(run.workdir))
             text.open(folder)
-        state, done = run_steps(run, started, folder)
+            watchdog.note = lambda found: (text.note(found), folder.copy())
+        state, done = run_steps(run, started, folder, watchdog)
         if done < settings.num_steps:
             if run.first_process:
                 print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
             return None
+        watchdog.at("the export", LONG)
         return export(run, state)
 
 
@@ -287,7 +291,7 @@ def write_config(run: Run) -> None:
 # Steps
 
 
-def run_steps(run: Run, started: Started, folder: LogFolder | None) -> tuple[State, int]:
+def run_steps(run: Run, started: Started, folder: LogFolder | None, watchdog: Watchdog) -> tuple[State, int]:
     """Runs the remaining steps. Returns (state, number of steps done), which is less than `num_steps` after SIGTERM."""
     settings, start, num_steps, state = run.settings, started.step, run.settings.num_steps, started.state
     step_fn = jit_step(run.task, run.mesh, started.shardings)
@@ -306,11 +310,17 @@ def run_steps(run: Run, started: Started, folder: LogFolder | None) -> tuple[Sta
         # From last to first: a machine that is taken away leaves half a minute to write the checkpoint.
         for opened in (stop, loader, log, started.checkpoints):
             closing.callback(opened.close)
+        closing.callback(watchdog.at, "the last checkpoint and the end of the log", LONG)
+        watchdog.at(f"the evaluation and the previews after step {start}", LONG)
         look(run, log, state, started.frozen, start)  # in case the run was stopped right after writing this checkpoint
         for step in range(start, num_steps):
             began = time.perf_counter()
+            watchdog.at(
+                f"the batch of step {step + 1}, which the data source has not given", COMPILE if step == start else 1
+            )
             batch = next(loader)
             log.waited(time.perf_counter() - began)
+            watchdog.at(f"step {step + 1}", COMPILE if step == start else 1)
             with sharding.on_mesh(run.mesh):
                 state, metrics = step_fn(state, started.frozen, sharding.put_batch(run.mesh, batch), step_key)
             done = step + 1
@@ -329,11 +339,13 @@ def run_steps(run: Run, started: Started, folder: LogFolder | None) -> tuple[Sta
                 check_finite(state, done, settings.max_nonfinite_steps)
                 replaced.check(loader.take_replaced(), (done - start) * settings.data.batch_size)
             if save_now:
+                watchdog.at(f"the checkpoint of step {done}", LONG)
                 if started.lock:
                     started.lock.check()
                 started.checkpoints.save(done, state, started.stored)
             if stopping and done < num_steps:
                 break
+            watchdog.at(f"the evaluation and the previews after step {done}", LONG)
             look(run, log, state, started.frozen, done)
     return state, done
 

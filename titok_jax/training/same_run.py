@@ -30,6 +30,7 @@ FREE_FIELDS = (
     "eval_images",
     "keep_checkpoints",
     "max_nonfinite_steps",
+    "watchdog_minutes",
     "recipe",
     "data.num_workers",
     "data.num_threads",
