@@ -601,7 +601,7 @@ class Notes:
         (place / "metrics.jsonl").write_text("\n".join(lines), errors="replace")
 
         def read():
-            log = MetricLog(LogFolder(epath.Path(place)), first_step=4, num_steps=9, batch_size=4)
+            log = MetricLog(LogFolder(epath.Path(place)), first_step=4, num_steps=9)
             log.close()
 
         return read

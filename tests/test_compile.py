@@ -15,6 +15,7 @@ import pytest
 from configs import common
 from titok_jax import compile as compiling
 from titok_jax.compiler import hlo, slices, tables
+from titok_jax.training import flops
 from titok_jax.training.build import build_task
 from titok_jax.training.settings import parse_settings
 from titok_jax.weights import known_models
@@ -121,10 +122,10 @@ def test_flops_are_those_of_matmuls_and_convolutions():
     shapes = ((3, 5), (7, 5, 5), (2, 8, 8, 4), (3, 3, 4, 6))
     jaxpr = jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr
     convolution = 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
-    assert hlo.matmul_flops(jaxpr) == 7 * 2 * 3 * 5 * 5 + convolution + 2 * 3 * 3 * 5
+    assert flops.matmul_flops(jaxpr) == 7 * 2 * 3 * 5 * 5 + convolution + 2 * 3 * 3 * 5
     # Each layer runs forward twice (checkpoint), and backward it has two products.
     only = jax.make_jaxpr(jax.grad(lambda k: jax.lax.scan(layer, jnp.ones((3, 5)), k)[0].sum()))(jnp.zeros((7, 5, 5))).jaxpr
-    assert hlo.matmul_flops(only) == 7 * 4 * 2 * 3 * 5 * 5
+    assert flops.matmul_flops(only) == 7 * 4 * 2 * 3 * 5 * 5
 
 
 _STEPS = """
@@ -134,11 +135,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 from flax import nnx
 from titok_jax.compiler import hlo
 from titok_jax.compiler import programs
-from titok_jax.compiler import slices
 from titok_jax.compiler import tables
 from titok_jax import compile as compiling
 from titok_jax import models
-from titok_jax.runtime import sharding
+from titok_jax.runtime import chips, sharding
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.training.settings import parse_settings
 from configs import generator
@@ -153,7 +153,7 @@ def look(**mesh):
     with sharding.on_mesh(program.mesh):
         compiled = program.function.trace(*program.args).lower().compile()
     cost = hlo.program_cost(compiled.as_text())
-    problems = programs.find_problems(program, cost, 0, slices.CHIPS["v5e"])
+    problems = programs.find_problems(program, cost, 0, chips.CHIPS["v5e"])
     return cost.bytes, problems, compiled.memory_analysis().argument_size_in_bytes, sum(
         x.size for x in jax.tree.leaves(program.args[0]["params"]))
 
@@ -222,6 +222,7 @@ for name in slices.SLICES:
     devices = slices.topology_devices(name)
     mesh = sharding.make_mesh(fsdp=2, devices=devices)
     print(name, len(devices), len({getattr(device, "slice_index", 0) for device in devices}), mesh.shape["data"])
+    assert {device.device_kind for device in devices} <= set(slices.slice_chip(name).device_kinds), devices[0].device_kind
 """
 
 

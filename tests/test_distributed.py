@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -158,6 +159,7 @@ def runs(tmp_path_factory):
         assert text.replace(str(two), str(one)) in printed[0]
         assert text in printed[1]
         assert text not in printed[2]  # the second of two processes does not repeat the first's messages
+    assert re.search(r" data wait \d+ % \(most: \d+ %, process [01] \(\S+\)\)  left ", printed[1])
     return one, two
 
 
@@ -179,6 +181,10 @@ def assert_same_training(found, expected):
 def test_two_processes_train_as_one_with_as_many_devices(runs):
     one, two = runs
     assert_same_training(two / "run", one / "run")
+    for line in log_of(two / "run"):
+        assert line["data_wait"] <= line["data_wait_max"]
+        assert line["data_wait_slowest"] in (0, 1)
+    assert not any("data_wait_max" in line for line in log_of(one / "run"))
 
 
 def test_two_processes_read_each_its_own_part_of_the_data(runs):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
+from test_metric_log import FIGURES
 from test_remote import _Bucket, bucket, objects  # noqa: F401 (a fixture)
 
 from titok_jax.training.log import MetricLog, TextLog
@@ -36,9 +37,9 @@ def noise(seed: int) -> np.ndarray:
 
 
 def test_a_picture_is_copied_once_and_only_what_changes_again(folder):
-    log, copied = MetricLog(folder, first_step=0, num_steps=99, batch_size=4), []
+    log, copied = MetricLog(folder, first_step=0, num_steps=99), []
     for step in range(1, 13):
-        log.write(step, {"loss": 1.0}, shown="loss")
+        log.write(step, {"loss": 1.0}, shown="loss", figures=FIGURES)
         log.picture(step, "preview", noise(step))
         (log.folder / f"{step}.png").write_bytes(noise(step).tobytes())
         assert folder.copy()
@@ -51,9 +52,9 @@ def test_a_picture_is_copied_once_and_only_what_changes_again(folder):
 
 def test_event_files_follow_one_another_and_hold_all_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(EventFiles, "LARGE", 1000)
-    log = MetricLog(LogFolder(epath.Path(tmp_path)), first_step=0, num_steps=99, batch_size=4)
+    log = MetricLog(LogFolder(epath.Path(tmp_path)), first_step=0, num_steps=99)
     for step in range(1, 41):
-        log.write(step, {"loss": 1.0}, shown="loss")
+        log.write(step, {"loss": 1.0}, shown="loss", figures=FIGURES)
         if step == 20:
             log.picture(step, "preview", noise(0))
     log.close()
@@ -106,8 +107,8 @@ def test_a_bucket_that_never_answers_ends_with_a_warning(folder, monkeypatch, ca
     text = TextLog()
     text.open(folder)
     text.write("a line\n")
-    log = MetricLog(folder, first_step=0, num_steps=9, batch_size=4)
-    log.write(1, {"loss": 1.0}, shown="loss")  # waits for no copy
+    log = MetricLog(folder, first_step=0, num_steps=9)
+    log.write(1, {"loss": 1.0}, shown="loss", figures=FIGURES)  # waits for no copy
     log.close()
     folder.close()
     assert "WARNING: the log in gs://bucket/run is not complete (no answer for 0.05 s)" in capsys.readouterr().out

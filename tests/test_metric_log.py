@@ -14,6 +14,8 @@ from titok_jax.pictures import plots
 from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.log_files import LogFolder
 
+FIGURES = {"images_per_second": 8.0, "data_wait": 0.25, "seconds_left": 60.0}
+
 
 @pytest.fixture
 def figures(monkeypatch):
@@ -43,7 +45,7 @@ def metrics(step: int) -> dict[str, float]:
 
 
 def open_log(folder, first_step: int) -> MetricLog:
-    return MetricLog(LogFolder(epath.Path(folder)), first_step=first_step, num_steps=9, batch_size=4)
+    return MetricLog(LogFolder(epath.Path(folder)), first_step=first_step, num_steps=9)
 
 
 EXPECTED = {"loss", "lr", "disc_lr", "codebook_usage", "disc_loss", "images_per_second", "eval/psnr"}
@@ -52,11 +54,11 @@ EXPECTED = {"loss", "lr", "disc_lr", "codebook_usage", "disc_loss", "images_per_
 def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, figures):
     log = open_log(tmp_path, 0)
     for step in (1, 2, 3, 4):
-        log.write(step, metrics(step), shown="loss")
+        log.write(step, metrics(step), shown="loss", figures=FIGURES)
     log.write_evaluation(2, {"psnr": 20.0})
     log.close()
     log = open_log(tmp_path, 2)  # from the last checkpoint, so later steps are repeated
-    log.write(3, metrics(3) | {"loss": 5.0}, shown="loss")
+    log.write(3, metrics(3) | {"loss": 5.0}, shown="loss", figures=FIGURES)
     log.draw_curves()
     log.close()
     (figure,) = figures
@@ -81,10 +83,10 @@ def test_all_that_was_logged_is_drawn_also_before_a_restart(tmp_path, figures):
 
 
 def test_a_dashed_line_says_where_the_run_went_on_with_changes(tmp_path, figures):
-    options = {"first_step": 0, "num_steps": 9, "batch_size": 4}
+    options = {"first_step": 0, "num_steps": 9}
     log = MetricLog(LogFolder(epath.Path(tmp_path)), **options, changed=[2])
     for step in (1, 2, 3):
-        log.write(step, {"loss": 4.0 - step}, shown="loss")
+        log.write(step, {"loss": 4.0 - step}, shown="loss", figures=FIGURES)
     log.draw_curves()
     log.close()
     _, line = figures[0].axes[0].lines
@@ -96,7 +98,7 @@ def test_a_line_is_drawn_where_its_values_are(tmp_path):
     """Checks the pixels of a chart with a falling loss and a constant rate."""
     log = open_log(tmp_path, 0)
     for step in (1, 2, 3):
-        log.write(step, {"loss": 4.0 - step, "lr": 1e-4}, shown="loss")
+        log.write(step, {"loss": 4.0 - step, "lr": 1e-4}, shown="loss", figures=FIGURES)
     log.draw_curves()
     log.close()
     with Image.open(tmp_path / "curves.png") as picture:
@@ -116,8 +118,8 @@ def test_nothing_is_drawn_of_nothing_and_by_other_processes(tmp_path, figures):
     log = open_log(tmp_path, 0)
     log.draw_curves()
     log.close()
-    other = MetricLog(None, first_step=0, num_steps=9, batch_size=4)
-    other.write(1, metrics(1), shown="loss")
+    other = MetricLog(None, first_step=0, num_steps=9)
+    other.write(1, metrics(1), shown="loss", figures=FIGURES)
     other.draw_curves()
     other.close()
     assert not figures
@@ -126,7 +128,7 @@ def test_nothing_is_drawn_of_nothing_and_by_other_processes(tmp_path, figures):
 
 def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
     log = open_log(tmp_path, 0)
-    log.write(1, metrics(1), shown="loss")
+    log.write(1, metrics(1), shown="loss", figures=FIGURES)
     log.close()
     (line,) = (json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["disc_loss"] is None
@@ -141,9 +143,9 @@ def test_a_full_disk_says_of_which_file_and_nothing_waits(file, tmp_path, full_d
     not_computed = {f"of step {number}": math.nan for number in range(100)}  # TensorBoard gets no such number
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     write = {
-        "metrics.jsonl": lambda step: log.write(step, metrics(step) | not_computed, shown="loss"),
+        "metrics.jsonl": lambda step: log.write(step, metrics(step) | not_computed, shown="loss", figures=FIGURES),
         "tensorboard": lambda step: log.picture(step, "noise", noise),
-        "curves.png": lambda step: (log.write(step, metrics(step), shown="loss"), log.draw_curves()),
+        "curves.png": lambda step: (log.write(step, metrics(step), shown="loss", figures=FIGURES), log.draw_curves()),
         "log.txt": lambda step: text.write("words\n"),
     }[file]
     with full_disk(2000), pytest.raises(OSError, match=rf"^cannot write {tmp_path}/{file}: File too large$"):

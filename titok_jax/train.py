@@ -14,6 +14,7 @@ DIR/checkpoints. It then ends with the same parameters, bit for bit, as a run th
 metrics.jsonl, curves.png, tensorboard/ and previews/. docs/training.md is the guide; docs/recipes.md lists the recipes.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -43,7 +44,20 @@ def _parser() -> Parser:
         help="go on from a checkpoint although the configuration, the data or the frozen weights have changed since; what "
         "changed is printed, and kept in the checkpoints. The result is then not that of one run",
     )
+    parser.add_argument(
+        "--profile",
+        type=_span,
+        metavar="START:STOP",
+        help="trace the steps after step START up to step STOP (about ten, not the first ones), for xprof: DIR/tensorboard",
+    )
     return parser
+
+
+def _span(text: str) -> tuple[int, int]:
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and len(text) < 25 and int(start) < int(stop)):
+        raise argparse.ArgumentTypeError(f"is {text[:80]}, expected START:STOP, numbers of steps, such as 100:110")
+    return int(start), int(stop)
 
 
 @command
@@ -58,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     quiet_checkpointing()
     processes.initialize_distributed()
-    train(parse_settings(config), args.workdir, accept_changes=args.accept_changes)
+    train(parse_settings(config), args.workdir, accept_changes=args.accept_changes, profile=args.profile)
 
 
 if __name__ == "__main__":

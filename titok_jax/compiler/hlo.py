@@ -151,27 +151,3 @@ def program_cost(hlo: str) -> Cost:
         return total
 
     return cost(entry)
-
-
-def matmul_flops(jaxpr) -> float:
-    """The floating-point operations of all matrix products and convolutions of a traced program, over all devices.
-
-    A conditional counts as its most expensive branch. Loops must have a fixed length.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, shapes = equation.primitive.name, [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted)
-        elif name == "conv_general_dilated":
-            numbers = equation.params["dimension_numbers"]
-            outputs = shapes[1][numbers.rhs_spec[0]]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[1]) / outputs
-        elif name == "cond":
-            total += max(matmul_flops(branch.jaxpr) for branch in equation.params["branches"])
-        else:
-            inner = [v for v in equation.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-            times = equation.params["length"] if name == "scan" else 1
-            total += times * sum(matmul_flops(getattr(v, "jaxpr", v)) for v in inner)
-    return total

@@ -5,8 +5,9 @@ import math
 import time
 from typing import Any, NamedTuple
 
-from titok_jax.compiler.hlo import Cost, matmul_flops, num_bytes, program_cost
-from titok_jax.compiler.slices import Chip, slice_chip
+from titok_jax.compiler.hlo import Cost, num_bytes, program_cost
+from titok_jax.compiler.slices import slice_chip
+from titok_jax.runtime.chips import Chip
 
 
 class Program(NamedTuple):
@@ -50,6 +51,7 @@ def training_step(name: str, settings, devices: list) -> Program:
 
     from titok_jax.runtime import sharding
     from titok_jax.training.build import build_task
+    from titok_jax.training.flops import batch_shapes
     from titok_jax.training.tasks.base import jit_step
 
     mesh = sharding.make_mesh(**settings.mesh.sizes, devices=devices)
@@ -59,15 +61,8 @@ def training_step(name: str, settings, devices: list) -> Program:
     state = jax.eval_shape(task.begin, jax.random.key(0))
     shardings = sharding.state_shardings(mesh, state, shard_optimizer=settings.mesh.shard_optimizer)
     frozen = jax.tree.map(lambda _: sharding.replicated(mesh), task.frozen)
-    if settings.data.source.get("name") == "tokens":
-        data = {"tokens": ((settings.model.num_tokens,), "int32")}
-    else:
-        data = {"image": ((settings.image_size, settings.image_size, 3), "uint8")}
-    data["label"] = ((), "int32")
-    batch = {
-        key: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
-        for key, (shape, dtype) in data.items()
-    }
+    batch = batch_shapes(settings)
+    batch = _placed(batch, dict.fromkeys(batch, sharding.batch_sharding(mesh)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     args = (_placed(state, shardings), _placed(task.frozen, frozen), batch, key)
     trained = {name: network.trainable(state["params"][name]) for name, network in task.networks.items()}
@@ -122,6 +117,7 @@ def compile_program(program: Program, slice_name: str) -> dict[str, Any]:
     import jax
 
     from titok_jax.runtime import sharding
+    from titok_jax.training.flops import matmul_flops
 
     chip = slice_chip(slice_name)
     row = {

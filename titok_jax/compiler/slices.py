@@ -2,33 +2,9 @@
 
 import importlib.metadata
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Chip(NamedTuple):
-    """A TPU chip. A chip with megacore (v4, v5p) is one device. All figures except `clock_ghz` are published.
-
-    Attributes:
-      topology: name in topology descriptions.
-      hbm: GiB of memory that the compiler lets a program use.
-      tflops: peak TFLOP/s in bfloat16; a multiply-add counts as two operations.
-      clock_ghz: the clock at which the matrix units reach `tflops`. It converts the compiler's cycles to seconds.
-      ici: GB/s out of a chip over all its links, in one direction.
-    """
-
-    topology: str
-    hbm: float
-    tflops: float
-    clock_ghz: float
-    ici: float
-
-
-CHIPS = {
-    "v4": Chip("v4", 30.75, 275.0, 1.05, 150.0),
-    "v5e": Chip("v5e", 15.75, 197.0, 1.5, 100.0),
-    "v5p": Chip("v5p", 95.74, 459.0, 1.75, 300.0),
-    "v6e": Chip("v6e", 31.25, 918.0, 1.75, 224.0),
-}
+from titok_jax.runtime.chips import CHIPS, Chip
 
 # {Google's name: topology}. The names of v4 and v5p count TensorCores, two per chip; those of v5e and v6e count chips.
 # "2xv5e-256" is two slices v5e-256.

@@ -1,14 +1,13 @@
 """Writes the metrics of a training to the terminal and to `metrics.jsonl`, `curves.png`, `log.txt` and TensorBoard in the
 workdir."""
 
-import contextlib
 import io
 import json
 import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -18,9 +17,14 @@ from titok_jax.pictures import plots
 from titok_jax.runtime.outputs import new_file
 from titok_jax.runtime.paths import writing
 from titok_jax.training.log_files import EventFiles, LogFolder
+from titok_jax.training.telemetry import duration
 
 # These have no useful curve, or too many: the step axis itself, times, values that the configuration fixes, norms by group.
-_NOT_DRAWN = ("step", "seconds_left", "data_wait", "discriminator_factor", "d_weight", "grad_norm/", "disc_grad_norm/")
+_NOT_DRAWN = (
+    *("step", "seconds_left", "seconds_per_step/p50", "seconds_per_step/max", "data_wait", "run_seconds", "unix_time"),
+    *("time/compile", "time/checkpoint", "time/evaluation", "time/restart", "memory_gib", "memory_limit_gib"),
+    *("discriminator_factor", "d_weight", "grad_norm/", "disc_grad_norm/"),
+)
 
 
 class TextLog(io.TextIOBase):
@@ -82,19 +86,15 @@ class MetricLog:
         *,
         first_step: int,
         num_steps: int,
-        batch_size: int,
         changed: Sequence[int] = (),
     ):
         """
         Args:
           folder: where to write; None on all processes but the first.
           first_step: the step at which this process starts. Later entries of an earlier process are dropped.
-          batch_size: global batch size, used to compute images/s.
           changed: steps after which the configuration or the data changed; a line in the curves.
         """
-        self._active, self._num_steps, self._batch_size = folder is not None, num_steps, batch_size
-        self._changed = list(changed)
-        self._last_step, self._last_time, self._wait = first_step, time.perf_counter(), 0.0
+        self._active, self._num_steps, self._changed = folder is not None, num_steps, list(changed)
         if folder is None:
             return
         self.folder = folder.path
@@ -104,28 +104,37 @@ class MetricLog:
             partial.write_text("".join(json.dumps(record) + "\n" for record in self._records))
         self._tensorboard = EventFiles(self.folder / "tensorboard", first_step + 1)
 
-    def waited(self, seconds: float) -> None:
-        """Adds the time that a step waited for its data."""
-        self._wait += seconds
+    @property
+    def former(self) -> dict[str, float]:
+        """The last line before this process; empty if there is none, or on other processes."""
+        known = (record for record in reversed(self._records) if record.get("run_seconds")) if self._active else ()
+        return next(iter(known), {})
 
-    def write(self, step: int, metrics: Mapping[str, float], *, shown: str) -> None:
-        """Logs scalars after `step` updates, with the speed since the last call. The terminal shows metric `shown` first."""
-        now = time.perf_counter()
-        seconds, steps = max(now - self._last_time, 1e-9), step - self._last_step
-        wait, self._wait = self._wait / seconds, 0.0
-        self._last_step, self._last_time = step, now
-        if not self._active or steps <= 0:
+    def write(
+        self, step: int, metrics: Mapping[str, float], *, shown: str, figures: Mapping[str, float], slowest: str = ""
+    ) -> None:
+        """Logs scalars after `step` updates. The terminal shows metric `shown` first.
+
+        Args:
+          figures: those of `Telemetry.line`.
+          slowest: the host that waits longest for its data; "" if there is one.
+        """
+        if not self._active:
             return
         line = {name: float(value) for name, value in metrics.items()}
-        rate = steps * self._batch_size / seconds
-        remaining = (self._num_steps - step) * seconds / steps
-        print(
-            f"step {step}/{self._num_steps}  {shown} {line[shown]:.4f}  lr {line.get('lr', 0.0):.2e}  "
-            f"{rate:.0f} images/s  data wait {100 * wait:.0f} %  left {_duration(remaining)}",
-            flush=True,
-        )
-        line |= {"images_per_second": rate, "data_wait": wait, "seconds_left": remaining}
-        self._record(step, line)
+        parts = [
+            f"step {step}/{self._num_steps}",
+            f"{shown} {line[shown]:.4f}",
+            f"lr {line.get('lr', 0.0):.2e}",
+            f"{figures.get('images_per_second', math.nan):.0f} images/s",
+            *([f"MFU {100 * figures['mfu']:.0f} %"] if "mfu" in figures else []),
+            f"data wait {100 * figures.get('data_wait', math.nan):.0f} %"
+            + (f" (most: {100 * figures['data_wait_max']:.0f} %, {slowest})" if slowest else ""),
+            *([f"memory {figures['memory_peak_gib']:.1f} GiB"] if "memory_peak_gib" in figures else []),
+            f"left {duration(figures.get('seconds_left', 0))}",
+        ]
+        print("  ".join(parts), flush=True)
+        self._record(step, line | figures)
 
     def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Logs metrics of held-out examples after `step` updates, each as "eval/" plus its name. Does nothing if they are
@@ -165,17 +174,6 @@ class MetricLog:
         if self._active:
             self._tensorboard.add(step, summary.image(name, image, dataformats="HWC"), last=True)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes the time spent in the `with` block from the speed."""
-        began = time.perf_counter()
-        yield
-        self._last_time += time.perf_counter() - began
-
-    def restart_clock(self) -> None:
-        """Excludes the time since the last `write` (compilation) from the next speed."""
-        self._last_time, self._wait = time.perf_counter(), 0.0
-
     def close(self) -> None:
         if self._active:
             self._tensorboard.close()
@@ -213,9 +211,3 @@ def _record_of(line: bytes) -> dict[str, float | None] | None:
     return {name: value if value is None or math.isfinite(value) else None for name, value in values.items()} | {
         "step": record["step"]
     }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,26 +24,39 @@ from titok_jax.runtime.paths import as_path, is_remote
 from titok_jax.training import same_run
 from titok_jax.training.build import build_task, check_capacity
 from titok_jax.training.checkpoint import Checkpoints
+from titok_jax.training.flops import work
 from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.log_files import LogFolder
+from titok_jax.training.profiling import Profile
 from titok_jax.training.progress import CodebookWatch, Evaluation, Previews, check_classes
 from titok_jax.training.replaced import ReplacedImages
 from titok_jax.training.settings import Settings, check_batch, open_source
+from titok_jax.training.stopping import StopSignal, check_finite
 from titok_jax.training.tasks.base import State, Task, jit_step
+from titok_jax.training.telemetry import RunTime, Telemetry
 from titok_jax.training.watchdog import COMPILE, LONG, Watchdog
 from titok_jax.weights.pretrained import weights_sha256
 
 
-def train(settings: Settings, workdir: epath.PathLike, *, accept_changes: bool = False) -> State | None:
+def train(
+    settings: Settings,
+    workdir: epath.PathLike,
+    *,
+    accept_changes: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> State | None:
     """Runs a training to its end. Resumes from the newest checkpoint if there is one.
 
     Args:
       accept_changes: resume also if the configuration, the data or the frozen networks are not those of the checkpoint.
+      profile: (start, stop), the steps to trace, see `Profile`.
 
     Returns:
       The final state, or None if SIGTERM stopped the run. It is in host memory if there is one process. With several it
       stays on the devices, as sharded arrays, since no process need be able to hold it whole.
     """
+    if profile and profile[0] >= settings.num_steps:
+        raise ValueError(f"--profile {profile[0]}:{profile[1]} is after the end: this run has {settings.num_steps:,} steps")
     with contextlib.ExitStack() as held:
         text = TextLog()
         watchdog = held.enter_context(Watchdog(settings.watchdog_minutes))
@@ -59,7 +70,7 @@ def train(settings: Settings, workdir: epath.PathLike, *, accept_changes: bool =
             folder = held.enter_context(LogFolder(run.workdir))
             text.open(folder)
             watchdog.note = lambda found: (text.note(found), folder.copy())
-        state, done = run_steps(run, started, folder, watchdog)
+        state, done = run_steps(run, started, folder, watchdog, Profile(profile, folder))
         if done < settings.num_steps:
             if run.first_process:
                 print(f"Stopped by SIGTERM after step {done}, which is saved; the same command continues", flush=True)
@@ -81,6 +92,7 @@ class Run:
       stored: the configuration, a hash of the frozen networks, and what the data are. Checkpoints store it; it is compared
         on resume.
       evaluation, previews: None if switched off.
+      began: when this start of it began, as `time.time`.
     """
 
     settings: Settings
@@ -92,6 +104,7 @@ class Run:
     stored: dict[str, Any]
     evaluation: Evaluation | None
     previews: Previews | None
+    began: float
 
     @property
     def first_process(self) -> bool:
@@ -118,6 +131,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
     Raises:
       ValueError, OSError: if the settings do not fit the devices, the data or the networks.
     """
+    began = time.time()
     workdir = epath.Path(as_path(workdir)).expanduser()
     if not is_remote(workdir):
         workdir = workdir.resolve()  # would turn gs:// into a local path
@@ -150,6 +164,7 @@ def prepare(settings: Settings, workdir: epath.PathLike) -> Run:
         },
         evaluation=None,
         previews=None,
+        began=began,
     )
     with run.batches(0, num_workers=0, num_threads=0) as loader:
         check_batch(next(loader), settings)
@@ -225,12 +240,14 @@ class Started:
     Attributes:
       step: the first step to run.
       stored: what checkpoints store: `Run.stored`, and the changes that were accepted on the way.
+      sums: of metrics, see `Means`.
       state, frozen: sharded arrays; shardings: a NamedSharding for each of the state.
       lock: the lock of a workdir in a bucket; None on a local disk.
     """
 
     step: int
     stored: dict[str, Any]
+    sums: Mapping[str, list[float]]
     state: State
     frozen: Any
     shardings: Any
@@ -254,14 +271,15 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
     several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     lock = held.enter_context(lock_run(run.workdir, what="workdir", **several))
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=run.settings.keep_checkpoints)
-    stored = run.stored
+    stored, sums = run.stored, {}
 
     def check(step: int, found: Mapping[str, Any]) -> None:
-        nonlocal stored
+        nonlocal stored, sums
         lines = same_run.changes(found, run.stored, run.settings)
         same_run.check_accepted(lines, step, run.workdir, accept=accept_changes)
         accepted = [*found.get(same_run.CHANGES, []), *([{"step": step, "changes": lines}] if lines else [])]
         stored = {**run.stored, same_run.CHANGES: accepted}
+        sums = found.get(same_run.SUMS, {})
 
     restored = checkpoints.restore_newest(abstract, shardings, check)
     if restored is None:
@@ -271,7 +289,7 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
         step, state = restored
         if run.first_process:
             print(f"Continuing at step {step} of {run.settings.num_steps} from {run.workdir}/checkpoints", flush=True)
-    return Started(step, stored, state, frozen, shardings, checkpoints, lock)
+    return Started(step, stored, sums, state, frozen, shardings, checkpoints, lock)
 
 
 def write_config(run: Run) -> None:
@@ -291,46 +309,43 @@ def write_config(run: Run) -> None:
 # Steps
 
 
-def run_steps(run: Run, started: Started, folder: LogFolder | None, watchdog: Watchdog) -> tuple[State, int]:
+def run_steps(
+    run: Run, started: Started, folder: LogFolder | None, watchdog: Watchdog, profile: Profile
+) -> tuple[State, int]:
     """Runs the remaining steps. Returns (state, number of steps done), which is less than `num_steps` after SIGTERM."""
     settings, start, num_steps, state = run.settings, started.step, run.settings.num_steps, started.state
     step_fn = jit_step(run.task, run.mesh, started.shardings)
     step_key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    log = MetricLog(
-        folder,
-        first_step=start,
-        num_steps=num_steps,
-        batch_size=settings.data.batch_size,
-        changed=[change["step"] for change in started.stored.get(same_run.CHANGES, ())],
-    )
+    changed = [change["step"] for change in started.stored.get(same_run.CHANGES, ())]
+    log = MetricLog(folder, first_step=start, num_steps=num_steps, changed=changed)
+    telemetry = Telemetry(work(settings, run.mesh), start, RunTime(log.former, run.began), started.sums)
     loader = run.batches(start, num_workers=settings.data.num_workers, num_threads=settings.data.num_threads)
     replaced = ReplacedImages(run.source, run.part["blocks"][0])
     stop, done, codebook = StopSignal(), start, CodebookWatch(settings)
     with contextlib.ExitStack() as closing:  # closes all of them, even if one cannot write what is left
         # From last to first: a machine that is taken away leaves half a minute to write the checkpoint.
-        for opened in (stop, loader, log, started.checkpoints):
+        for opened in (stop, loader, log, profile, started.checkpoints):
             closing.callback(opened.close)
         closing.callback(watchdog.at, "the last checkpoint and the end of the log", LONG)
         watchdog.at(f"the evaluation and the previews after step {start}", LONG)
-        look(run, log, state, started.frozen, start)  # in case the run was stopped right after writing this checkpoint
+        look(run, log, telemetry, state, started.frozen, start)  # in case the run was stopped right after this checkpoint
         for step in range(start, num_steps):
-            began = time.perf_counter()
-            watchdog.at(
-                f"the batch of step {step + 1}, which the data source has not given", COMPILE if step == start else 1
-            )
-            batch = next(loader)
-            log.waited(time.perf_counter() - began)
-            watchdog.at(f"step {step + 1}", COMPILE if step == start else 1)
-            with sharding.on_mesh(run.mesh):
+            first = step == start  # it includes compilation
+            watchdog.at(f"the batch of step {step + 1}, which the data source has not given", COMPILE if first else 1)
+            with telemetry.waiting():
+                batch = next(loader)
+            watchdog.at(f"step {step + 1}", COMPILE if first else 1)
+            with sharding.on_mesh(run.mesh), profile.step(step):
                 state, metrics = step_fn(state, started.frozen, sharding.put_batch(run.mesh, batch), step_key)
             done = step + 1
-            if step == start:  # the first step includes compilation
-                jax.block_until_ready(metrics)
-                log.restart_clock()
+            telemetry.step(metrics, first=first)
+            if profile.ends_after(done):
+                telemetry.wait()
+                profile.close()
             log_now = due(settings.log_every, done, num_steps)
             if log_now:
-                values = jax.device_get(metrics)
-                log.write(done, values, shown=run.task.loss)
+                values, figures = telemetry.line(done)
+                log.write(done, values, shown=run.task.loss, figures=figures, slowest=telemetry.slowest(figures))
                 if run.first_process and (warning := codebook.warning(done, values)):
                     print(warning, flush=True)
             stopping = stop.agreed(done)
@@ -340,13 +355,16 @@ def run_steps(run: Run, started: Started, folder: LogFolder | None, watchdog: Wa
                 replaced.check(loader.take_replaced(), (done - start) * settings.data.batch_size)
             if save_now:
                 watchdog.at(f"the checkpoint of step {done}", LONG)
-                if started.lock:
-                    started.lock.check()
-                started.checkpoints.save(done, state, started.stored)
+                with telemetry.spending("checkpoint"):
+                    if started.lock:
+                        started.lock.check()
+                    started.checkpoints.save(done, state, {**started.stored, same_run.SUMS: telemetry.stored()})
             if stopping and done < num_steps:
                 break
             watchdog.at(f"the evaluation and the previews after step {done}", LONG)
-            look(run, log, state, started.frozen, done)
+            look(run, log, telemetry, state, started.frozen, done)
+        if run.first_process and done > start:
+            print(telemetry.summary(), flush=True)
     return state, done
 
 
@@ -355,54 +373,19 @@ def due(every: int, step: int, num_steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == num_steps)
 
 
-def look(run: Run, log: MetricLog, state: State, frozen: Any, step: int) -> None:
+def look(run: Run, log: MetricLog, telemetry: Telemetry, state: State, frozen: Any, step: int) -> None:
     """Runs the evaluation and draws the previews and curves that are due after `step`. The speed excludes this time."""
     settings, last = run.settings, run.settings.num_steps
     evaluate = run.evaluation and due(settings.eval_every, step, last)
     preview = run.previews and due(settings.preview_every, step, last)
     if not (evaluate or preview or step == last):
         return
-    jax.block_until_ready(state)
-    with log.paused():
+    with telemetry.spending("evaluation"):
         if evaluate:
             log.write_evaluation(step, run.evaluation.measure(state, frozen))
         if preview:
             run.previews.draw(state, frozen, step, log)
         log.draw_curves()
-
-
-def check_finite(state: Any, step: int, limit: int) -> None:
-    """Raises FloatingPointError if `limit` steps in a row were skipped (see `Task.step`)."""
-    counts = jax.device_get(state["nonfinite"])
-    if counts["longest"] >= limit:
-        raise FloatingPointError(
-            f"{counts['longest']} steps in a row, of the {step} until now, gave a loss or gradient norm that is not finite: "
-            "stopped. They changed nothing, and the newest checkpoint is from before. Try a lower learning rate, or "
-            "--config.compute_dtype=float32; look for broken data; or allow more of them by --config.max_nonfinite_steps"
-        )
-
-
-class StopSignal:
-    """Watches for SIGTERM, which a preempted machine receives. The run then writes a checkpoint and ends."""
-
-    def __init__(self):
-        self._received = False
-        self._former = None
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._former = signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_) -> None:
-        self._received = True
-
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`. With several processes, JAX's preemption service chooses one step for all."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
-
-    def close(self) -> None:
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

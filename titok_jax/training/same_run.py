@@ -51,9 +51,10 @@ LATER_FIELDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "data.source.skip_damaged": lambda then: False,
 }
 
-# What a checkpoint stores beside the configuration; each is compared in its own way, except the former changes.
-FROZEN, CLASSES, CONTENTS, CHANGES = "frozen_weights", "class_names", "data_contents", "changes"
-_BESIDE = (FROZEN, CLASSES, CONTENTS, CHANGES)
+# What a checkpoint stores beside the configuration; each is compared in its own way, except the former changes and the sums
+# of metrics since the last log line.
+FROZEN, CLASSES, CONTENTS, CHANGES, SUMS = "frozen_weights", "class_names", "data_contents", "changes", "metric_sums"
+_BESIDE = (FROZEN, CLASSES, CONTENTS, CHANGES, SUMS)
 
 
 def changes(found: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> list[str]:
