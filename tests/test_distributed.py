@@ -423,10 +423,11 @@ def test_what_the_environment_says_is_checked(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "metadata", "hosts"),
     [
-        ({}, "10.0.0.1,10.0.0.2", 2),
-        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "MEGASCALE_NUM_SLICES": "2"}, "", 8),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "", 1),
-        ({}, "", 1),
+        ({}, {"worker-network-endpoints": "10.0.0.1,10.0.0.2"}, 2),
+        ({}, {"worker-network-endpoints": "10.0.0.1", "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '2'\nC: 'd'"}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "MEGASCALE_NUM_SLICES": "2"}, {}, 8),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, 1),
+        ({}, {}, 1),
     ],
 )
 def test_the_hosts_of_a_pod_are_joined_and_a_single_one_is_not(monkeypatch, capsys, environment, metadata, hosts):
@@ -435,7 +436,7 @@ def test_the_hosts_of_a_pod_are_joined_and_a_single_one_is_not(monkeypatch, caps
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "_has_tpu", lambda: True)
-    monkeypatch.setattr(processes, "_metadata", lambda name: metadata)
+    monkeypatch.setattr(processes, "_metadata", lambda name: metadata.get(name, ""))
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
     # The tests have no TPU, so JAX falls back to the CPU, which nobody asked for.
     with pytest.raises(ValueError, match=r"this machine has TPU chips, but JAX found the CPU only.*JAX_PLATFORMS=cpu"):

@@ -2,12 +2,14 @@
 
 import glob
 import os
+import re
 import urllib.error
 import urllib.request
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from titok_jax.runtime import launchers
 
 # A process that dies silently is noticed after this time. The others then end too, so that all can be restarted together.
 HEARTBEAT_SECONDS = 30
@@ -19,9 +21,18 @@ SHUTDOWN_SECONDS, START_SECONDS = 60, 300
 def initialize_distributed() -> None:
     """Connects this process to the other processes of its run. Call it before anything asks JAX for its devices.
 
-    On a TPU pod, start the same command on every host; JAX finds the other hosts. On GPUs and CPUs, each process needs three
-    environment variables: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0, to which all connect), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID. On one host without these variables, this function connects nothing.
+    The first of these that is there decides:
+
+    - The variables JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0, to which all connect), JAX_NUM_PROCESSES and
+      JAX_PROCESS_ID, all three.
+    - A launcher that started several processes: Slurm's `srun`, Open MPI's `mpirun`. With other kinds of MPI, and with Open
+      MPI from version 5 on, JAX needs the package mpi4py.
+    - A TPU pod, on which the same command is started on every host.
+
+    JAX finds the other processes itself (`jax.distributed.initialize`). One process on a machine drives all of its devices.
+    Of several on a machine, started by a launcher, each has the one GPU of its local number, as JAX has it; the variable
+    JAX_LOCAL_DEVICE_IDS says otherwise. In all other cases this function connects nothing, and prints a warning if the
+    environment speaks of several processes.
 
     If a process dies, the others end with an error within `HEARTBEAT_SECONDS` instead of waiting for ever. A second call
     does nothing.
@@ -32,24 +43,8 @@ def initialize_distributed() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
     tpu = _has_tpu() and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
-    arguments: dict[str, Any] | None = None
-    if given:
-        try:
-            address, count, index = given[names[0]], int(given[names[1]]), int(given[names[2]])
-        except (KeyError, ValueError):
-            found = ", ".join(f"{name}={given.get(name, '')}" for name in names)
-            raise ValueError(f"expected HOST:PORT and two numbers in the environment, found {found}") from None
-        if ":" not in address or not 0 <= index < count:
-            raise ValueError(
-                f"{names[0]} is {address!r}, expected HOST:PORT; {names[2]} is {index}, expected 0 to {count - 1}"
-            )
-        who = f"process {index} of {count} at {address}"
-        arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    elif tpu and _tpu_hosts() > 1:
-        who, arguments = f"a host of {_tpu_hosts()} with TPU chips", {}
+    who, arguments = _named_by_variables() or launchers.several_processes() or (_pod() if tpu else None) or ("", None)
     if arguments is not None:
         print(f"{who}: waiting for the others, {START_SECONDS} s at most; was the command started for all?", flush=True)
         jax.distributed.initialize(
@@ -58,6 +53,8 @@ def initialize_distributed() -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+    elif warning := launchers.alone():
+        print(f"warning: {warning}", flush=True)
     if tpu and jax.default_backend() == "cpu":
         raise ValueError(
             "this machine has TPU chips, but JAX found the CPU only; is libtpu installed (pip install 'jax[tpu]'), and does "
@@ -72,18 +69,46 @@ def initialize_distributed() -> None:
         multihost_utils.sync_global_devices("started")
 
 
+def _named_by_variables() -> launchers.Joined | None:
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given:
+        return None
+    try:
+        address, count, index = given[names[0]], int(given[names[1]]), int(given[names[2]])
+    except (KeyError, ValueError):
+        found = ", ".join(f"{name}={given.get(name, '')}" for name in names)
+        raise ValueError(f"expected HOST:PORT and two numbers in the environment, found {found}") from None
+    if ":" not in address or not 0 <= index < count:
+        raise ValueError(f"{names[0]} is {address!r}, expected HOST:PORT; {names[2]} is {index}, expected 0 to {count - 1}")
+    arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    # Otherwise JAX would look for a launcher all the same, and take its number of this process for that of its only GPU.
+    arguments["cluster_detection_method"] = "deactivate"
+    return f"process {index} of {count} at {address}", arguments
+
+
+def _pod() -> launchers.Joined | None:
+    hosts = _tpu_hosts()
+    return (f"a host of {hosts} with TPU chips", {}) if hosts > 1 else None
+
+
 def _has_tpu() -> bool:
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))  # up to v4; from v5e on
 
 
 def _tpu_hosts() -> int:
-    """The number of hosts in this machine's TPU slices, from its environment (GKE) or Google's metadata server.
+    """The number of hosts in all TPU slices of this run, from the environment (GKE) or Google's metadata server.
 
     Returns 1 if neither knows it, for example on a TPU machine that is not part of a pod.
     """
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
-    slices = os.environ.get("MEGASCALE_NUM_SLICES") or "1"
-    return len(hosts.split(",")) * int(slices)
+    slices = os.environ.get("MEGASCALE_NUM_SLICES")
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if not hosts:
+        hosts = _metadata("worker-network-endpoints")
+        # Machines of a queued resource with several slices have a line "MEGASCALE_NUM_SLICES: '2'" there.
+        line = re.search(r"^MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata("tpu-env"), re.MULTILINE) if hosts else None
+        slices = slices or (line and line[1])
+    return len(hosts.split(",")) * int(slices or 1)
 
 
 def _metadata(name: str) -> str:
