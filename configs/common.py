@@ -59,6 +59,7 @@ def base(task: str) -> ConfigDict:
         },
         type_safe=False,  # sources differ in their fields
     )
+    config.scale_with_batch = False  # True: learning rate, steps and averages follow another data.batch_size
     config.ema_decay = 0.999
     config.ema_ramp = True  # as published; False: the same decay at every step
     config.compute_dtype = "bfloat16"

@@ -43,6 +43,7 @@ def base() -> ConfigDict:
             "num_threads": 2,
         }
     )
+    config.scale_with_batch = False
     config.ema_decay = 0.999
     config.ema_ramp = True
     config.compute_dtype = "float32"

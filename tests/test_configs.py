@@ -160,7 +160,7 @@ NOT_RECIPE = {
     "task", "init_from", "vqgan", "tokenizer", "perceptual_weights", "data.source", "data.eval_source",
     "data.num_workers", "data.num_threads", "remat", "gradient_accumulation", "mesh", "log_every", "checkpoint_every",
     "keep_checkpoints", "eval_every", "eval_images", "max_nonfinite_steps", "preview_every",
-    "preview_images", "preview_columns", "recipe", "log_grad_norms", "watchdog_minutes",
+    "preview_images", "preview_columns", "recipe", "log_grad_norms", "watchdog_minutes", "scale_with_batch",
 }  # fmt: skip
 RECIPES = {
     "maskgit_vqgan": ("imagenet256", "imagenet512"),

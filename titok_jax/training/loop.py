@@ -216,6 +216,8 @@ def describe(run: Run) -> None:
     )
     if run.source.class_names:
         print(f"Classes: {same_run.class_list(run.source.class_names)}", flush=True)
+    for line in settings.scaled:
+        print(line, flush=True)
     for line in off_recipe(settings.given, settings.recipe):
         print(f"WARNING: {line}", flush=True)
 

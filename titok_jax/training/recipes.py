@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from titok_jax.runtime.messages import near, near_path, printable
+from titok_jax.training.batch_scaling import scale_with_batch
 
 
 def recipe_folder() -> Path:
@@ -79,7 +80,7 @@ def _meant(field: str, config) -> str:
 
 
 def read_config(file: str, changes: Sequence[str]):
-    """Reads a recipe and changes it.
+    """Reads a recipe and changes it; with `scale_with_batch`, also what depends on the batch size.
 
     Args:
       file: `FILE.py:VARIANT`, or `NAME:VARIANT` for a recipe of the package, e.g. "stage1:l32".
@@ -103,12 +104,14 @@ def read_config(file: str, changes: Sequence[str]):
             config = module.get_config(*variant)
         except ValueError as error:
             raise ValueError(f"--config {file}: {error}") from error
+    given = set()
     for change in changes:
         field = re.match(r"--?(?:no)?config\.([^=]*)", change)
         try:
             field and config_path.get_value(field[1], config)
         except (AttributeError, KeyError, IndexError, TypeError):
             raise ValueError(f"{change}: {file} has no field {field[1]}{_meant(field[1], config)}") from None
+        given |= {field[1]} if field else set()
         other = re.match(r"--([a-z][^=]*)", change)
         if other and not field:
             name = other[1].removeprefix("config.")
@@ -121,4 +124,5 @@ def read_config(file: str, changes: Sequence[str]):
         raise ValueError(printable(str(error).removeprefix("flag "))) from error
     if others:
         raise ValueError(f"unknown argument {others[0]}")
+    scale_with_batch(config, given)
     return config

@@ -32,6 +32,7 @@ FREE_FIELDS = (
     "max_nonfinite_steps",
     "watchdog_minutes",
     "recipe",
+    "scale_with_batch",  # what it gives is compared
     "data.num_workers",
     "data.num_threads",
     "data.eval_source",

@@ -124,6 +124,8 @@ class Settings:
       eval_images: number of held-out examples to evaluate.
       preview_images, preview_columns: number of preview images, and images per row.
       recipe: values of the recipe that belong together. A training that changes one prints a warning.
+      scale_with_batch: whether values of the recipe follow the batch size (`batch_scaling`).
+      scaled: which of them did, as lines to print.
       given: the full configuration in JSON types; checkpoints store it.
       text: the full configuration in readable form.
     """
@@ -166,6 +168,8 @@ class Settings:
     watchdog_minutes: float = 30.0
     token_precision: str = "highest"
     discriminator_dtype: str = "float32"
+    scale_with_batch: bool = False
+    scaled: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.token_precision not in PRECISIONS:
@@ -189,6 +193,9 @@ def parse_settings(config: ConfigDict, *, abstract: bool = False) -> Settings:
       FileNotFoundError, DownloadError, WeightsError: if a model that the recipe names is missing or unreadable.
     """
     fields = config.to_dict()
+    scaled = tuple(fields.get("recipe", {}).pop("scaled", ()))  # lines to print, no part of the configuration
+    config = ConfigDict(fields)
+    as_json = {"given": json.loads(config.to_json()), "text": str(config), "scaled": scaled}
     task = fields.get("task")
     if task not in LOSSES:
         others = ", ".join(repr(name) for name in LOSSES if name != "generator")
@@ -206,7 +213,7 @@ def parse_settings(config: ConfigDict, *, abstract: bool = False) -> Settings:
     given = {name: fields.pop(name) for name in sections if name in fields}
     if getattr(loss, "discriminator_weight", 0) > 0:
         parsed |= {name: section(sections[name], value, name) for name, value in given.items()}
-    as_json = {"given": json.loads(config.to_json()), "text": str(config), "recipe": fields.pop("recipe", {})}
+    as_json |= {"recipe": fields.pop("recipe", {})}
     model = fields.pop("model")
     incomplete = functools.partial(Settings, model=None, image_size=None)
     settings = section(incomplete, fields | parsed | as_json, "", Settings)
