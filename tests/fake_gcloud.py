@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A fake `gcloud` with one TPU slice of two workers, which are local folders. Used by test_tpu_scripts.py.
+"""A fake `gcloud` with one TPU slice of two workers, or two of one, which are local folders. Used by test_tpu_scripts.py.
 
 The folder $FAKE_GCLOUD holds:
 
@@ -78,7 +78,9 @@ def main() -> None:
         for home in workers():
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir()
-        write({"kind": kind, "made": slice_["made"] + 1, "states": STATES[kind], "looks": 0})
+        nodes = int(options.get("node-count", 1))
+        assert nodes == 1 or (kind == "queued-resources" and options["node-prefix"] == name and "node-id" not in options)
+        write({"kind": kind, "made": slice_["made"] + 1, "states": STATES[kind], "looks": 0, "nodes": nodes})
     elif verb == "delete":
         if not there:
             fail("NOT_FOUND")
@@ -94,6 +96,10 @@ def main() -> None:
         write(slice_)
     elif not there or slice_["states"][0] not in ("READY", "ACTIVE"):
         fail("the slice is not ready")
+    elif (slice_["nodes"] > 1) != (kind == "queued-resources"):
+        fail(f"NOT_FOUND: there is no {name} of this kind")  # the slices are t-0 and t-1
+    elif slice_["nodes"] > 1 and "node" not in options:
+        fail("this would reach the first slice only")
     elif verb == "scp":
         source, (target, file) = name, arguments[5].split(":")
         assert target == "t", target
@@ -101,7 +107,8 @@ def main() -> None:
             shutil.copy(source, home / file)
     elif verb == "ssh":
         command = options["command"]
-        chosen = workers() if options["worker"] == "all" else [workers()[int(options["worker"])]]
+        number = "worker" if slice_["nodes"] == 1 else "node"
+        chosen = workers() if options[number] == "all" else [workers()[int(options[number])]]
         if slice_.get("preempted") and "worker.sh status" not in command:
             slice_["states"] = [(ROOT / "gone").read_text()]
             write(slice_)

@@ -286,6 +286,11 @@ def test_everything_is_compiled_once_each_in_its_own_process(tmp_path, monkeypat
     assert len(json.loads(results.read_text())) == 2
 
 
+def test_a_slice_has_gclouds_name_too():
+    names = ("v5litepod-16", "v5e-16", "2xv5litepod-256", "v5p-128")
+    assert [slices.named_slice(name) for name in names] == ["v5e-16", "v5e-16", "2xv5e-256", "v5p-128"]
+
+
 def test_the_table_has_every_recipe_on_every_slice():
     two_stage = list(common.TWO_STAGE)
     variants = {"stage1": two_stage, "stage2": two_stage} | {

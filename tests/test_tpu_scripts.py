@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,9 @@ import sys
 import threading
 
 import pytest
+
+from titok_jax.data.files import find_files
+from titok_jax.training.recipes import read_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = ROOT / "tpu_scripts"
@@ -339,22 +343,97 @@ def test_dry_run_prints_commands_and_calls_nothing(cloud):
     assert [line.split()[:4] for line in lines[:1]] == [["gcloud", "compute", "tpus", "tpu-vm"]]
     assert [line.split()[4] for line in lines] == ["create", "scp", "scp", "ssh", "ssh", "delete"]
     # A printed command can be pasted into a shell: it gives the same call.
-    (cloud / "slice.json").write_text(json.dumps({"made": 1, "kind": "tpu-vm", "states": ["READY"], "looks": 0}))
+    there = {"made": 1, "kind": "tpu-vm", "states": ["READY"], "looks": 0, "nodes": 1}
+    (cloud / "slice.json").write_text(json.dumps(there))
     for worker in ("worker0", "worker1"):
         (cloud / worker).mkdir()
         shutil.copytree(SCRIPTS, cloud / worker / "titok_jax/tpu_scripts")
     subprocess.run(["bash", "-c", lines[4]], check=True, capture_output=True)
     assert calls(cloud)[-1][2][-1] == r"--command=bash titok_jax/tpu_scripts/worker.sh start echo\ two\\\ words"
+    # Nothing was made, so nothing is paid for.
+    assert "paid for" not in tpu(cloud, "--dry-run", "babysit", "--", "true").stdout
 
 
-@pytest.mark.parametrize("provisioning", ["on-demand", "spot", "queued", "queued-spot"])
+@pytest.mark.parametrize("provisioning", ["on-demand", "spot", "reserved", "queued", "queued-spot", "queued-reserved"])
 def test_every_way_to_ask_for_a_slice(cloud, monkeypatch, provisioning):
     monkeypatch.setenv("PROVISIONING", provisioning)
     monkeypatch.setenv("VALID_UNTIL", "6h")
     (words,) = (line.split() for line in tpu(cloud, "--dry-run", "create").stdout.splitlines())
     assert words[3:6] == ["queued-resources" if "queued" in provisioning else "tpu-vm", "create", "t"]
     assert ("--spot" in words) == ("spot" in provisioning)
+    assert ("--reserved" in words) == ("reserved" in provisioning)
     assert ("--valid-until-duration=6h" in words) == ("queued" in provisioning)
+
+
+def dry_run(cloud, *command) -> list[list[str]]:
+    done = tpu(cloud, "--dry-run", *command)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_networks_disks_and_more_flags(cloud, monkeypatch):
+    for name, value in {
+        "NETWORK": "n",
+        "SUBNETWORK": "s",
+        "INTERNAL_IPS": "yes",
+        "DATA_DISK": "d",
+        "CREATE_FLAGS": "--labels=team=vision,run=1  --boot-disk=x",
+        "SSH_FLAGS": "--ssh-key-file=/a/key",
+    }.items():
+        monkeypatch.setenv(name, value)
+    create, *others = dry_run(cloud, "babysit", "--", "true")
+    assert create[-6:] == [
+        "--network=n",
+        "--subnetwork=s",
+        "--internal-ips",
+        "--data-disk=source=projects/p/zones/z/disks/d,mode=read-only",
+        "--labels=team=vision,run=1",
+        "--boot-disk=x",
+    ]
+    assert [words[4] for words in others] == ["scp", "scp", "ssh", "ssh"]
+    assert all({"--internal-ip", "--ssh-key-file=/a/key"} <= set(words) for words in others)
+    monkeypatch.delenv("INTERNAL_IPS")
+    assert not any("--internal-ip" in words for words in dry_run(cloud, "babysit", "--", "true"))
+
+
+@pytest.mark.parametrize(
+    ("name", "google"),
+    [
+        ("v5e-16", "v5litepod-16"),
+        ("v5litepod-16", "v5litepod-16"),
+        ("v5p-128", "v5p-128"),
+        ("v6e-64", "v6e-64"),
+        ("v4-32", "v4-32"),
+    ],
+)
+def test_a_slice_has_two_names(cloud, monkeypatch, name, google):
+    monkeypatch.setenv("ACCELERATOR_TYPE", name)
+    (words,) = dry_run(cloud, "create")
+    assert f"--accelerator-type={google}" in words
+
+
+def test_several_slices_are_one_queued_resource(cloud, monkeypatch):
+    monkeypatch.setenv("ACCELERATOR_TYPE", "2xv5e-256")
+    done = tpu(cloud, "create")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: 2 slices need PROVISIONING=queued, queued-spot or queued-reserved, not spot")
+    monkeypatch.setenv("PROVISIONING", "queued-spot")
+    for worker in ("worker0", "worker1"):
+        (cloud / "bucket" / f"{worker}.saved").touch()  # the command ends at once
+    done = tpu(cloud, "babysit", *train(cloud))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = (line for _, verb, line in calls(cloud) if verb == "create")
+    assert {"--accelerator-type=v5litepod-256", "--node-count=2", "--node-prefix=t"} <= set(made)
+    for worker in ("worker0", "worker1"):  # one of each slice
+        (start,) = (cloud / "bucket" / f"{worker}.started").read_text().splitlines()
+        assert json.loads(start)[0] == WORDS
+    for arguments, flags in [(["logs", "1:0"], ["--worker=0", "--node=1"]), (["logs"], ["--worker=0", "--node=0"])]:
+        (words,) = dry_run(cloud, *arguments)
+        assert words[:5] == ["gcloud", "compute", "tpus", "queued-resources", "ssh"]
+        assert set(flags) <= set(words)
+    assert tpu(cloud, "delete", "--yes").returncode == 0
+    assert calls(cloud)[-1][2][2:5] == ["queued-resources", "delete", "t"]
+    assert "--force" in calls(cloud)[-1][2]  # with the slices
 
 
 def test_wrong_arguments_end_with_one_line(cloud):
@@ -364,6 +443,7 @@ def test_wrong_arguments_end_with_one_line(cloud):
         (("--wrong", "create"), "unknown option --wrong"),
         (("create", "now"), "create takes no argument; found now"),
         (("logs", "first"), "logs takes the number of a worker, or all; found first"),
+        (("logs", "1:0"), "logs takes the number of a worker, for there is one slice; found 1:0"),
     ]:
         done = tpu(cloud, *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -383,18 +463,83 @@ def test_wrong_arguments_end_with_one_line(cloud):
     assert "examples:" in subprocess.run([SCRIPTS / "tpu.sh", "--help"], capture_output=True, text=True).stdout
 
 
-def test_a_bucket_is_mounted_once(cloud):
+def test_a_bucket_is_mounted_once(cloud, monkeypatch):
     programs = {"mountpoint": '[[ -e "$2/file" ]]', "gcsfuse": f'echo "$@" >>{cloud}/mounts; touch "${{@: -1}}/file"'}
     for name, text in programs.items():
         (cloud / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (cloud / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("BUCKET_MOUNTS", str(cloud))
+    monkeypatch.setenv("TMPDIR", str(cloud / "elsewhere"))  # the place is the one that the documentation names
     command = ["bash", SCRIPTS / "with_bucket.sh", "b", "bash", "-c", f'test -e {cloud}/b/file && exit "$0"', "7"]
     assert [subprocess.run(command).returncode for _ in range(2)] == [7, 7]
-    assert (cloud / "mounts").read_text() == f"--implicit-dirs -o ro b {cloud}/b\n"
+    known = "--metadata-cache-ttl-secs=3600 --stat-cache-max-size-mb=-1 --type-cache-max-size-mb=-1"
+    assert (cloud / "mounts").read_text() == f"--implicit-dirs -o ro {known} b {cloud}/b\n"
+    monkeypatch.setenv("BUCKET_CACHE_MB", "3")
+    command[2] = "c"
+    subprocess.run(command, check=False)
+    kept = f"--cache-dir={cloud}/cache/titok_jax/bucket_c --file-cache-max-size-mb=3 --file-cache-cache-file-for-range-read"
+    assert (cloud / "mounts").read_text().splitlines()[1] == f"--implicit-dirs -o ro {known} {kept} c {cloud}/c"
+    for value, message in [
+        ("999999999", rf"error: BUCKET_CACHE_MB is 999999999, but {cloud}/other has \d+ MB free\n"),
+        ("x[$(true)]", r"error: BUCKET_CACHE_MB is 'x\[\$\(true\)\]', expected a whole number\n"),
+    ]:
+        command[2] = "d"
+        environment = {**os.environ, "BUCKET_CACHE_MB": value, "BUCKET_CACHE_DIR": str(cloud / "other")}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 2
+        assert re.fullmatch(message, done.stderr), done.stderr
+    assert not (cloud / "d").exists()
+
+
+# What the workers' Python is asked to do, instead of training.
+RECORD = """#!/usr/bin/env bash
+if [[ $1 == -m && $2 == titok_jax.* ]]; then printf '%s\\0' "$@" >"$HOME/asked"; exit; fi
+if [[ $1 == -m && $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
+"""
+
+
+def test_the_example_runs_as_it_is_printed(cloud):
+    """With the name of a bucket. Its workers have no PyTorch, so all weights of the recipe must be named."""
+    examples = [subprocess.run([SCRIPTS / "tpu.sh", "--help"], capture_output=True, text=True).stdout]
+    examples.append((ROOT / "docs/tpu.md").read_text())
+    lines = [line.strip() for text in examples for line in text.replace("\\\n", " ").splitlines()]
+    first, second = (shlex.split(line) for line in lines if line.startswith("tpu_scripts/tpu.sh babysit"))
+    assert sorted(first) == sorted(second)
+    bucket = f"titok-test-{os.getpid()}"
+    mounts = f'mkdir -p "${{@: -1}}/imagenet"; touch "${{@: -1}}/imagenet/train-00000-of-00001" {cloud}/mounted'
+    for name, text in {"mountpoint": f"[[ -e {cloud}/mounted ]]", "gcsfuse": mounts}.items():
+        (cloud / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (cloud / "bin" / name).chmod(0o755)
+    (cloud / "bin/python3.12").write_text(RECORD)
+    try:
+        done = tpu(cloud, *(word.replace("BUCKET", bucket) for word in first[1:]))
+        assert done.returncode == 0, done.stdout + done.stderr
+        module, *flags = (cloud / "worker1/asked").read_text().split("\0")[1:-1]
+        assert module == "titok_jax.train"
+        config = read_config(flags[1], [flag for flag in flags if flag.startswith("--config.")])
+        assert len(find_files(config.data.source.paths, "images")) == 1
+    finally:
+        shutil.rmtree(f"/tmp/{bucket}", ignore_errors=True)
+    named = [config.get(name) for name in ("vqgan", "tokenizer", "perceptual_weights", "init_from") if config.get(name)]
+    assert named == [f"gs://{bucket}/maskgit_vqgan.safetensors"]
+    assert flags[2:4] == ["--workdir", f"gs://{bucket}/l32_stage1"]
+    assert not (cloud / "slice.json").read_text().count("states")
+
+
+def test_a_data_disk_is_mounted_once(cloud):
+    programs = {"mountpoint": f"[[ -e {cloud}/mounted ]]", "sudo": f'echo "$@" >>{cloud}/mounts; touch {cloud}/mounted'}
+    for name, text in programs.items():
+        (cloud / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (cloud / "bin" / name).chmod(0o755)
+    command = ["bash", SCRIPTS / "with_disk.sh", "/dev/sdb", "bash", "-c", 'exit "$0"', "7"]
+    assert [subprocess.run(command).returncode for _ in range(2)] == [7, 7]
+    assert (cloud / "mounts").read_text() == "mkdir -p /mnt/disks/data\nmount -o ro,noload /dev/sdb /mnt/disks/data\n"
+    assert subprocess.run(command[:2], capture_output=True).returncode == 2
 
 
 @pytest.mark.parametrize("wrong", ["link", "broken link", "file", "name"])
-def test_only_a_folder_of_ours_becomes_a_mount(cloud, wrong):
+def test_only_a_folder_of_ours_becomes_a_mount(cloud, monkeypatch, wrong):
+    monkeypatch.setenv("BUCKET_MOUNTS", str(cloud))
     (cloud / "elsewhere").mkdir()
     (cloud / "elsewhere/file").touch()
     for name, text in {"mountpoint": '[[ -e "$2/file" ]]', "gcsfuse": f"touch {cloud}/mounted"}.items():
@@ -513,14 +658,23 @@ def test_tracked_files_are_copied_as_they_are_and_no_others(cloud):
 
 
 @pytest.mark.parametrize(
-    "variable", ["NAME", "PROJECT", "ZONE", "STOP_SECONDS", "POLL_SECONDS", "MAX_FAILURES", "VALID_UNTIL"]
+    "variable",
+    [
+        *("NAME", "PROJECT", "ZONE", "STOP_SECONDS", "POLL_SECONDS", "MAX_FAILURES", "VALID_UNTIL"),
+        *("NETWORK", "DATA_DISK", "CREATE_FLAGS", "SSH_FLAGS", "INTERNAL_IPS"),
+    ],
 )
 def test_settings_are_words_and_numbers(cloud, variable):
     (cloud / "config.sh").write_text((cloud / "config.sh").read_text() + f"{variable}='x[$(touch {cloud}/ran)]'\n")
     for command in (["stop"], ["babysit", "--", "true"]):
         done = tpu(cloud, "--dry-run", *command)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert done.stderr.startswith(f"error: {variable} is 'x[$(touch {cloud}/ran)]', expected ")
+        found = (
+            "CREATE_FLAGS and SSH_FLAGS hold 'x[$(touch'"
+            if "FLAGS" in variable
+            else f"{variable} is 'x[$(touch {cloud}/ran)]'"
+        )
+        assert done.stderr.startswith(f"error: {found}, expected ")
     worker = subprocess.run(
         ["bash", SCRIPTS / "worker.sh", "stop", f"x[$(touch {cloud}/ran)]"], capture_output=True, text=True
     )

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from titok_jax.compiler.programs import compile_program, sampler, training_step
-from titok_jax.compiler.slices import SLICES, slice_chip, topology_devices
+from titok_jax.compiler.slices import SLICES, named_slice, topology_devices
 from titok_jax.compiler.tables import TABLE, fits, row_name, table
 from titok_jax.runtime.arguments import Parser, Real
 from titok_jax.runtime.command import command
@@ -78,7 +78,8 @@ def _parser() -> Parser:
     )
     what.add_argument("--sampler", metavar="NAME", help="a published generator")
     what.add_argument("--all", action="store_true", help="everything in the tables of docs/tpu.md; takes hours")
-    parser.add_argument("--slice", help=", ".join(SLICES))
+    names = f"{', '.join(SLICES)}. Names of v4 and v5p count TensorCores, two per chip; others count chips. v5litepod is v5e"
+    parser.add_argument("--slice", help=names)
     parser.add_argument(
         "--effort",
         type=Real(-1, 1),
@@ -102,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _compile_all(args.results)
     if not args.slice:
         raise ValueError("--slice is not set: which slice to compile for")
-    slice_chip(args.slice)
+    on_slice = named_slice(args.slice)
     config = read_config(args.config, changes) if args.config else None
-    devices = topology_devices(args.slice)
+    devices = topology_devices(on_slice)
     import jax
 
     jax.config.update("jax_exec_time_optimization_effort", args.effort)
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         settings = parse_settings(config, abstract=True)
         program = training_step(row_name(args.config, changes), settings, devices)
-    row = compile_program(program, args.slice)
+    row = compile_program(program, on_slice)
     if args.results:
         _write_row(args.results, row)
     print(table([row]))

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Creates a TPU slice, runs a command on all of its workers, recreates it after a preemption, and deletes it. See --help.
+# Creates a TPU slice, or several that work as one, runs a command on all workers, recreates what was preempted, and deletes
+# it. See --help.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -14,7 +15,8 @@ commands:
   setup                 copy this repository to all workers and install it there
   launch -- CMD...      start CMD on all workers, in the background; its output goes to a log on each
   status                state of the slice, and of the run on each worker
-  logs [WORKER|all]     follow the log of one worker (default: 0), or print the end of all
+  logs [WORKER|all]     follow the log of one worker (default: 0), or print the end of all; worker 3 of the second of several
+                        slices is 1:3
   stop                  SIGTERM to the run on all workers (it saves a checkpoint), later SIGKILL
   babysit [--delete] -- CMD...
                         all of it: create, setup, launch; after a preemption delete, create and launch again, until CMD has
@@ -33,9 +35,12 @@ examples:
   tpu_scripts/tpu.sh --dry-run create
   tpu_scripts/tpu.sh babysit --delete -- bash tpu_scripts/with_bucket.sh BUCKET python -m titok_jax.train \
       --config configs/stage1.py:l32 --workdir gs://BUCKET/l32_stage1 --config.remat=True \
-      --config.data.source.paths='/tmp/BUCKET/imagenet/train-*'
+      --config.data.source.paths='/tmp/BUCKET/imagenet/train-*' --config.vqgan=gs://BUCKET/maskgit_vqgan.safetensors
   tpu_scripts/tpu.sh logs 0
-  ACCELERATOR_TYPE=v5litepod-16 ZONE=us-west4-a tpu_scripts/tpu.sh create
+  ACCELERATOR_TYPE=v5e-16 ZONE=us-west4-a tpu_scripts/tpu.sh create
+  ACCELERATOR_TYPE=2xv5e-256 PROVISIONING=queued-spot tpu_scripts/tpu.sh create
+
+docs/tpu.md says what lies in BUCKET, and how it comes there.
 EOF
 }
 
@@ -78,7 +83,7 @@ default_runtime_version() {
 }
 
 queued() {
-  [[ $PROVISIONING == queued || $PROVISIONING == queued-spot ]]
+  [[ $PROVISIONING == queued* ]]
 }
 
 # Prints gcloud's state of the node, or of the queued resource, in one word: NONE, WAITING, READY, GONE (it still exists, but
@@ -123,16 +128,25 @@ slice_state() {
 }
 
 request_slice() {
-  local spot=() more=()
-  [[ $PROVISIONING == *spot ]] && spot=(--spot)
+  local more=() nodes=(--node-id="$NAME")
+  [[ $PROVISIONING == *spot ]] && more+=(--spot)
+  [[ $PROVISIONING == *reserved ]] && more+=(--reserved)
   [[ -n $SERVICE_ACCOUNT ]] && more+=(--service-account="$SERVICE_ACCOUNT")
+  [[ -n $NETWORK ]] && more+=(--network="$NETWORK")
+  [[ -n $SUBNETWORK ]] && more+=(--subnetwork="$SUBNETWORK")
+  [[ $INTERNAL_IPS == yes ]] && more+=(--internal-ips)
+  # Only what is read may be attached to several machines.
+  [[ -n $DATA_DISK ]] && more+=(--data-disk="source=projects/$PROJECT/zones/$ZONE/disks/$DATA_DISK,mode=read-only")
+  more+=("${CREATE_WORDS[@]}")
   if queued; then
+    # The machines of several slices learn of each other from their metadata; JAX and libtpu read it there.
+    ((NUM_SLICES == 1)) || nodes=(--node-count="$NUM_SLICES" --node-prefix="$NAME")
     [[ -n $VALID_UNTIL ]] && more+=(--valid-until-duration="$VALID_UNTIL")
-    run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${WHERE[@]}" \
-      --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" "${spot[@]}" "${more[@]}"
+    run gcloud compute tpus queued-resources create "$NAME" "${nodes[@]}" "${WHERE[@]}" \
+      --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" "${more[@]}"
   else
     run gcloud compute tpus tpu-vm create "$NAME" "${WHERE[@]}" \
-      --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION" "${spot[@]}" "${more[@]}"
+      --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION" "${more[@]}"
   fi
 }
 
@@ -181,14 +195,38 @@ create() {
 # ----------------------------------------------------------------------------------------------------------------------
 # Its workers
 
+# Sets `reach` to the command for ssh or scp, and `which` to the flags that name a worker (N, or S:N of several slices) or all.
+# The workers of several slices are reached through their queued resource.
+address() {
+  local verb=$1 worker=$2
+  reach=(gcloud compute tpus tpu-vm "$verb") which=("${WHERE[@]}" --worker="${worker##*:}" --quiet)
+  if ((NUM_SLICES > 1)); then
+    reach[3]=queued-resources
+    case $worker in
+      all) which+=(--node=all) ;;
+      *:*) which+=(--node="${worker%%:*}") ;;
+      *) which+=(--node=0) ;;
+    esac
+  fi
+  [[ $INTERNAL_IPS == no ]] || which+=(--internal-ip)
+  which+=("${SSH_WORDS[@]}")
+}
+
 # Runs a command line on the given worker, or on all. A run must start on all workers: a program that is started on some of
 # them waits for the others until it gives up.
 on_workers() {
-  local worker=$1
+  local reach which
+  address ssh "$1"
   shift
   # Without ServerAliveInterval, ssh would wait for hours if the other end is gone. 9>&- keeps the lock of babysit from ssh.
-  run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$worker" --quiet --ssh-flag=-oServerAliveInterval=30 \
-    --command="$*" 9>&-
+  run "${reach[@]}" "$NAME" "${which[@]}" --ssh-flag=-oServerAliveInterval=30 --command="$*" 9>&-
+}
+
+# Copies a file to all workers.
+copy() {
+  local reach which
+  address scp all
+  run "${reach[@]}" "$1" "$NAME:$2" "${which[@]}"
 }
 
 # Writes an archive of the files that git tracks, as they are now. Others, which may hold secrets, stay here.
@@ -207,10 +245,9 @@ setup() {
   local archive status=0
   archive=$(mktemp -d)/titok_jax.tar.gz
   pack "$archive"
-  run gcloud compute tpus tpu-vm scp "$archive" "$NAME:titok_jax.tar.gz" "${WHERE[@]}" --worker=all --quiet || status=$?
+  copy "$archive" titok_jax.tar.gz || status=$?
   if [[ -n $ENV_FILE ]]; then
-    run gcloud compute tpus tpu-vm scp "$(realpath "$ENV_FILE")" "$NAME:.titok_env" "${WHERE[@]}" --worker=all --quiet ||
-      status=$?
+    copy "$(realpath "$ENV_FILE")" .titok_env || status=$?
   fi
   rm -r "$(dirname "$archive")"
   ((status == 0)) || return "$status"
@@ -322,7 +359,8 @@ logs() {
   if [[ $worker == all ]]; then
     on_workers all "bash titok_jax/tpu_scripts/worker.sh log"
   else
-    [[ $worker =~ ^[0-9]+$ ]] || die "logs takes the number of a worker, or all; found $worker"
+    [[ $worker =~ ^([0-9]+:)?[0-9]+$ ]] || die "logs takes the number of a worker, or all; found $worker"
+    [[ $worker != *:* ]] || ((NUM_SLICES > 1)) || die "logs takes the number of a worker, for there is one slice; found $worker"
     on_workers "$worker" "tail -n 100 -F titok_run/log"
   fi
 }
@@ -362,18 +400,32 @@ for variable in NAME PROJECT ZONE ACCELERATOR_TYPE PROVISIONING POLL_SECONDS STO
   [[ -n ${!variable:-} ]] || die "$CONFIG does not set $variable"
 done
 RUNTIME_VERSION=${RUNTIME_VERSION:-} SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-} VALID_UNTIL=${VALID_UNTIL:-} ENV_FILE=${ENV_FILE:-}
+NETWORK=${NETWORK:-} SUBNETWORK=${SUBNETWORK:-} INTERNAL_IPS=${INTERNAL_IPS:-no} DATA_DISK=${DATA_DISK:-}
 case $PROVISIONING in
-  on-demand | spot | queued | queued-spot) ;;
-  *) die "PROVISIONING is $PROVISIONING, expected on-demand, spot, queued or queued-spot" ;;
+  on-demand | spot | reserved | queued | queued-spot | queued-reserved) ;;
+  *) die "PROVISIONING is $PROVISIONING, expected on-demand, spot or reserved, or queued, queued-spot or queued-reserved" ;;
 esac
+[[ $INTERNAL_IPS == yes || $INTERNAL_IPS == no ]] || die "INTERNAL_IPS is ${INTERNAL_IPS@Q}, expected yes or no"
+# 2xv5e-256 is two slices. gcloud knows v5e-256 as v5litepod-256; in all other names the two agree.
+NUM_SLICES=1
+if [[ $ACCELERATOR_TYPE =~ ^([1-9][0-9]{0,2})x(v.*)$ ]]; then
+  NUM_SLICES=${BASH_REMATCH[1]} ACCELERATOR_TYPE=${BASH_REMATCH[2]}
+fi
+ACCELERATOR_TYPE=${ACCELERATOR_TYPE/#v5e-/v5litepod-}
+((NUM_SLICES == 1)) || queued || die "$NUM_SLICES slices need PROVISIONING=queued, queued-spot or queued-reserved, not $PROVISIONING"
 # These words get into command lines and file names, here and on the workers, and bash computes with the numbers.
-for variable in NAME PROJECT ZONE ACCELERATOR_TYPE RUNTIME_VERSION SERVICE_ACCOUNT VALID_UNTIL; do
+for variable in NAME PROJECT ZONE ACCELERATOR_TYPE RUNTIME_VERSION SERVICE_ACCOUNT VALID_UNTIL NETWORK SUBNETWORK DATA_DISK; do
   [[ ${!variable} =~ ^([A-Za-z0-9][A-Za-z0-9.:@_-]*)?$ ]] || die "$variable is ${!variable@Q}, expected letters, digits and . : @ _ -"
 done
 for variable in STOP_SECONDS MAX_FAILURES; do
   [[ ${!variable} =~ ^[0-9]{1,9}$ ]] || die "$variable is ${!variable@Q}, expected a whole number"
 done
 [[ $POLL_SECONDS =~ ^[0-9]{1,9}(\.[0-9]+)?$ ]] || die "POLL_SECONDS is ${POLL_SECONDS@Q}, expected a number"
+read -ra CREATE_WORDS <<<"${CREATE_FLAGS:-}"
+read -ra SSH_WORDS <<<"${SSH_FLAGS:-}"
+for word in "${CREATE_WORDS[@]}" "${SSH_WORDS[@]}"; do
+  [[ $word =~ ^--[a-z][a-z-]*(=[A-Za-z0-9.:@_/,=+-]+)?$ ]] || die "CREATE_FLAGS and SSH_FLAGS hold ${word@Q}, expected --FLAG or --FLAG=VALUE"
+done
 if [[ -n $ENV_FILE ]]; then
   [[ -f $ENV_FILE ]] || die "ENV_FILE $ENV_FILE does not exist"
   bash "$HERE/worker.sh" check_environment "$ENV_FILE" || exit 2
@@ -428,13 +480,12 @@ case $COMMAND in
     take_command "$@"
     [[ $DRY_RUN == yes ]] || hold_lock
     babysit "${@:2}"
-    if [[ $delete_at_end == yes && $DRY_RUN == yes ]]; then
-      delete_slice
-    elif [[ $delete_at_end == yes ]]; then
-      delete_for_sure
-    else
-      say "$NAME is still there and is paid for: tpu_scripts/tpu.sh delete"
-    fi
+    case $DRY_RUN$delete_at_end in
+      yesyes) delete_slice ;;
+      yesno) ;;
+      noyes) delete_for_sure ;;
+      nono) say "$NAME is still there and is paid for: tpu_scripts/tpu.sh delete" ;;
+    esac
     ;;
   delete)
     if [[ ${1:-} != --yes && $DRY_RUN == no ]]; then

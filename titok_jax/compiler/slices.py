@@ -6,8 +6,8 @@ from typing import Any
 
 from titok_jax.runtime.chips import CHIPS, Chip
 
-# {Google's name: topology}. The names of v4 and v5p count TensorCores, two per chip; those of v5e and v6e count chips.
-# "2xv5e-256" is two slices v5e-256.
+# {Google's name: topology}. The names of v4 and v5p count TensorCores, two per chip: v5p-128 is 64 chips. Those of v5e and
+# v6e count chips. gcloud writes v5litepod-16 for v5e-16 (`named_slice`). "2xv5e-256" is two slices v5e-256.
 SLICES = {
     "v4-8": "2x2x1",
     "v4-32": "2x2x4",
@@ -23,6 +23,18 @@ SLICES = {
 }
 
 
+def named_slice(name: str) -> str:
+    """The name of a slice here, given that or gcloud's: "v5litepod-16" -> "v5e-16".
+
+    Raises:
+      ValueError: an unknown slice.
+    """
+    found = name.replace("v5litepod-", "v5e-")
+    if found not in SLICES:
+        raise ValueError(f"--slice is {name!r}, expected one of {', '.join(SLICES)}")
+    return found
+
+
 def _split(name: str) -> tuple[int, str]:
     """The number of slices, and the chip: "2xv5e-256" -> (2, "v5e")."""
     number, _, one = name.rpartition("x")
@@ -35,9 +47,7 @@ def slice_chip(name: str) -> Chip:
     Raises:
       ValueError: an unknown slice.
     """
-    if name not in SLICES:
-        raise ValueError(f"--slice is {name!r}, expected one of {', '.join(SLICES)}")
-    return CHIPS[_split(name)[1]]
+    return CHIPS[_split(named_slice(name))[1]]
 
 
 def topology_devices(name: str) -> list[Any]:
