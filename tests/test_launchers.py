@@ -82,6 +82,27 @@ def test_two_processes_of_a_launcher_join(launcher, by):
         assert f"this is {index} of 2 with 4 devices" in out
 
 
+def test_the_batch_file_starts_one_process_on_each_machine(tmp_path):
+    file = ROOT / "tpu_scripts/slurm.sbatch"
+    (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" >{tmp_path}/asked\nexit 3\n")
+    (tmp_path / "srun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", file, "--config", "stage1:l32", "--workdir", "a b"], env=environment)
+    assert done.returncode == 3
+    asked = (tmp_path / "asked").read_text().splitlines()
+    train = ["python", "-m", "titok_jax.train", "--config", "stage1:l32", "--workdir", "a b"]
+    assert asked == ["--kill-on-bad-exit=1", *train]
+    lines = file.read_text().splitlines()
+    options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH "))
+    assert options["ntasks-per-node"] == "1"
+    signal, _, seconds = options["signal"].partition("@")  # to the processes of srun, at which a training saves
+    assert signal == "TERM"
+    assert int(seconds) >= 60
+    # sbatch reads its options up to the first command only.
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
+
+
 def joined(monkeypatch, variables: dict[str, str], mpi4py: bool = False):
     for name in (*slurm(0, 61440), *open_mpi(0, 61440), "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

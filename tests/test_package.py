@@ -18,13 +18,18 @@ from titok_jax.runtime.command import TRAIN_EXTRA
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+# What the package is built from.
+NEEDED = ("titok_jax", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
     """Builds the wheel of the package."""
     folder = tmp_path_factory.mktemp("wheel")
     # Built from a copy, because a build leaves folders behind.
-    listed = ["git", "ls-files", "titok_jax", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
-    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
+    for name in subprocess.run(
+        ["git", "ls-files", *NEEDED], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split():
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
     command = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "source"]
@@ -53,6 +58,17 @@ def test_the_wheel_holds_the_digits_and_is_small(wheel):
     assert {name for name in sizes if name.endswith(".py")} == modules
     assert sum(sizes.values()) < 7e6
     assert sum(size for name, size in sizes.items() if "embedded" in name or "digits" in name) <= 6e6
+
+
+def test_an_image_has_what_the_package_is_built_from():
+    """And nothing that is not named, such as a config.sh."""
+    lines = (ROOT / "tpu_scripts/Dockerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert copied == {*NEEDED, "constraints.txt", "tools"}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"train", "tpu", "cuda"} <= extras.keys()
+    (install,) = (line for line in lines if "pip install" in line)
+    assert install.endswith('-c constraints.txt -e ".[train,$DEVICE]"')
 
 
 # This runs in an empty folder, with the Python of the environment in which the wheel is installed.

