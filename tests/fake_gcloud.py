@@ -11,6 +11,7 @@ The folder $FAKE_GCLOUD holds:
 - `worker0` and `worker1`: the workers' home folders.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -39,7 +40,11 @@ def workers() -> list[pathlib.Path]:
 def maintain(slice_: dict) -> None:
     """The machines restart after a power loss. The disks survive, the processes do not."""
     for home in workers():
-        os.killpg(int((home / "titok_run/pid").read_text()), signal.SIGKILL)
+        pid = int((home / "titok_run/pid").read_text())
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+            while True:  # until all of them are gone
+                os.killpg(pid, 0)
     slice_["states"] = ["REPAIRING", "REPAIRING", "READY"]
     write(slice_)
 
