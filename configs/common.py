@@ -56,6 +56,7 @@ def base(task: str) -> ConfigDict:
             "batch_size": 256,
             "num_workers": 16,
             "num_threads": 16,
+            "read_ahead_mib": 1024,
         },
         type_safe=False,  # sources differ in their fields
     )

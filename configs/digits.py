@@ -41,6 +41,7 @@ def base() -> ConfigDict:
             "batch_size": 128,
             "num_workers": 0,
             "num_threads": 2,
+            "read_ahead_mib": 1024,
         }
     )
     config.scale_with_batch = False

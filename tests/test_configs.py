@@ -26,7 +26,7 @@ from titok_jax.models.titok import transformer_size
 from titok_jax.training import loop, same_run
 from titok_jax.training.build import build_task
 from titok_jax.training.recipes import read_config
-from titok_jax.training.settings import parse_settings
+from titok_jax.training.settings import parse_settings, read_ahead
 from titok_jax.weights import convert, known_models, pretrained
 from titok_jax.weights.perceptual_files import CONVNEXT_FILE
 
@@ -155,11 +155,36 @@ def test_a_random_vqgan_is_for_small_recipes(file):
         build_task(parse_settings(found))
 
 
+def test_a_budget_too_small_for_the_workers_is_refused():
+    config = read_config("stage1:l32", ["--config.vqgan=maskgit_vqgan"])
+    assert config.data.read_ahead_mib == 1024
+    config.data.read_ahead_mib = 60
+    with pytest.raises(ValueError, match=r"^config\.data\.read_ahead_mib") as error:
+        parse_settings(config, abstract=True)
+    assert str(error.value) == (
+        "config.data.read_ahead_mib is 60, expected at least 61, which is 320 examples of 192.0 KiB, the least for 16 "
+        "workers with 16 threads each; or set fewer config.data.num_workers or config.data.num_threads"
+    )
+    config.data.num_threads = 15
+    assert read_ahead(parse_settings(config, abstract=True), config.data.source) == 60 * 2**20 // (256 * 256 * 3 + 16)
+    config.data.update({"num_workers": 0, "num_threads": 256})  # an evaluation has no workers
+    config.data.read_ahead_mib = 2
+    with pytest.raises(ValueError, match=r"expected at least 49, .* the least for 256 threads;"):
+        parse_settings(config, abstract=True)
+
+
+def test_tokens_are_small_examples():
+    config = read_config("generator:l32", [])
+    config.data.read_ahead_mib = 1  # also where the tokenizer, whose images are larger, is known
+    for config.tokenizer in ("", "titok_l32"):
+        assert read_ahead(parse_settings(config, abstract=True), config.data.source) == 2**20 // (32 * 4 + 16)
+
+
 # A run may set these fields freely. The tables of docs/recipes.md hold all other fields of a recipe.
 NOT_RECIPE = {
     "task", "init_from", "vqgan", "tokenizer", "perceptual_weights", "data.source", "data.eval_source",
-    "data.num_workers", "data.num_threads", "remat", "gradient_accumulation", "mesh", "log_every", "checkpoint_every",
-    "keep_checkpoints", "eval_every", "eval_images", "max_nonfinite_steps", "preview_every",
+    "data.num_workers", "data.num_threads", "data.read_ahead_mib", "remat", "gradient_accumulation", "mesh", "log_every",
+    "checkpoint_every", "keep_checkpoints", "eval_every", "eval_images", "max_nonfinite_steps", "preview_every",
     "preview_images", "preview_columns", "recipe", "log_grad_norms", "watchdog_minutes", "scale_with_batch",
 }  # fmt: skip
 RECIPES = {

@@ -156,6 +156,74 @@ def test_threads_do_not_change_batches():
     assert_same(take(Positions(37), 8, global_batch_size=16, num_threads=4), whole)
 
 
+@pytest.mark.parametrize("read_ahead", [2, 7, 16, 1000])
+def test_what_is_read_ahead_does_not_change_batches(read_ahead):
+    """In parts of one example, in unequal parts, in halves, in whole batches. After a resume, and for some blocks."""
+    for options in ({"start_step": 1}, {"start_step": 2, "blocks": (0, 3), "num_blocks": 4}):
+        whole = take(Positions(37), 5, global_batch_size=16, num_threads=0, **options)
+        assert_same(take(Positions(37), 5, global_batch_size=16, read_ahead=read_ahead, **options), whole)
+
+
+class Counted(Positions):
+    """Counts what is read."""
+
+    def __init__(self, length: int):
+        super().__init__(length)
+        self.read, self.lock = 0, threading.Lock()
+
+    def __getitem__(self, index):
+        with self.lock:
+            self.read += 1
+        return super().__getitem__(index)
+
+
+def settled(count, expected: int) -> int:
+    """What `count()` is when nothing more is read; at least `expected` must be."""
+    deadline = time.monotonic() + 600  # milliseconds are needed
+    while count() < expected:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)  # more would be read in this time
+    return count()
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "read_ahead", "held"),
+    [(3, 12, 12), (3, 3, 3), (1, 8, 8), (3, 1000, 3 * 16), (0, 12, 0)],  # with 1000, a whole batch for each thread
+)
+def test_no_more_is_read_ahead_than_allowed(num_threads, read_ahead, held):
+    source = Counted(1000)
+    options = {"seed": 0, "global_batch_size": 16, "blocks": [0], "num_blocks": 1}
+    with loader.make_loader(source, num_threads=num_threads, read_ahead=read_ahead, **options) as batches:
+        for taken in (1, 2):
+            next(batches)
+            assert settled(lambda: source.read, 16 * taken + held) == 16 * taken + held
+
+
+def test_too_small_a_read_ahead_is_refused():
+    with pytest.raises(ValueError, match=r"^read_ahead is 2, expected at least 3 examples for 3 threads$"):
+        take(Positions(37), 1, global_batch_size=16, num_threads=3, read_ahead=2)
+    with pytest.raises(ValueError, match=r"is 23, expected at least 24 examples for 4 workers with 2 threads each$"):
+        take(Positions(37), 1, global_batch_size=16, num_workers=4, read_ahead=23)
+    with pytest.raises(ValueError, match=r"is 3, expected at least 4 examples for 1 worker with 0 threads$"):
+        take(Positions(37), 1, global_batch_size=16, num_workers=1, num_threads=0, read_ahead=3)
+
+
+class Differing(Positions):
+    def __getitem__(self, index):
+        other = {} if index < 6 else {"more": np.int32(0)}
+        return {"label": np.int32(index), "image": np.zeros((4, 5 if index != 2 else 1, 3), np.uint8)} | other
+
+
+@pytest.mark.parametrize("read_ahead", [2, 1000])
+def test_examples_that_differ_are_refused(read_ahead):
+    options = {"global_batch_size": 4, "train_transform": None, "shuffle": False, "read_ahead": read_ahead}
+    with pytest.raises(ValueError, match=r"differ: image of shapes \[4, 5, 3\] and \[4, 1, 3\]"):
+        take(Differing(8), 1, **options)
+    with pytest.raises(ValueError, match=r"differ: one has \['image', 'label'\], another \['image', 'label', 'more'\]"):
+        take(Differing(8), 1, start_step=1, **options)
+
+
 def test_every_epoch_is_another_permutation_with_other_draws():
     stream = take(Positions(48), 9, global_batch_size=16)
     order = np.concatenate([batch["label"] for batch in stream]).reshape(3, 48)
@@ -188,8 +256,9 @@ def test_one_epoch_in_order():
 
 
 def test_two_processes_with_two_workers_each_give_the_batches_of_one_without():
-    """Every step has the same examples with the same random draws, across the end of an epoch and after a resume."""
-    options = {"global_batch_size": 16, "start_step": 1}
+    """Every step has the same examples with the same random draws, across the end of an epoch and after a resume. The
+    workers have parts of batches, here and in the next two tests."""
+    options = {"global_batch_size": 16, "start_step": 1, "read_ahead": 30}
     whole = take(Positions(37), 5, **options)
     parts = [take(Positions(37), 5, num_workers=2, blocks=[p], num_blocks=2, **options) for p in range(2)]
     joined = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)]
@@ -199,13 +268,13 @@ def test_two_processes_with_two_workers_each_give_the_batches_of_one_without():
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_any_number_of_workers_gives_the_same_batches(num_workers):
     """Three workers divide neither the examples of an epoch, nor a batch, nor the number of batches taken."""
-    options = {"global_batch_size": 16, "start_step": 1}
+    options = {"global_batch_size": 16, "start_step": 1, "read_ahead": 30}
     assert_same(take(Positions(37), 5, num_workers=num_workers, **options), take(Positions(37), 5, **options))
 
 
 def test_evaluation_with_workers_gives_everything_once_and_in_order():
     """Three batches on two workers; the last batch is filled up."""
-    options = {"global_batch_size": 4, "blocks": [0], "num_blocks": 1}
+    options = {"global_batch_size": 4, "blocks": [0], "num_blocks": 1, "read_ahead": 30}
     with loader.make_eval_loader(Positions(9), num_workers=2, **options) as batches:
         found = [next(batches)]
         # A machine that is taken away sends this to all processes. A training still needs its batches to come to an end.
@@ -214,6 +283,41 @@ def test_evaluation_with_workers_gives_everything_once_and_in_order():
         found += list(batches)
     assert np.concatenate([batch["label"] for batch in found]).tolist() == [*range(9), 8, 8, 8]
     assert np.concatenate([batch["valid"] for batch in found]).tolist() == [True] * 9 + [False] * 3
+
+
+IN_WORKERS = """
+import os, runpy, sys, time
+import numpy as np
+if __name__ == "__mp_main__":  # as a worker of this command has it
+    runpy.run_module("titok_jax.train", run_name=__name__)
+class Source:
+    def __len__(self):
+        return 1000
+    def __getitem__(self, index):
+        with open("read", "ab") as file:
+            file.write(b"x")
+        return {"jax": np.bool_("jax" in sys.modules), "process": np.int32(os.getpid())}
+def main():
+    from titok_jax.data import loader
+    options = {"num_workers": 2, "num_threads": 2, "read_ahead": 50, "blocks": [0], "num_blocks": 1}
+    with loader.make_loader(Source(), seed=0, global_batch_size=16, **options) as batches:
+        batch, expected = next(batches), 16 + 48
+        while os.path.getsize("read") < expected:
+            time.sleep(0.01)
+        time.sleep(0.3)  # more would be read in this time
+        processes = set(batch["process"]) - {os.getpid()}
+        print("read", os.path.getsize("read"), "JAX", batch["jax"].any(), "workers", len(processes))
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_workers_read_no_more_ahead_than_allowed_and_import_no_jax(tmp_path):
+    """Each of the two holds 6 parts of 4 examples."""
+    (tmp_path / "run.py").write_text(IN_WORKERS)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    assert (run.stdout, run.stderr) == ("read 64 JAX False workers 2\n", "")
 
 
 WITH_WORKERS = """

@@ -18,9 +18,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from titok_jax.data import workers
 from titok_jax.runtime.arguments import Parser
 from titok_jax.runtime.command import command
 from titok_jax.training.recipes import read_config, recipe_names
+
+if __name__ == "__mp_main__":  # this is a process that prepares batches
+    workers.import_grain_without_jax()
 
 
 def _parser() -> Parser:

@@ -30,7 +30,7 @@ from titok_jax.training.log_files import LogFolder
 from titok_jax.training.profiling import Profile
 from titok_jax.training.progress import CodebookWatch, Evaluation, Previews, check_classes
 from titok_jax.training.replaced import ReplacedImages
-from titok_jax.training.settings import Settings, check_batch, open_source
+from titok_jax.training.settings import Settings, check_batch, open_source, read_ahead
 from titok_jax.training.stopping import StopSignal, check_finite
 from titok_jax.training.tasks.base import State, Task, jit_step
 from titok_jax.training.telemetry import RunTime, Telemetry
@@ -121,6 +121,7 @@ class Run:
             train_transform=make_train_transform(data.transform) if data.transform else None,
             num_workers=num_workers,
             num_threads=num_threads,
+            read_ahead=read_ahead(self.settings, data.source),
             **self.part,
         )
 

@@ -15,7 +15,7 @@ from titok_jax.pictures import grids
 from titok_jax.runtime import sharding
 from titok_jax.runtime.outputs import new_file
 from titok_jax.training.log import MetricLog
-from titok_jax.training.settings import Settings, check_batch, open_source
+from titok_jax.training.settings import Settings, check_batch, open_source, read_ahead
 from titok_jax.training.tasks.base import Task
 
 
@@ -48,6 +48,7 @@ class Evaluation:
         if self.source is None:
             return
         self._mesh, self._num_threads = mesh, settings.data.num_threads
+        self._read_ahead = read_ahead(settings, settings.data.eval_source)
         self._crop = make_eval_transform(settings.data.eval_transform) if settings.data.eval_transform else None
         self._key = jax.random.fold_in(jax.random.key(settings.seed), 3)
         # A batch is as large as one accumulation part of a training batch, so it fits in memory if training does.
@@ -71,6 +72,7 @@ class Evaluation:
             global_batch_size=self._batch_size,
             transform=self._crop,
             num_threads=self._num_threads,
+            read_ahead=self._read_ahead,
             **sharding.batch_part(self._mesh),
         )
 

@@ -35,6 +35,7 @@ FREE_FIELDS = (
     "scale_with_batch",  # what it gives is compared
     "data.num_workers",
     "data.num_threads",
+    "data.read_ahead_mib",
     "data.eval_source",
     "data.eval_transform",
     "model.sampling",  # of previews, and the default of the exported model

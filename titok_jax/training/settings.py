@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from titok_jax import models
+from titok_jax.data import workers
 from titok_jax.data.checked import CheckedSource, Limits
 from titok_jax.data.sources import make_source
 from titok_jax.inference import check_pair
@@ -49,6 +50,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("batch_size", "gradient_accumulation"), (1, 1_000_000)),
     **dict.fromkeys(("preview_images", "preview_columns"), (1, 10_000)),
     **dict.fromkeys(("num_workers", "num_threads"), (0, MOST_THREADS)),
+    "read_ahead_mib": (1, 1_000_000),
     **dict.fromkeys(_SHARES, (0, 1)),
     **dict.fromkeys(("data", "fsdp", "tensor", "dcn_data"), (-1, 1_000_000)),
     "watchdog_minutes": (0, 100_000),
@@ -68,6 +70,8 @@ class DataSettings:
       eval_transform: argument for `transforms.make_eval_transform`, or None for no transform.
       batch_size: global batch size.
       num_workers, num_threads: how many workers and threads prepare batches in each process.
+      read_ahead_mib: the memory in MiB of the examples that they read ahead in each process, over the batch that is put
+        together. An evaluation reads ahead as much again while it runs.
     """
 
     source: Mapping[str, Any]
@@ -77,6 +81,7 @@ class DataSettings:
     eval_source: Mapping[str, Any] | None = None
     transform: Mapping[str, Any] | None = None
     eval_transform: Mapping[str, Any] | None = None
+    read_ahead_mib: int = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +227,7 @@ def parse_settings(config: ConfigDict, *, abstract: bool = False) -> Settings:
         load_model_config("init_from", settings.init_from, type(model))
     settings = dataclasses.replace(settings, model=model, image_size=image_size)
     _check_sizes(settings)
+    _check_read_ahead(settings)
     return settings
 
 
@@ -363,6 +369,32 @@ def _check_sizes(settings: Settings) -> None:
             edge = transform.get("resize_shorter_edge") or expected
             if not isinstance(edge, int) or not expected <= edge <= 8192:
                 raise ValueError(f"{found}, but resize_shorter_edge beside it is {edge!r}, expected {expected} to 8,192")
+
+
+def read_ahead(settings: Settings, spec: Mapping[str, Any]) -> int:
+    """How many examples of a data source may be read ahead in each process, by `data.read_ahead_mib`."""
+    return settings.data.read_ahead_mib * 2**20 // _example_bytes(settings, spec)
+
+
+def _example_bytes(settings: Settings, spec: Mapping[str, Any]) -> int:
+    """The memory of an example in a batch: its image, or its tokens of 4 bytes, and up to 16 bytes of label and marks."""
+    if settings.image_size is None or spec.get("name") == "tokens":
+        return 4 * settings.model.num_tokens + 16
+    return 3 * settings.image_size**2 + 16
+
+
+def _check_read_ahead(settings: Settings) -> None:
+    """Raises ValueError if `data.read_ahead_mib` is too small for the workers and threads."""
+    data = settings.data
+    for spec, num_workers in ((data.source, data.num_workers), (data.eval_source, 0)):
+        least = workers.parts_ahead(num_workers, data.num_threads)
+        if spec and read_ahead(settings, spec) < least:
+            size, readers = _example_bytes(settings, spec), workers.named(num_workers, data.num_threads)
+            raise ValueError(
+                f"config.data.read_ahead_mib is {data.read_ahead_mib}, expected at least {-(-least * size // 2**20)}, which "
+                f"is {least} examples of {size / 1024:,.1f} KiB, the least for {readers}; or set fewer "
+                "config.data.num_workers or config.data.num_threads"
+            )
 
 
 def open_source(spec: Mapping[str, Any], settings: Settings, flag: str = "", *, replace: bool = False) -> CheckedSource:
