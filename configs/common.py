@@ -73,6 +73,8 @@ def base(task: str) -> ConfigDict:
     config.eval_every = 5000
     config.eval_images = 5000
     config.max_nonfinite_steps = 20  # in a row
+    # Of a TPU's compiler, from -1 to 1. At 0, the gradients of a pixel decoder and a discriminator can take it hours.
+    config.compile_effort = -0.3 if task in ("maskgit_vqgan", "stage2", "single_stage") else 0.0
     config.watchdog_minutes = 30.0  # of one step; 0: no watch
     config.preview_every = 5000
     config.preview_images = 32

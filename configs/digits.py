@@ -57,6 +57,7 @@ def base() -> ConfigDict:
     config.eval_every = 500
     config.eval_images = 360
     config.max_nonfinite_steps = 20
+    config.compile_effort = 0.0
     config.watchdog_minutes = 30.0
     config.preview_every = 1000
     config.preview_images = 40

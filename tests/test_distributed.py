@@ -251,7 +251,7 @@ from jax.experimental import multihost_utils
 from titok_jax.training.checkpoint import Checkpoints
 folder, which = epath.Path(sys.argv[1]) / "checkpoints", int(sys.argv[2])
 def begin():
-    return {"kernel": jnp.arange(256.0 * 128).reshape(256, 128)}
+    return {"ffn_0": {"kernel": jnp.arange(256.0 * 128).reshape(256, 128)}}
 mesh, abstract = sharding.make_mesh(1, 2, 1), jax.eval_shape(begin)
 shardings = sharding.state_shardings(mesh, abstract)
 state = jax.jit(begin, out_shardings=shardings)()
@@ -266,7 +266,7 @@ if jax.process_index() == 0:
 multihost_utils.sync_global_devices("damaged")
 with Checkpoints(folder) as checkpoints:
     step, found = checkpoints.restore_newest(abstract, shardings, lambda step, config: None)
-(part,) = found["kernel"].addressable_shards
+(part,) = found["ffn_0"]["kernel"].addressable_shards
 np.testing.assert_array_equal(part.data, np.arange(256.0 * 128).reshape(256, 128)[part.index] + 1)
 print("restored", step, part.data.shape, flush=True)
 """
@@ -300,7 +300,7 @@ def peak():
     (line,) = (line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) // 1024
 def begin():
-    return {f"{n:02d}/kernel": jnp.arange(2**21, dtype=jnp.float32).reshape(2**10, 2**11) + n for n in range(16)}
+    return {f"{n:02d}/ffn_0/kernel": jnp.arange(2**21, dtype=jnp.float32).reshape(2**10, 2**11) + n for n in range(16)}
 mesh, first = sharding.make_mesh(1, 4, 1), jax.process_index() == 0
 def export():
     leaves = placement.gathered(state)
@@ -313,7 +313,7 @@ state = jax.block_until_ready(jax.jit(begin, out_shardings=shardings)())
 grown(export)
 del state
 place, array = placement.placer(mesh), np.arange(2**24, dtype=np.float32).reshape(2**10, 2**14)
-cut = grown(lambda: jax.block_until_ready(place("kernel", array)))
+cut = grown(lambda: jax.block_until_ready(place("ffn_0/kernel", array)))
 whole = grown(lambda: jax.block_until_ready(placement.put(array, sharding.replicated(mesh))))
 for placed, columns in ((cut, 2**12), (whole, 2**14)):
     (part,) = placed.addressable_shards
@@ -342,7 +342,7 @@ def test_weights_reach_four_processes_and_leave_them_without_copies_of_the_whole
     with tensor_files.open_weights(tmp_path / "model.safetensors") as (_, tensors):
         for n in range(16):
             expected = np.arange(2**21, dtype=np.float32).reshape(2**10, 2**11) + n
-            np.testing.assert_array_equal(np.asarray(tensors[f"{n:02d}/kernel"]), expected)
+            np.testing.assert_array_equal(np.asarray(tensors[f"{n:02d}/ffn_0/kernel"]), expected)
 
 
 # Here the bucket is a folder. Only the first process looks into it.

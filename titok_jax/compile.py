@@ -83,9 +83,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--effort",
         type=Real(-1, 1),
-        default=0.0,
-        help="that the compiler makes for speed: 0 as when a program is run; -1 compiles GAN trainings in minutes, and "
-        "estimates three to six times the time (default: 0)",
+        help="that the compiler makes for speed (default: config.compile_effort, as when the recipe is run; 0 for a "
+        "sampler); -1 compiles everything in minutes, and estimates three to six times the time",
     )
     parser.add_argument("--results", type=as_path, help="JSON file that the row is put into, also gs://")
     return parser
@@ -108,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = topology_devices(on_slice)
     import jax
 
-    jax.config.update("jax_exec_time_optimization_effort", args.effort)
+    effort = args.effort
+    if effort is None:
+        effort = 0.0 if config is None else config.get("compile_effort", 0.0)
+    jax.config.update("jax_exec_time_optimization_effort", effort)
     if config is None:
         program = sampler(args.sampler, devices)
     else:

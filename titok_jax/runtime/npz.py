@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import weakref
 import zipfile
 from collections.abc import Iterator
 from typing import IO, NamedTuple, Self
@@ -55,6 +56,7 @@ class NpzFile:
                 raise ValueError(f"it holds {max(members, key=members.count)} twice")
             self.names = tuple(members)
             self._open = stack.pop_all()
+        weakref.finalize(self, self._open.close)  # of a file that nobody closes
 
     def __enter__(self) -> Self:
         return self

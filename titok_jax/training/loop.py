@@ -24,6 +24,7 @@ from titok_jax.runtime.paths import as_path, is_remote
 from titok_jax.training import same_run
 from titok_jax.training.build import build_task, check_capacity
 from titok_jax.training.checkpoint import Checkpoints
+from titok_jax.training.compiling import compile_step, compiler
 from titok_jax.training.flops import work
 from titok_jax.training.log import MetricLog, TextLog
 from titok_jax.training.log_files import LogFolder
@@ -273,6 +274,7 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
     placement.check_same(run.task.start, run.mesh, origin)  # here, because nothing is written yet
     several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     lock = held.enter_context(lock_run(run.workdir, what="workdir", **several))
+    held.enter_context(compiler(run.mesh, run.settings.compile_effort, run.workdir / "compiled"))
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=run.settings.keep_checkpoints)
     stored, sums = run.stored, {}
 
@@ -339,7 +341,10 @@ def run_steps(
                 batch = next(loader)
             watchdog.at(f"step {step + 1}", COMPILE if first else 1)
             with sharding.on_mesh(run.mesh), profile.step(step):
-                state, metrics = step_fn(state, started.frozen, sharding.put_batch(run.mesh, batch), step_key)
+                inputs = state, started.frozen, sharding.put_batch(run.mesh, batch), step_key
+                if first:
+                    step_fn = compile_step(step_fn, *inputs)
+                state, metrics = step_fn(*inputs)
             done = step + 1
             telemetry.step(metrics, first=first)
             if profile.ends_after(done):

@@ -18,6 +18,7 @@ from titok_jax.training.settings import Settings
 # the rounding, and gradient_accumulation also affects the dropout draws. All other fields determine the result.
 FREE_FIELDS = (
     "mesh",
+    "compile_effort",
     "remat",
     "gradient_accumulation",
     "log_every",

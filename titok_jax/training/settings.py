@@ -54,6 +54,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_SHARES, (0, 1)),
     **dict.fromkeys(("data", "fsdp", "tensor", "dcn_data"), (-1, 1_000_000)),
     "watchdog_minutes": (0, 100_000),
+    "compile_effort": (-1, 1),
     "seed": (0, 2**32 - 1),
     "entropy_temperature": (1e-6, 1_000_000),
     "max_grad_norm": (0, math.inf),  # infinite: gradients are not clipped
@@ -125,6 +126,7 @@ class Settings:
         never.
       keep_checkpoints: how many of the newest checkpoints are kept.
       max_nonfinite_steps: the training stops after this many non-finite steps in a row.
+      compile_effort: what a TPU's compiler puts into the speed of the programs, from -1 to 1.
       watchdog_minutes: a run whose step takes longer ends with the stacks of its threads, see `Watchdog`; 0 for no watch.
       eval_images: number of held-out examples to evaluate.
       preview_images, preview_columns: number of preview images, and images per row.
@@ -170,6 +172,7 @@ class Settings:
     init_from: str = ""
     restart_codes: bool = False
     log_grad_norms: bool = False
+    compile_effort: float = 0.0
     watchdog_minutes: float = 30.0
     token_precision: str = "highest"
     discriminator_dtype: str = "float32"
