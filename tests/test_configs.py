@@ -186,6 +186,7 @@ NOT_RECIPE = {
     "data.num_workers", "data.num_threads", "data.read_ahead_mib", "remat", "gradient_accumulation", "mesh", "log_every",
     "checkpoint_every", "keep_checkpoints", "eval_every", "eval_images", "max_nonfinite_steps", "preview_every",
     "preview_images", "preview_columns", "recipe", "log_grad_norms", "watchdog_minutes", "scale_with_batch",
+    "compile_effort",
 }  # fmt: skip
 RECIPES = {
     "maskgit_vqgan": ("imagenet256", "imagenet512"),

@@ -266,9 +266,9 @@ def test_operations_are_those_of_the_model_whatever_is_computed_again(recipe, tf
 def test_a_run_tells_all_of_it(tmp_path, monkeypatch, capsys):
     """Means over steps, model FLOP utilisation where the chip is known, and a trace of two steps, also in TensorBoard's
     folder."""
-    steps, real = [], loop.jit_step
+    steps, real = [], loop.compile_step
 
-    def jit_step(*arguments):
+    def compile_step(*arguments):
         step = real(*arguments)
 
         def kept(*arguments):
@@ -278,7 +278,7 @@ def test_a_run_tells_all_of_it(tmp_path, monkeypatch, capsys):
 
         return kept
 
-    monkeypatch.setattr(loop, "jit_step", jit_step)
+    monkeypatch.setattr(loop, "compile_step", compile_step)
     monkeypatch.setattr(flops, "peak_tflops", lambda kind: 0.001)
     config = small("tokenizer", log_every=3)
     with pytest.raises(ValueError, match=r"^--profile 6:8 is after the end: this run has 6 steps$"):

@@ -1,8 +1,9 @@
 """Placement of arrays: one mesh with three axes, and the rules that shard parameters and batches on it.
 
-    data    the model is replicated, and the batch is sharded
-    fsdp    the batch is sharded, and so is every large parameter, with its optimizer state and its average. A device keeps
-            1 / fsdp of them and gathers a layer's parameters when it computes the layer
+    data    the model is replicated, and the batch is sharded. Optimizer states and averages are sharded too, unless
+            `mesh.shard_optimizer` is off
+    fsdp    the batch is sharded, and so is every large kernel of a transformer, with its optimizer state and its average. A
+            device keeps 1 / fsdp of them and gathers a layer's kernels when it computes the layer
     tensor  attention heads and MLP columns are sharded (Megatron), for layers that are too large for one device
 
 All axes are "Auto": XLA's partitioner (GSPMD) derives every sharding between parameters, batch and results. The models
@@ -11,8 +12,9 @@ the heads. It needs `on_mesh` around a step, or `jit_on`. The same program runs 
 
 The devices exchange this in a training step (tests/test_sharding.py reads it from the compiled programs):
 
-    data    one sum of every gradient over the devices (all-reduce, or reduce-scatter where parameters are sharded too), and
-            one of the few numbers that depend on the whole batch: losses, LeCam's means, code usage, the gradient norm
+    data    one sum of every gradient over the devices (all-reduce), also of a batch in several parts, and one of the few
+            numbers that depend on the whole batch: losses, LeCam's means, code usage, the gradient norm. With a sharded
+            optimizer, the new parameters (all-gather, float32)
     fsdp    the same, and each sharded parameter is gathered where it is used, forward and backward, one layer at a time
             (all-gather). The batch is never gathered, except for token ids that index a sharded embedding; the embedding's
             rows are then exchanged (all-to-all). Optimizer state and averages are updated in place, on their shards

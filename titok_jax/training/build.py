@@ -11,6 +11,7 @@ from titok_jax import models
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.perceptual import PerceptualConfig
 from titok_jax.models.titok import TiTokConfig
+from titok_jax.runtime import sharding
 from titok_jax.runtime.capacity import check_memory
 from titok_jax.training.settings import Settings, load_model_config, vqgan_config
 from titok_jax.training.tasks import generator, maskgit_vqgan, single_stage, stage1, stage2
@@ -67,11 +68,14 @@ def check_capacity(settings: Settings, task: Task, mesh: Mesh) -> None:
     memory = None if limit is None else limit * jax.local_device_count()
     trained = (network.trainable(network.abstract) for network in task.networks.values())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(list(trained)))
-    shards = min(mesh.shape["fsdp"] * mesh.shape["tensor"], jax.process_count())
-    check_memory(3 * 4 * parameters // shards, f"a model of {parameters:,} parameters, with AdamW,", memory)
+    processes = jax.process_count()
+    shards = min(mesh.shape["fsdp"] * mesh.shape["tensor"], processes)
+    moments = 2 * parameters // (processes if settings.mesh.shard_optimizer else shards)
+    check_memory(4 * (parameters // shards + moments), f"a model of {parameters:,} parameters, with AdamW,", memory)
 
     batch, size = settings.data.batch_size, settings.image_size or 0
-    what, rows = f"config.data.batch_size={batch}", batch // jax.process_count()
+    part = sharding.batch_part(mesh)
+    what, rows = f"config.data.batch_size={batch}", batch * len(part["blocks"]) // part["num_blocks"]
     check_memory(3 * rows * size**2, what)  # as uint8, not on the devices
     values = 3 * size**2
     if settings.task == "generator":
