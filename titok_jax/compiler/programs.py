@@ -126,6 +126,7 @@ def compile_program(program: Program, slice_name: str) -> dict[str, Any]:
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
         "batch_size": program.batch_size,
         "effort": jax.config.jax_exec_time_optimization_effort,
+        "date": time.strftime("%Y-%m-%d"),
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
     }

@@ -5,7 +5,8 @@ from typing import Any
 
 from titok_jax.compiler.slices import SLICES, slice_chip
 
-_REMAT, _FSDP16 = "--config.remat=True", "--config.mesh.fsdp=16"
+_REMAT, _FSDP8, _FSDP16 = "--config.remat=True", "--config.mesh.fsdp=8", "--config.mesh.fsdp=16"
+_BATCH = "--config.data.batch_size={}".format
 _ACCUMULATION = "--config.gradient_accumulation={}".format
 _LOWEST = "--effort=-1"
 Row = tuple[str, str, tuple[str, ...]]  # recipe or sampler, slice, options
@@ -19,6 +20,11 @@ TIMED: tuple[Row, ...] = (
     ("configs/generator.py:l64_512", "v5p-32", ()),
     ("configs/generator.py:l32", "v6e-64", ()),
     ("configs/generator.py:l32", "v6e-256", ()),
+    ("configs/generator.py:l32", "v6e-256", (_BATCH(8192),)),
+    ("configs/generator.py:l32", "v5e-256", (_BATCH(8192),)),
+    ("configs/generator.py:l32", "2xv5e-256", (_BATCH(16384),)),
+    ("configs/generator.py:l32", "v5p-128", (_FSDP8,)),
+    ("configs/generator.py:l32", "v5p-256", ("--config.mesh.fsdp=2", _BATCH(8192))),
     ("titok_l32", "v5e-16", ()),
     ("titok_b64", "v6e-64", ()),
     ("titok_s128", "v5p-32", ()),
@@ -117,14 +123,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Formats the rows as a Markdown table."""
     lines = [
         "| program | slice | mesh | batch | memory GiB (arguments + temporaries) | TFLOP | collectives: MB made (number) "
-        "| effort | estimate ms | of peak | compile s |",
-        "|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|",
+        "| effort | estimate ms | of peak | compile s | date |",
+        "|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|---|",
     ]
     for row in rows:
         mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "one device"
         start = f"| `{row['name']}` | {row['slice']} | {mesh} | {row['batch_size']} | "
         if "flops" not in row:
-            lines.append(start + f"{row['problems'][0]} | | | | | | |")
+            lines.append(start + f"{row['problems'][0]} | | | | | | | |")
             continue
         collectives = ", ".join(
             f"{kind} {row['collective_bytes'][kind] / 1e6:,.0f} ({row['collective_count'][kind]:.0f})"
@@ -137,7 +143,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             start + f"{row['total_bytes'] / 2**30:.1f} ({row['argument_bytes'] / 2**30:.1f} + "
             f"{row['temporary_bytes'] / 2**30:.1f}) | {row['flops'] / 1e12:.2f} | {collectives or 'none'} | "
-            f"{row['effort']:g} | {estimate} | {row['compile_seconds']:.0f} |"
+            f"{row['effort']:g} | {estimate} | {row['compile_seconds']:.0f} | {row.get('date', '')} |"
         )
     return "\n".join(lines)
 
