@@ -94,6 +94,7 @@ def optimizer(learning_rate: float, *, beta2: float, weight_decay: float, warmup
             "beta2": beta2,
             "weight_decay": weight_decay,
             "max_grad_norm": 1.0,
+            "mu_dtype": "float32",
         }
     )
 

@@ -84,6 +84,7 @@ def test_optimizers_are_the_published_ones(file, variant, steps, batch, rate, be
             assert found[name].to_dict() == {
                 "learning_rate": rate,
                 "end_learning_rate": 1e-5,
+                "mu_dtype": "float32",
                 "schedule": "cosine",
                 "warmup_steps": warmup,
                 "beta1": 0.9,

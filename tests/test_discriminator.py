@@ -11,7 +11,14 @@ from flax import nnx
 from golden_data import abstract_model, compare, images, load, load_json, nchw, published_shapes, seeded_model
 
 from titok_jax.models import tables
-from titok_jax.models.discriminator import DiscriminatorConfig, NLayerDiscriminator, adaptive_max_pool, blur_downsample
+from titok_jax.models.discriminator import (
+    DiscriminatorConfig,
+    NLayerDiscriminator,
+    adaptive_max_pool,
+    blur_convolution,
+    blur_downsample,
+    blur_shifted,
+)
 from titok_jax.weights import convert
 
 TABLE = tables.discriminator_table()
@@ -127,7 +134,14 @@ def test_blur_is_the_depthwise_convolution(golden, size):
     padding = [(1, 1) if n % 2 == 0 else (1, 2) for n in size]  # the published "same" padding puts the odd zero last
     dims = ("NHWC", "HWIO", "NHWC")
     want = jax.lax.conv_general_dilated(x, kernel, (2, 2), padding, dimension_numbers=dims, feature_group_count=3)
-    np.testing.assert_allclose(blur_downsample(x), want, atol=1e-6)
+    for form in (blur_shifted, blur_convolution):
+        np.testing.assert_allclose(form(x), want, atol=1e-6)
+        gradients = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (form, blur_downsample))
+        np.testing.assert_allclose(*gradients, atol=1e-6)
+    # In bfloat16 the taps are exact, so the forms differ by the rounding of the sum at most.
+    low = jnp.asarray(x, jnp.bfloat16)
+    one, other = (np.asarray(form(low), np.float32) for form in (blur_shifted, blur_convolution))
+    np.testing.assert_allclose(one, other, atol=2**-8 * np.abs(one).max())
 
 
 def pool_by_loops(x, size):

@@ -164,3 +164,23 @@ def test_plain_ema_is_the_weighted_mean_of_all_it_saw():
         ema = optimizer.ema_update(ema, jnp.asarray(params, jnp.float32), jnp.int32(step), optimizer.constant_decay(0.9))
     weights = np.concatenate([[0.9**6], 0.1 * 0.9 ** np.arange(5, -1, -1.0)])
     np.testing.assert_allclose(ema, weights @ np.concatenate([start, seen]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_first_moment_in_bfloat16_changes_the_state_and_little_else():
+    """The update uses the moment before it is rounded, so the first step is the same and later ones differ by rounding."""
+    params = {"w": jnp.linspace(-1.0, 1.0, 64)}
+    options = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.0, "decay_mask": {"w": False}}
+    both = [optimizer.adamw(lambda k: 1.0, mu_dtype=dtype, **options) for dtype in ("float32", "bfloat16")]
+    states = [tx.init(params) for tx in both]
+    for step in range(5):
+        grads = {"w": jnp.cos((step + 1) * jnp.arange(64.0))}
+        results = [tx.update(grads, state, params) for tx, state in zip(both, states, strict=True)]
+        states = [state for _, state in results]
+        one, other = (np.asarray(updates["w"]) for updates, _ in results)
+        if step == 0:
+            np.testing.assert_array_equal(one, other)
+        else:  # the former moment, at most 1 here, is rounded to 8 bits and divided by the root of the second
+            assert 0 < np.abs(one - other).max() < 0.05
+    assert [state[0].mu["w"].dtype for state in states] == [jnp.float32, jnp.bfloat16]
+    with pytest.raises(ValueError, match="mu_dtype is 'float16', expected 'float32' or 'bfloat16'"):
+        optimizer.OptimizerConfig(1e-3, "constant", 0, 0.9, 0.99, 0.0, 1.0, mu_dtype="float16")

@@ -20,13 +20,20 @@ def _float32(x: jax.Array | float) -> jax.Array:
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Per-element cross entropy: logits [..., K], targets int [...] in [0, K) -> [...].
 
-    With smoothing s it is (1 - s) nll + s times the mean of -log p over all classes, like torch's CrossEntropyLoss.
+    With smoothing s it is (1 - s) nll + s times the mean of -log p over all classes, like torch's CrossEntropyLoss. The
+    backward pass keeps the logits and computes the rest again: a float32 copy of them would be the largest array of a step.
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    return jax.checkpoint(_cross_entropy, static_argnums=2)(logits, targets, label_smoothing)
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float) -> jax.Array:
+    logits = logits.astype(jnp.float32)
+    shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    nll = log_sum - jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
     if label_smoothing == 0.0:
         return nll
-    return (1.0 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
+    return (1.0 - label_smoothing) * nll + label_smoothing * (log_sum - shifted.mean(-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,9 +30,11 @@ class OptimizerConfig:
       schedule: "cosine" (decays to `end_learning_rate`) or "constant".
       warmup_steps: updates over which the learning rate rises from 0.
       max_grad_norm: gradients are clipped to this global norm.
+      mu_dtype: the dtype in which Adam's first moment is kept, "float32" (published) or "bfloat16", which takes an eighth
+        off the state. The update itself is computed in float32.
 
     Raises:
-      ValueError: for an unknown schedule.
+      ValueError: for an unknown schedule or dtype.
     """
 
     learning_rate: float
@@ -43,8 +45,11 @@ class OptimizerConfig:
     weight_decay: float
     max_grad_norm: float
     end_learning_rate: float = 0.0
+    mu_dtype: str = "float32"
 
     def __post_init__(self):
+        if self.mu_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"mu_dtype is {self.mu_dtype!r}, expected 'float32' or 'bfloat16'")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"schedule is {self.schedule!r}, expected 'cosine' or 'constant'")
 
@@ -87,7 +92,7 @@ def cosine_schedule(base_lr: float, *, end_lr: float, warmup_steps: int, total_s
     return schedule
 
 
-def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: str = "float32") -> optax.GradientTransformation:
     """`optax.scale_by_adam`, with the same state, but with bias corrections that are exact in float32.
 
     optax computes 1 - b2**t in float32. For b2 = 0.999 this is off by 1.3e-5 in the first updates. torch computes it in
@@ -95,30 +100,39 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     """
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+        kept = None if mu_dtype == "float32" else mu_dtype  # None: that of the parameters
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, kept), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
 
     def update(grads, state, params=None):
         del params
         count = state.count + 1
-        mu = jax.tree.map(lambda g, m: b1 * m + (1.0 - b1) * g, grads, state.mu)
+        mu = jax.tree.map(lambda g, m: b1 * m.astype(g.dtype) + (1.0 - b1) * g, grads, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1.0 - b2) * jnp.square(g), grads, state.nu)
         correct1, correct2 = (-jnp.expm1(count * math.log(b)) if b > 0 else 1.0 for b in (b1, b2))
         updates = jax.tree.map(lambda m, v: (m / correct1) / (jnp.sqrt(v / correct2) + eps), mu, nu)
+        mu = jax.tree.map(lambda new, former: new.astype(former.dtype), mu, state.mu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
 def adamw(
-    schedule: Schedule, *, b1: float, b2: float, eps: float = 1e-8, weight_decay: float, decay_mask: Params
+    schedule: Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float = 1e-8,
+    weight_decay: float,
+    decay_mask: Params,
+    mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """torch's AdamW: p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps), with decay where `decay_mask` is true.
 
     The chain does not clip; use `clip_by_global_norm`, which also returns the norm for logging. The state is a plain pytree.
     """
     return optax.chain(
-        scale_by_adam(b1, b2, eps),
+        scale_by_adam(b1, b2, eps, mu_dtype),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )

@@ -47,6 +47,8 @@ FREE_FIELDS = (
 LATER_FIELDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "token_precision": lambda then: "default",
     "discriminator_dtype": lambda then: then.get("compute_dtype"),  # a discriminator computed in the dtype of its model
+    "optimizer.mu_dtype": lambda then: "float32",
+    "discriminator_optimizer.mu_dtype": lambda then: "float32",
     "data.transform.random_crop": lambda then: True,
     "data.transform.random_flip": lambda then: True,
     "data.source.image_key": lambda then: "",

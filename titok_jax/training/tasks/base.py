@@ -114,6 +114,7 @@ def make_network(
         b1=optimizer.beta1,
         b2=optimizer.beta2,
         weight_decay=optimizer.weight_decay,
+        mu_dtype=optimizer.mu_dtype,
         decay_mask=decay_mask if trained is None else {name: decay_mask[name] for name in trained},
     )
     return Network(config, graphdef, abstract, tx, schedule, optimizer.max_grad_norm, trained)
