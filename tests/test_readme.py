@@ -64,8 +64,11 @@ def test_the_commands_for_your_hardware_are_commands():
     assert "--accelerator-type=v5litepod-8" in slices["v5e-8"]
     assert "--accelerator-type=v5litepod-256" in slices["v5e-256"]
     assert {"queued-resources", "--node-count=2", "--accelerator-type=v5litepod-256"} <= set(slices["2xv5e-256"])
-    changes = [word for command in commands for word in command.split() if word.startswith("--config.")]
-    assert read_config("stage1:l32", changes).num_steps == 250_000
+    batches = {"v5e-256": 1024, "2xv5e-256": 2048}  # divide among 256 and 512 chips
+    for command in commands:
+        changes = [word for word in command.split() if word.startswith("--config.")]
+        if batch := batches.get(command.split()[0].partition("=")[2]):
+            assert read_config("stage1:l32", changes).num_steps == 1_000_000 * 256 // batch
     assert all((ROOT / f"tpu_scripts/{name}").exists() and name in section for name in ("slurm.sbatch", "Dockerfile"))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert '-e ".[train,cuda]"' in section
