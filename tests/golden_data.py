@@ -112,23 +112,27 @@ def published_shapes(path: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in load_json(path)["tensors"].items()}
 
 
-def compare(golden: Mapping[str, np.ndarray], name: str, ours: Any, tolerance: float) -> float:
+def compare(golden: Mapping[str, np.ndarray], name: str, ours: Any, tolerance: float, undetermined: Any = 0.0) -> float:
     """Asserts that `ours`, a whole array in the published layout, equals the golden array `name` within `tolerance`.
 
     Large golden arrays are stored as strided slices. Beside them are the mean, the population standard deviation and the
     largest magnitude of the whole array (`.stride`, `.shape`, `.stats`). Both are checked. `tolerance` is relative to the
     largest magnitude. If no element is off by more, none of the three statistics can be.
 
+    `undetermined`, a number or an array like `ours`, is added to what is allowed: what float32 leaves open there.
+
     Returns:
       the largest error of the slice, relative to the largest magnitude.
     """
     full = np.asarray(ours, dtype=np.float64)
+    open_to = np.broadcast_to(undetermined, full.shape)
     if name + ".flat2d" in golden:
-        flat = full.reshape(full.shape[0], -1)
-        got, want = flat[tuple(slice(None, None, max(1, size // 64)) for size in flat.shape)], golden[name + ".flat2d"]
+        got, left = (array.reshape(full.shape[0], -1) for array in (full, open_to))
+        want, part = golden[name + ".flat2d"], tuple(slice(None, None, max(1, size // 64)) for size in got.shape)
     else:
-        want = golden[name]
-        got = full[tuple(slice(None, None, int(step)) for step in golden.get(name + ".stride", ()))]
+        got, left = full, open_to
+        want, part = golden[name], tuple(slice(None, None, int(step)) for step in golden.get(name + ".stride", ()))
+    got, left = got[part], left[part]
     shape = tuple(int(n) for n in golden[name + ".shape"]) if name + ".shape" in golden else None
     assert shape is None or full.shape == shape, f"{name}: shape {full.shape}, expected {shape}"
     assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
@@ -136,20 +140,20 @@ def compare(golden: Mapping[str, np.ndarray], name: str, ours: Any, tolerance: f
 
     stats = golden.get(name + ".stats")
     largest = float(np.abs(want).max() if stats is None else stats[2])
-    difference = np.abs(got - want)
-    error = float(difference.max() / largest) if largest else float(difference.max())
-    worst = np.unravel_index(difference.argmax(), difference.shape)
+    difference, allowed = np.abs(got - want) / (largest or 1.0), tolerance + left / (largest or 1.0)
+    error = float(difference.max())
+    worst = np.unravel_index((difference - allowed).argmax(), difference.shape)
     within(
-        error,
-        tolerance,
-        f"{name}: largest error {error:.2e} of max |x| = {largest:.4g}, tolerance {tolerance:.0e}; "
+        difference,
+        allowed,
+        f"{name}: error {difference[worst]:.2e} of max |x| = {largest:.4g}, allowed {allowed[worst]:.0e}; "
         f"at {tuple(map(int, worst))} of the stored slice {got[worst]:.7g}, expected {want[worst]:.7g}",
     )
     if stats is not None:
         found = np.array([full.mean(), full.std(), np.abs(full).max()])
         within(
             found - stats,
-            tolerance * largest,
+            tolerance * largest + np.array([open_to.mean(), np.sqrt(np.square(open_to).mean()), open_to.max()]),
             f"{name}: the slice agrees, but (mean, std, max) of the whole are {found}, "
             f"expected {stats}, tolerance {tolerance:.0e}",
         )

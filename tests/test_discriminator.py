@@ -2,11 +2,11 @@
 
 import functools
 
-import golden_data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from flax import nnx
 from golden_data import abstract_model, compare, images, load, load_json, nchw, published_shapes, seeded_model
 
@@ -26,9 +26,14 @@ TOLERANCE = 2e-5  # up to 3.8e-6 measured, for the logits
 # Where a normalisation follows a convolution, the gradient of its bias is a sum over the image that nearly cancels: 1.3e-5
 # measured.
 GRADIENT_TOLERANCE = 5e-5
-# At 256 pixels one of the 262,144 pooling windows has two maxima 4e-9 apart, and rounding decides which gets the gradient.
-TIE = {"size": 256, "image": 1, "rows": slice(104, 168), "columns": slice(144, 216)}  # the pixels that window sees
-TIE_TOLERANCE = 1e-3  # for parameters before the pooling: 1.8e-4 measured
+# Where float32 does not determine a decision, it does not determine the gradient either: which of two elements is the
+# largest of a pooling window, on which side of 0 the input of a LeakyReLU is. Such values are of the order of 1; on three
+# kinds of CPUs they, and the differences of two, are off from float64 by 2e-7 on average, and by more than 1.5e-6 in 4 of a
+# million cases. Whatever is nearer is a near-tie.
+NEAR = 1.5e-6
+# What near-ties can change is allowed to differ. It must be few pixels: less than FEW may be open to more than OPEN of the
+# largest gradient (17 % seen).
+OPEN, FEW = 1e-3, 0.3
 
 
 @pytest.fixture(scope="module")
@@ -41,68 +46,93 @@ def model():
     return seeded_model(lambda: NLayerDiscriminator(DiscriminatorConfig(), rngs=nnx.Rngs(0)), TABLE)
 
 
-def layers(discriminator, x):
-    """All intermediates by their golden names, one layer after the other."""
+def activation(x, near):
+    """LeakyReLU; what is nearer to 0 than `near` counts as if it were just on the other side."""
+    other_side = jnp.where(x >= 0, -near, near)
+    x = x + jax.lax.stop_gradient(jnp.where(jnp.abs(x) < near, other_side - x, 0.0))
+    return jnp.where(x >= 0, x, 0.1 * x)
 
-    def activation(x):
-        return jnp.where(x >= 0, x, 0.1 * x)
 
+def pool(x, size, near):
+    """`adaptive_max_pool`; it takes the second largest of a window, if the largest is less than `near` above it."""
+
+    def windows(x):
+        """[B, H, W, C] -> [B, size, size, C, 4], row by row. A window of fewer elements has some of them twice."""
+        for axis in (2, 1):
+            n = x.shape[axis]
+            starts, ends = np.arange(size) * n // size, -(-np.arange(1, size + 1) * n // size)
+            assert (ends - starts).max() <= 2
+            x = x.take(np.stack([starts, ends - 1], 1), axis=axis)
+        return x.transpose(0, 1, 3, 5, 2, 4).reshape(x.shape[0], size, size, x.shape[-1], 4)
+
+    positions = windows(np.arange(x.shape[1] * x.shape[2]).reshape(1, *x.shape[1:3], 1))
+    x = windows(x)
+    first = jnp.argmax(x, -1, keepdims=True)
+    others = jnp.where(positions == jnp.take_along_axis(jnp.asarray(positions), first, -1), -jnp.inf, x)
+    second = jnp.argmax(others, -1, keepdims=True)
+    chosen = jnp.where(x.max(-1, keepdims=True) - others.max(-1, keepdims=True) < near, second, first)
+    return jnp.take_along_axis(x, chosen, -1)[..., 0]
+
+
+def layers(discriminator, x, near):
+    """All intermediates by their golden names, one layer after the other. Near-ties are decided the other way."""
     out = {}
-    out["block_in"] = x = activation(discriminator.block_in(x))
+    out["block_in"] = x = activation(discriminator.block_in(x), near)
     for i in range(len(discriminator.blocks)):
         stage = discriminator.blocks[str(i)]
-        out[f"blocks.{i}.conv"] = conv = stage.conv(x)
-        out[f"blocks.{i}.blur"] = blur_downsample(conv)
-        out[f"blocks.{i}"] = x = stage(x)
-    out["pool"] = x = adaptive_max_pool(x, discriminator.config.logits_size)
+        out[f"blocks.{i}.conv"] = x = stage.conv(x)
+        out[f"blocks.{i}.blur"] = x = blur_downsample(x)
+        out[f"blocks.{i}"] = x = activation(stage.norm(x), near)
+    out["pool"] = x = pool(x, discriminator.config.logits_size, near)
     out["to_logits.0"] = x = discriminator.to_logits_0(x)
-    return out | {"logits": discriminator.to_logits_2(activation(x))}
+    return out | {"logits": discriminator.to_logits_2(activation(x, near))}
+
+
+def stored(gradients):
+    """The gradients that the files hold, by their names in the model. They have none of the large kernels."""
+    flat = convert.flatten(gradients)
+    return {path: flat[path] for path in flat if flat[path].ndim == 1 or path == "block_in/kernel"}
 
 
 @pytest.mark.parametrize(("size", "batch"), [(64, 2), (80, 1), (256, 2)])
 def test_every_layer_and_gradient(golden, model, size, batch):
     """Pooling windows are one element used four times (size 64), overlapping (80), and 2 x 2 (256)."""
     graphdef, params = model
+    x = images(batch, size, 40)
 
-    def objective(params, x):
-        logits = nnx.merge(graphdef, params)(x)
-        return jnp.vdot(logits, jnp.linspace(-1.0, 1.0, logits.size).reshape(logits.shape)), logits
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(outputs, params, x, *args):
+        """-> what `outputs` gives for a discriminator and images, and the gradients of the logits' objective."""
 
-    @jax.jit
-    def run(params, x):
-        (_, logits), gradients = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, x)
-        return layers(nnx.merge(graphdef, params), x), logits, gradients
+        def objective(params, x):
+            out = outputs(nnx.merge(graphdef, params), x, *args)
+            return jnp.vdot(out["logits"], jnp.linspace(-1.0, 1.0, out["logits"].size).reshape(out["logits"].shape)), out
 
-    blocks, logits, (gradients, input_gradient) = run(params, images(batch, size, 40))
-    for name, value in blocks.items():
+        gradients, out = jax.grad(objective, (0, 1), has_aux=True)(params, x)
+        return out, stored(gradients[0]), gradients[1]
+
+    out, gradients, input_gradient = run(lambda discriminator, x: {"logits": discriminator(x)}, params, x)
+    blocks, *one_way = run(layers, params, x, 0.0)
+    _, *other_way = run(layers, params, x, NEAR)
+    for name, value in (blocks | out).items():
         compare(golden, f"{size}/{name}", nchw(value), TOLERANCE)
-    compare(golden, f"{size}/logits", nchw(logits), TOLERANCE)
+    compare(golden, f"{size}/logits", nchw(blocks["logits"]), TOLERANCE)
 
-    input_gradient = nchw(input_gradient)
-    if size == TIE["size"]:
-        # Outside the window's receptive field nothing depends on the tie. Inside, the published values stand in for ours,
-        # so that the rest is compared as strictly as elsewhere.
-        published, step = golden["256/grad_input"], int(golden["256/grad_input.stride"][-1])
-        input_gradient = input_gradient.copy()
-        box = np.index_exp[TIE["image"], :, TIE["rows"], TIE["columns"]]
-        ours = input_gradient[:, :, ::step, ::step]
-        inside = np.zeros((batch, 3, size, size), bool)
-        inside[box] = True
-        input_gradient[:, :, ::step, ::step] = np.where(inside[:, :, ::step, ::step], published, ours)
-        error = np.abs(ours - published).max() / golden["256/grad_input.stats"][2]
-        golden_data.within(error, 0.05, f"inside the receptive field of the tie: {error}")
-    compare(golden, f"{size}/grad_input", input_gradient, TOLERANCE)
+    # What near-ties can change, where several of them meet and each may be decided in either way: twice as much as all of
+    # them together do nearby, or in an array of parameters.
+    effects, effect = jax.tree.map(lambda one, other: 2 * np.abs(one - other), one_way, other_way)
+    effect = scipy.ndimage.maximum_filter(nchw(effect), (1, 3, 17, 17))
+    share = (effect > OPEN * np.abs(input_gradient).max()).mean()
+    assert share < FEW, f"near-ties change the gradient of {share:.1%} of the pixels"
+    compare(golden, f"{size}/grad_input", nchw(input_gradient), TOLERANCE, effect)
 
-    gradients = convert.to_published(TABLE, gradients)
-    stored = {name.removeprefix(f"{size}/grad/") for name in golden if name.startswith(f"{size}/grad/")}
-    # The files hold no gradients of the large kernels.
-    assert stored == {name for name, gradient in gradients.items() if gradient.ndim == 1 or name == "block_in.0.weight"}
+    gradients, effects = (convert.to_published(TABLE, convert.unflatten(flat)) for flat in (gradients, effects))
+    assert gradients.keys() == {name.removeprefix(f"{size}/grad/") for name in golden if name.startswith(f"{size}/grad/")}
     # This gradient sums the cotangent's 256 or 512 elements of up to 1. It is zero up to rounding (3e-4 in the published
     # run).
-    np.testing.assert_allclose(gradients["to_logits.2.bias"], golden[f"{size}/grad/to_logits.2.bias"], atol=2e-3)
-    for name in stored - {"to_logits.2.bias"}:
-        tied = size == TIE["size"] and not name.startswith("to_logits")
-        compare(golden, f"{size}/grad/{name}", gradients[name], TIE_TOLERANCE if tied else GRADIENT_TOLERANCE)
+    np.testing.assert_allclose(gradients.pop("to_logits.2.bias"), golden[f"{size}/grad/to_logits.2.bias"], atol=2e-3)
+    for name, gradient in gradients.items():
+        compare(golden, f"{size}/grad/{name}", gradient, GRADIENT_TOLERANCE, effects[name].max())
 
 
 def test_names_and_shapes_are_the_published_ones(golden):

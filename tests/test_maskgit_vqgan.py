@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import golden_data
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,11 +106,19 @@ def outputs(model):
             "clamped": vqgan.decode_codes(codes),
         }, {name: value.transpose(0, 3, 1, 2) for name, value in blocks.items()}
 
-    return jax.tree.map(np.asarray, run(params, images(2, 64, 0)))
+    whole, blocks = jax.tree.map(np.asarray, run(params, images(2, 64, 0)))
+    moved, _ = run(one_ulp_off(params), images(2, 64, 0))
+    return whole, blocks, {name: np.abs(moved[name] - whole[name]).max() for name in ("z", "raw")}
+
+
+def one_ulp_off(params):
+    """The parameters with every second one of them, by chance, replaced by the next larger float32."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda w: np.where(rng.random(w.shape) < 0.5, np.nextafter(w, np.inf, dtype=w.dtype), w), params)
 
 
 def test_every_block(golden, outputs):
-    whole, blocks = outputs
+    whole, blocks, one_rounding = outputs
     stored = {
         name
         for name in golden
@@ -118,13 +127,16 @@ def test_every_block(golden, outputs):
     assert set(blocks) == stored
     for name, value in blocks.items():
         compare(golden, name, value, DECODER_TOLERANCE if name.startswith("decoder.") else TOLERANCE)
-    # Called as a whole, the modules give what their blocks give in this order.
-    np.testing.assert_allclose(nchw(whole["z"][:1]), blocks["encoder.conv_out"], atol=3e-6 * np.abs(whole["z"]).max())
-    np.testing.assert_allclose(nchw(whole["raw"][:1]), blocks["decoder.conv_out"], atol=4e-5 * np.abs(whole["raw"]).max())
+    # Called as a whole, the modules give what their blocks give in this order, but round otherwise. What one rounding of
+    # each weight does to the output says how much the network amplifies. The largest sums have 2,304 products; added in
+    # pairs, each product is in 11 partial sums, whose roundings add like the steps of a random walk: sqrt(11) < 4. Seen on
+    # CPUs: a tenth of the bound for the encoder, a fifth for the decoder. On an H200: a fifth.
+    golden_data.within(nchw(whole["z"][:1]) - blocks["encoder.conv_out"], 4 * one_rounding["z"], "encoder")
+    golden_data.within(nchw(whole["raw"][:1]) - blocks["decoder.conv_out"], 4 * one_rounding["raw"], "decoder")
 
 
 def test_quantizer(golden, outputs):
-    whole, _ = outputs
+    whole, *_ = outputs
     assert golden["margin"].min() > 1e-4  # this file has no close calls
     assert whole["codes"].dtype == np.int32
     assert whole["codes"].shape == (2, 4, 4)
@@ -140,7 +152,7 @@ def test_quantizer(golden, outputs):
 
 
 def test_reconstruction(golden, outputs):
-    whole, _ = outputs
+    whole, *_ = outputs
     compare(golden, "reconstruction_raw", nchw(whole["raw"]), DECODER_TOLERANCE)
     scale = np.abs(golden["reconstruction_raw"]).max()
     compare(golden, "reconstruction", nchw(whole["clamped"]), DECODER_TOLERANCE * scale)
