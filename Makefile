@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-versions test-machines parity soak lint digits digits-features tpu-check clean
+.PHONY: demo test test-all test-versions test-machines test-gpu parity soak lint digits digits-features tpu-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m titok_jax.sample --overwrite
@@ -29,6 +29,14 @@ soak: .venv/installed-test
 # minutes on 2 CPU cores.
 test-machines: .venv/installed-test
 	$(BIN)/python tests/machines.py
+
+# The numeric tests with float32 products on the GPU that JAX finds, whichever it is: models against the published code, losses,
+# sampling and training steps (ON_GPU in tests/machines.py). Not the files that compute in numpy or on the host, and no long
+# tests. Interrupted after 460 seconds, so that it ends within 8 minutes. Needs JAX for that GPU in .venv, as README.md says:
+#   .venv/bin/pip install -c constraints.txt -e ".[train,test,cuda]"
+# Without a GPU it says so and ends with status 2.
+test-gpu: .venv/installed-test
+	$(BIN)/python tests/machines.py gpu
 
 # The library and a short training with the lowest and the newest jax and flax that pyproject.toml allows, in .venv-lowest and
 # .venv-newest. Later versions of jax need a newer Python: PYTHON_NEWEST, or python3.13 or python3.12 if one is there. 12 minutes
