@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tiny_models
 
-from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig, layers, perceptual
+from titok_jax.models import DiscriminatorConfig, MaskgitVQGANConfig, PerceptualConfig, attention, layers, perceptual
 from titok_jax.runtime import sharding
 from titok_jax.training import accumulation
 from titok_jax.training.optimizer import OptimizerConfig
@@ -196,7 +196,8 @@ def print_collectives_of_tpu_forms(name: str, *meshes: str) -> None:
     sharding.SMALLEST_SHARDED = 512
     task = make_tasks()[name]
     state = begin(task)
-    layers.target_platform = perceptual.target_platform = accumulation.target_platform = lambda: "tpu"
+    for module in (accumulation, attention, layers, perceptual):
+        module.target_platform = lambda: "tpu"
     found = {mesh: compile_step(task, state, sharding.make_mesh(*map(int, mesh.split(","))))[0] for mesh in meshes}
     print(json.dumps({mesh: collectives(compiled.as_text()) for mesh, compiled in found.items()}))
 

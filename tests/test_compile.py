@@ -15,6 +15,8 @@ import pytest
 from configs import common
 from titok_jax import compile as compiling
 from titok_jax.compiler import hlo, slices, tables
+from titok_jax.models.attention import attention_rows
+from titok_jax.runtime import chips
 from titok_jax.training import flops
 from titok_jax.training.build import build_task
 from titok_jax.training.settings import parse_settings
@@ -84,9 +86,26 @@ ENTRY %main (w: bf16[8,4]) -> f32[] {
   %tuple.1 = (s32[], bf16[8,4]) tuple(%w, %w)
   %layers = (s32[], /*index=1*/bf16[8,4]{1,0:T(8,128)(2,1)}) while(%tuple.1), condition=%condition, body=%body
   %sum = (f32[10]{0}, f32[]) all-reduce(%w, %w), channel_id=9, to_apply=%cheap
+  %kernel = bf16[8,4]{1,0} custom-call(%w), custom_call_target="tpu_custom_call", backend_config={KERNEL}
   ROOT %branch = f32[] conditional(%w, %w, %w), branch_computations={%cheap, %dear}
 }
 """
+
+
+# 1,500 cycles of a v5e at its peak, 1,000 exponentials in each of its lanes, and 15 cycles of its memory.
+KERNEL = '"cost_estimate":{"flops":"197000000","transcendentals":"1024000","bytes_accessed":"8190","x":"0"}'
+
+
+def test_a_kernels_time_is_that_of_its_operations_and_exponentials_or_of_its_bytes():
+    def cycles(text, chip):
+        return hlo.program_cost(HLO.replace("KERNEL", text), chip).cycles - hlo.program_cost(HLO).cycles
+
+    v5e, v5p = chips.CHIPS["v5e"], chips.CHIPS["v5p"]
+    assert cycles(KERNEL, v5e) == pytest.approx(1500 + 5 * 1000)
+    assert cycles(KERNEL, v5p) == pytest.approx(1.75e9 * 197e6 / 459e12 + 5 * 500)  # two cores
+    assert cycles(KERNEL.replace('"8190"', '"8190000"'), v5e) == pytest.approx(15_000)
+    assert cycles(KERNEL + ',"window_config":{"estimated_cycles":"7"}', v5e) == 7
+    assert cycles("", v5e) == 0
 
 
 def test_a_programs_cost_counts_loops_as_often_as_they_go_round():
@@ -123,6 +142,13 @@ def test_flops_are_those_of_matmuls_and_convolutions():
     jaxpr = jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr
     convolution = 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
     assert flops.matmul_flops(jaxpr) == 7 * 2 * 3 * 5 * 5 + convolution + 2 * 3 * 3 * 5
+    # A kernel counts for each program of its grid, and what is split over devices for each device.
+    assert flops.matmul_flops(
+        jax.make_jaxpr(lambda x: attention_rows(x, 2))(jnp.zeros((6, 33, 3, 256), "bfloat16")).jaxpr
+    ) == (6 * 2 * 2 * 2 * 33 * 33 * 128)
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    assert flops.matmul_flops(jax.make_jaxpr(split)(jnp.zeros((12, 5))).jaxpr) == 4 * 2 * 3 * 3 * 5
     # Each layer runs forward twice (checkpoint), and backward it has two products.
     only = jax.make_jaxpr(jax.grad(lambda k: jax.lax.scan(layer, jnp.ones((3, 5)), k)[0].sum()))(jnp.zeros((7, 5, 5))).jaxpr
     assert flops.matmul_flops(only) == 7 * 4 * 2 * 3 * 5 * 5
@@ -347,7 +373,7 @@ def test_a_step_is_compiled_for_the_platform_of_the_mesh():
     """Where a model chooses by platform, it must choose what the slice would run, not what this machine would run."""
     from jax.sharding import AbstractMesh
 
-    from titok_jax.models.layers import target_platform
+    from titok_jax.runtime.sharding import target_platform
 
     assert target_platform() == jax.default_backend()
     device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")

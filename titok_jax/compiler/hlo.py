@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from titok_jax.runtime.chips import Chip
+
 
 @dataclasses.dataclass
 class Cost:
@@ -13,6 +15,7 @@ class Cost:
 
     Attributes:
       cycles: the TPU compiler's estimate, without waiting for other devices. Infinite if any part is estimated as infinite.
+        The compiler has none for a Pallas kernel: its cycles are ours (`_kernel_cycles`).
       bytes: {kind of collective: bytes of its results}. For an all-gather this is the full array on every device; an
         all-reduce sends its bytes about twice.
       count: {kind of collective: number of executions}.
@@ -48,6 +51,8 @@ class _Instruction(NamedTuple):
 
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_LANES = 1024  # of a TensorCore's vector unit
+_VECTOR_CYCLES = 5.0
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
 
 
@@ -112,10 +117,29 @@ def _rounds(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) 
     return None if not increment else math.ceil(limit / increment)
 
 
-def program_cost(hlo: str) -> Cost:
+def _kernel_cycles(call: str, chip: Chip) -> float:
+    """Our estimate for a Pallas kernel, from the `pl.CostEstimate` that it was given: the time for its operations at the
+    chip's peak and then for its exponentials, or for its bytes if that is longer.
+
+    An exponential stands for all that a softmax and its gradient compute per score outside of products. `_VECTOR_CYCLES` is
+    what the compiler's own schedule of attention_rows takes for it on a v5e.
+    """
+    flops, exponentials, moved = (
+        float(found[1]) if (found := re.search(rf'"{key}":"?(\d+)', call)) else 0.0
+        for key in ("flops", "transcendentals", "bytes_accessed")
+    )
+    hertz = chip.clock_ghz * 1e9
+    computing = flops / (chip.tflops * 1e12) * hertz + exponentials / (_LANES * chip.cores) * _VECTOR_CYCLES
+    return max(computing, moved / (chip.bandwidth * 1e9) * hertz)
+
+
+def program_cost(hlo: str, chip: Chip | None = None) -> Cost:
     """Computes the cost of a TPU program from the text of its optimised HLO.
 
     The body of a loop is multiplied by its trip count. A conditional costs as much as its most expensive branch.
+
+    Args:
+      chip: the one that the program was compiled for; without it, Pallas kernels take no cycles.
     """
     computations, entry = _computations(hlo)
     costs: dict[str, Cost] = {}
@@ -128,6 +152,8 @@ def program_cost(hlo: str) -> Cost:
             cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
             total.cycles += (math.inf if int(cycles[1]) >= 2**63 - 1 else float(cycles[1])) if cycles else 0.0
             opcode, text = instruction.opcode, instruction.text
+            if chip and not cycles and opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in text:
+                total.cycles += _kernel_cycles(text, chip)
             kind = opcode.removesuffix("-start")
             if kind in _COLLECTIVES:
                 shapes = instruction.shapes

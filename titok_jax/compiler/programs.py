@@ -140,7 +140,7 @@ def compile_program(program: Program, slice_name: str) -> dict[str, Any]:
                 raise
             return row | {"problems": [f"does not fit: {str(error).splitlines()[0]}"]}
     row["compile_seconds"] = time.perf_counter() - start
-    memory, cost = compiled.memory_analysis(), program_cost(compiled.as_text())
+    memory, cost = compiled.memory_analysis(), program_cost(compiled.as_text(), chip)
     devices = program.mesh.devices.size
     row |= {
         "argument_bytes": memory.argument_size_in_bytes,

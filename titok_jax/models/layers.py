@@ -1,4 +1,4 @@
-"""Building blocks that the models share: attention, MLP, pre-norm block, block stack, GroupNorm.
+"""Building blocks that the models share: attention's projections, MLP, pre-norm block, block stack, GroupNorm.
 
 Modules are Flax NNX modules that hold only parameters. They have no RNG state; callers pass dropout keys. Parameters are
 float32, and `dtype` is the computation dtype. Some functions have a variant that is much faster on a CPU and choose it by
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from titok_jax.models.attention import attention, setting
 from titok_jax.runtime import sharding
+from titok_jax.runtime.sharding import target_platform
 
 
 def normal_init(std: float) -> Callable:
@@ -32,13 +34,6 @@ def uniform_init(bound: float) -> Callable:
 # The kernels and tables of TiTok's transformers and of the generators. The published code calls torch's
 # `trunc_normal_(std=0.02)`. It cuts at -2 and 2, not at two deviations, so nothing is cut.
 normal_002 = normal_init(0.02)
-
-
-def target_platform() -> str:
-    """The platform that the current program is traced for: "cpu", "gpu" or "tpu". It is the platform of the mesh set by
-    `jax.set_mesh`, whose devices may belong to another machine. Without such a mesh, it is the default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def float_images(images: jax.Array) -> jax.Array:
@@ -76,63 +71,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def attention_plain(q, k, v, *, dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v over [B, L, H, d], with the softmax in float32 and dropout on the probabilities."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
-
-
-def attention_by_image(q, k, v) -> jax.Array:
-    """The same, one image of the batch at a time. This is 3 x faster on one CPU at L = 289, where a batched score matrix
-    does not fit in the cache.
-
-    Do not use it for a sharded batch, because a loop over a sharded axis gathers the batch. Do not use it in bfloat16
-    either: it divides by the softmax's sum at the end, which then costs the gradients of q and k two digits.
-    """
-
-    def one(qkv):
-        q, k, v = (a.transpose(1, 0, 2) for a in qkv)  # [H, L, d]
-        scores = jnp.einsum("hqd,hkd->hqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        e = jnp.exp(scores - scores.max(-1, keepdims=True))
-        out = (e.astype(v.dtype) @ v) / e.sum(-1, keepdims=True).astype(v.dtype)
-        return out.transpose(1, 0, 2)
-
-    return jax.lax.map(one, (q, k, v))
-
-
-def attention_flash(q, k, v) -> jax.Array:
-    """The same in bfloat16 with cuDNN's kernel, which never writes the scores to memory. Its gradient supports only even
-    lengths, so an odd length is padded with one position that nothing attends to."""
-    length, lengths = q.shape[1], None
-    if length % 2:
-        q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
-        lengths = jnp.full(q.shape[0], length, jnp.int32)
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")[:, :length]
-
-
-@functools.cache
-def _has_flash() -> bool:
-    """Whether the local devices support `attention_flash`, which needs CUDA and Ampere or newer."""
-    device = jax.local_devices()[0]
-    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
-    return is_cuda and float(device.compute_capability) >= 8.0
-
-
-def attention(q, k, v, *, dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
-    """Multi-head attention over [B, L, H, d], with the implementation that is fastest on the platform."""
-    if key is not None and dropout_rate > 0.0:
-        return attention_plain(q, k, v, dropout_rate=dropout_rate, key=key)
-    platform = target_platform()
-    if platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[1] >= 128 and _has_flash():
-        return attention_flash(q, k, v)
-    if platform != "cpu":
-        return jax.nn.dot_product_attention(q, k, v)
-    if q.shape[1] >= 128 and jax.device_count() == 1 and q.dtype != jnp.bfloat16:
-        return attention_by_image(q, k, v)
-    return attention_plain(q, k, v)
-
-
 class LayerNorm(nnx.LayerNorm):
     """LayerNorm over the last axis with float32 statistics. The default epsilon is torch's, not flax's."""
 
@@ -157,6 +95,7 @@ class Attention(nnx.Module):
         """`qkv_init` None is Xavier's uniform over the fused [3 D, D] matrix, as in torch's MultiheadAttention."""
         if width % num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
+        setting()  # so that a wrong one is known before anything is computed
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
         qkv_init = qkv_init or uniform_init((6.0 / (width + 3 * width)) ** 0.5)
@@ -165,10 +104,10 @@ class Attention(nnx.Module):
 
     def heads(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [B, L, D] -> the attended values [B, L, D], before the output projection."""
-        b, length, d = x.shape
-        qkv = self.qkv(x).reshape(b, length, 3, self.num_heads, d // self.num_heads)
-        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], dropout_rate=self.dropout_rate, key=key)
-        return out.reshape(b, length, d)
+        drop = None
+        if key is not None and self.dropout_rate > 0.0:
+            drop = functools.partial(dropout, rate=self.dropout_rate, key=key)
+        return attention(self.qkv(x), self.num_heads, drop=drop)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return self.proj(self.heads(x, key))

@@ -13,6 +13,8 @@ class Chip(NamedTuple):
       tflops: peak TFLOP/s in bfloat16; a multiply-add counts as two operations.
       clock_ghz: the clock at which the matrix units reach `tflops`. It converts the compiler's cycles to seconds.
       ici: GB/s out of a chip over all its links, in one direction.
+      bandwidth: GB/s of the chip's memory.
+      cores: TensorCores.
     """
 
     topology: str
@@ -21,13 +23,15 @@ class Chip(NamedTuple):
     tflops: float
     clock_ghz: float
     ici: float
+    bandwidth: float
+    cores: int
 
 
 CHIPS = {
-    "v4": Chip("v4", ("TPU v4",), 30.75, 275.0, 1.05, 150.0),
-    "v5e": Chip("v5e", ("TPU v5 lite", "TPU v5e"), 15.75, 197.0, 1.5, 100.0),
-    "v5p": Chip("v5p", ("TPU v5", "TPU v5p"), 95.74, 459.0, 1.75, 300.0),
-    "v6e": Chip("v6e", ("TPU v6 lite", "TPU v6e"), 31.25, 918.0, 1.75, 224.0),
+    "v4": Chip("v4", ("TPU v4",), 30.75, 275.0, 1.05, 150.0, 1228.0, 2),
+    "v5e": Chip("v5e", ("TPU v5 lite", "TPU v5e"), 15.75, 197.0, 1.5, 100.0, 819.0, 1),
+    "v5p": Chip("v5p", ("TPU v5", "TPU v5p"), 95.74, 459.0, 1.75, 300.0, 2765.0, 2),
+    "v6e": Chip("v6e", ("TPU v6 lite", "TPU v6e"), 31.25, 918.0, 1.75, 224.0, 1640.0, 1),
 }
 
 # Peak TFLOP/s of GPUs in bfloat16 without sparsity, by the beginning of what JAX calls them. A longer name counts first.

@@ -40,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 
 # The mesh axes of the logical axis names in `hint`.
-RULES = (("batch", ("data", "fsdp")), ("vocabulary", "tensor"))
+RULES = (("batch", ("data", "fsdp")), ("vocabulary", "tensor"), ("heads", "tensor"))
 
 # Smaller parameters are replicated: gathering them costs more than sharding saves. Of stacked layers, one layer counts,
 # because a step gathers one layer at a time.
@@ -57,6 +57,13 @@ _RULES: tuple[tuple[str, int, int, int | None], ...] = (
     (r"(patch_embed|ffn_\d+|skip_linear)/kernel", 2, -1, None),
     (r"(word_)?embeddings", 2, -1, None),
 )
+
+
+def target_platform() -> str:
+    """The platform that the current program is traced for: "cpu", "gpu" or "tpu". It is the platform of the mesh set by
+    `jax.set_mesh`, whose devices may belong to another machine. Without such a mesh, it is the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, dcn_data: int = -1, devices: list | None = None) -> Mesh:
@@ -183,19 +190,48 @@ def hint(x: jax.Array, *names: str | None) -> jax.Array:
     Args:
       names: one per axis, from the first; axes without a name are replicated.
     """
-    rules = dict(get_logical_axis_rules())
+    if not get_logical_axis_rules() or not jax.sharding.get_abstract_mesh().auto_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(_auto_axes_of(name) or None for name in names)))
+
+
+def _auto_axes_of(name: str | None) -> tuple[str, ...]:
+    """The mesh axes of type Auto to which the rules map a logical axis name."""
+    mapped = dict(get_logical_axis_rules()).get(name) or ()
+    auto = jax.sharding.get_abstract_mesh().auto_axes
+    return tuple(axis for axis in ((mapped,) if isinstance(mapped, str) else mapped) if axis in auto)
+
+
+def split_by_rules(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]] | None:
+    """How to split a computation that the partitioner cannot split by itself, with `split`.
+
+    Args:
+      sizes: {logical name of an axis: its size}.
+
+    Returns:
+      {logical name: the mesh axes along which it is split}, without any where nothing has to be split: on one device, or
+      inside a `jax.shard_map` over all axes. None where it is not known how to split (several devices without rules), or
+      where a size is not divisible.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if not rules or mesh.empty:
-        return x
-    auto = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    if not auto:
-        return x
+    if mesh.empty:
+        return dict.fromkeys(sizes, ()) if jax.device_count() == 1 else None
+    found = {name: _auto_axes_of(name) for name in sizes}
+    if mesh.size == 1 or len(mesh.manual_axes) == len(mesh.axis_names):
+        return dict.fromkeys(sizes, ())
+    unknown = not get_logical_axis_rules() or mesh.explicit_axes
+    if unknown or any(sizes[name] % math.prod(mesh.shape[axis] for axis in axes) for name, axes in found.items()):
+        return None
+    return found
 
-    def axes(name: str | None) -> tuple[str, ...]:
-        mapped = rules.get(name) or ()
-        return tuple(axis for axis in ((mapped,) if isinstance(mapped, str) else mapped) if axis in auto)
 
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes(name) or None for name in names)))
+def split(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`jax.shard_map` over all mesh axes of type Auto, or the function itself where there is nothing to split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.auto_axes or mesh.size == 1:
+        return function
+    axes = set(mesh.auto_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def hint_gathered(params: Any, dtype: Any) -> Any:

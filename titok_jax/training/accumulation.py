@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from titok_jax.models.layers import target_platform
 from titok_jax.runtime import sharding
+from titok_jax.runtime.sharding import target_platform
 
 Params = Any  # nested dict of arrays
 

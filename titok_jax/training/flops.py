@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,7 +17,8 @@ from titok_jax.training.settings import Settings
 def matmul_flops(jaxpr) -> float:
     """The floating-point operations of all matrix products and convolutions of a traced program, over all devices.
 
-    A conditional counts as its most expensive branch. Loops must have a fixed length.
+    A conditional counts as its most expensive branch. Loops must have a fixed length. A Pallas kernel counts as often as its
+    grid says; other libraries' kernels do not count.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -31,9 +34,20 @@ def matmul_flops(jaxpr) -> float:
             total += max(matmul_flops(branch.jaxpr) for branch in equation.params["branches"])
         else:
             inner = [v for v in equation.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-            times = equation.params["length"] if name == "scan" else 1
-            total += times * sum(matmul_flops(getattr(v, "jaxpr", v)) for v in inner)
+            total += _times(name, equation.params) * sum(matmul_flops(getattr(v, "jaxpr", v)) for v in inner)
     return total
+
+
+def _times(name: str, params: Mapping[str, Any]) -> int:
+    """How often what a primitive contains is computed, over all devices."""
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":  # the shapes inside are those of one device
+        axes = next(value for name, value in params.items() if name.endswith("manual_axes"))  # JAX renames it
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
+    return 1
 
 
 def batch_shapes(settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
@@ -50,7 +64,8 @@ def batch_shapes(settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
 def model_flops(settings: Settings, mesh: Mesh) -> float:
     """The operations that a step of this training needs, over all devices: forward and backward, with frozen networks, a
     discriminator that may not have started yet, and nothing that is computed again to save memory. Nothing is computed."""
-    plain = dataclasses.replace(settings, remat=False, gradient_accumulation=1)
+    # In float32 there is no kernel, whose operations are hidden (cuDNN) or computed twice (TPU).
+    plain = dataclasses.replace(settings, remat=False, gradient_accumulation=1, compute_dtype="float32")
     task = build_task(plain, abstract=True)
     state, key = jax.eval_shape(task.begin, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))
     with sharding.on_mesh(mesh):
