@@ -141,6 +141,13 @@ def test_the_kernel_can_be_mapped_and_checkpointed():
     assert kernels == ["forward_kernel", "backward_kernel"]  # the output is kept, so the first does not run again
 
 
+def test_the_kernel_has_no_forward_mode_derivative():
+    """As docs/library.md says."""
+    qkv = jnp.zeros((1, 17, 3, 64), jnp.bfloat16)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(functools.partial(in_rows, num_heads=2), (qkv,), (qkv,))
+
+
 _ON_A_MESH = """
 import functools, json
 import jax

@@ -134,11 +134,9 @@ def _has_flash() -> bool:
 # spans all of L, so nothing is padded in memory; the compiler pads it to tiles inside the core, and masks sums and maxima.
 
 _LANES = 128
-_MOST_ROWS = 640  # of scores at a time. More are computed in several parts of about half as many
-_ROWS_OF_PROGRAM = (
-    512  # short sequences: so many rows of several images, because to start a program takes about a microsecond
-)
-_LARGEST_BLOCK = 2**19  # elements of L x lanes
+_MOST_ROWS = 640  # of scores at a time; longer sequences are computed in parts
+_ROWS_OF_PROGRAM = 512  # of images: a program takes several short sequences, up to so many rows
+_LARGEST_BLOCK = 2**18  # elements of L x lanes; the core's memory holds seven blocks twice, and some float32 scores
 
 
 def _split_of_rows(qkv: jax.Array, num_heads: int) -> PartitionSpec | None:
@@ -252,9 +250,9 @@ def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
 
 
 def _parts(length: int) -> list[slice]:
-    """The parts of a sequence whose rows of scores are computed at a time."""
-    number = 1 if length <= _MOST_ROWS else -(-2 * length // _MOST_ROWS)
-    size = -(-length // number // 16) * 16 if number > 1 else length
+    """The parts of a sequence whose queries are computed at a time."""
+    number = -(-length // _MOST_ROWS)
+    size = length if number == 1 else -(-length // number // 16) * 16  # whole tiles
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -268,40 +266,39 @@ def _each_head(head: int, ref, compute: Callable) -> None:
     jax.lax.fori_loop(0, ref.shape[-3], one, None)
 
 
-def _exponentials(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(scores - their maximum) [rows, L], and one over its sum [rows, 1]. q is scaled."""
-    scores = _product(q, k, (1, 1))
-    e = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return e, 1.0 / e.sum(-1, keepdims=True)
-
-
 def _forward_kernel(head: int, qkv_ref, out_ref) -> None:
     """Blocks [3, images, L, lanes] -> [images, L, lanes]."""
 
     def compute(image, lanes):
         q, k, v = (qkv_ref[i, image, :, lanes] for i in range(3))
         for part in _parts(q.shape[0]):
-            e, inverse = _exponentials(q[part] * head**-0.5, k)
-            out_ref[image, part, lanes] = (_product(e.astype(v.dtype), v, (1, 0)) * inverse).astype(out_ref.dtype)
+            scores = _product(q[part] * head**-0.5, k, (1, 1))
+            e = jnp.exp(scores - scores.max(-1, keepdims=True))
+            out = _product(e.astype(v.dtype), v, (1, 0)) * (1.0 / e.sum(-1, keepdims=True))
+            out_ref[image, part, lanes] = out.astype(out_ref.dtype)
 
     _each_head(head, qkv_ref, compute)
 
 
 def _backward_kernel(head: int, qkv_ref, gradient_ref, out_ref) -> None:
-    """Blocks [3, images, L, lanes], [images, L, lanes] -> the gradient of the first."""
+    """Blocks [3, images, L, lanes], [images, L, lanes] -> the gradient of the first.
+
+    Here the scores are [keys, queries]. Only small matrices are then transposed for the products.
+    """
 
     def compute(image, lanes):
         q, k, v = (qkv_ref[i, image, :, lanes] for i in range(3))
-        dk = dv = jnp.zeros(k.shape, jnp.float32)
+        dk = dv = 0.0
         for part in _parts(q.shape[0]):
-            rows, gradient = q[part] * head**-0.5, gradient_ref[image, part, lanes]
-            e, inverse = _exponentials(rows, k)
-            p = e * inverse
-            dp = _product(gradient, v, (1, 1))
-            ds = (p * (dp - (dp * p).sum(-1, keepdims=True))).astype(q.dtype)
-            dv += _product(p.astype(v.dtype), gradient, (0, 0))
-            dk += _product(ds, rows, (0, 0))
-            out_ref[0, image, part, lanes] = (_product(ds, k, (1, 0)) * head**-0.5).astype(out_ref.dtype)
+            scaled, gradient = q[part] * head**-0.5, gradient_ref[image, part, lanes]
+            scores = _product(k, scaled, (1, 1))
+            e = jnp.exp(scores - scores.max(0, keepdims=True))
+            p = e * (1.0 / e.sum(0, keepdims=True))
+            dp = _product(v, gradient, (1, 1))
+            ds = (p * (dp - (dp * p).sum(0, keepdims=True))).astype(q.dtype)
+            dv += _product(p.astype(v.dtype), gradient, (1, 0))
+            dk += _product(ds, scaled, (1, 0))
+            out_ref[0, image, part, lanes] = (_product(k, ds, (0, 0)).T * head**-0.5).astype(out_ref.dtype)
         out_ref[1, image, :, lanes] = dk.astype(out_ref.dtype)
         out_ref[2, image, :, lanes] = dv.astype(out_ref.dtype)
 
