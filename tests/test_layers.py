@@ -76,6 +76,35 @@ def test_a_stack_is_its_layers_in_order_and_they_differ():
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def kept(function, *arguments) -> list[tuple]:
+    """Shapes and dtypes of what the backward pass of a function needs of its forward pass, without its arguments."""
+    backward = jax.eval_shape(lambda *arguments: jax.vjp(function, *arguments)[1], *arguments)
+    found = [(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(backward)]
+    for leaf in jax.tree.leaves(arguments):
+        if (leaf.shape, leaf.dtype.name) in found:
+            found.remove((leaf.shape, leaf.dtype.name))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_and_layer_norm_keep_one_array_each(dtype):
+    x = jnp.asarray(normal(4, 16), dtype)
+    assert kept(lambda x: layers.gelu(x[:2]), x) == [((2, 16), dtype)]
+    graphdef, params = nnx.split(layers.LayerNorm(16, dtype=dtype, rngs=nnx.Rngs(0)))
+    assert kept(lambda params, x: nnx.merge(graphdef, params)(x[:2]), params, x) == [((2, 16), dtype)]
+
+
+def test_gelu_has_the_derivatives_of_its_formula():
+    x = jnp.linspace(-6, 6, 101)
+    ours, plain = layers.gelu, lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 0.7071067811865476))
+    for _ in range(3):
+        ours, plain = (jax.grad(lambda x, f=f: f(x)) for f in (ours, plain))
+        np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(plain)(x), atol=2e-6)
+    bfloat16 = jax.vmap(jax.grad(layers.gelu))(x.astype(jnp.bfloat16))
+    exact = jax.vmap(jax.grad(layers.gelu))(x.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(bfloat16, exact.astype(jnp.bfloat16))  # rounded once
+
+
 def test_skips_enter_the_layers_in_order():
     graphdef = nnx.split(nnx.eval_shape(lambda: make_stack(skip=True)))[0]
     stack = jax.jit(lambda: nnx.split(make_stack(skip=True))[1])()
