@@ -64,7 +64,9 @@ def base(task: str) -> ConfigDict:
     config.ema_decay = 0.999
     config.ema_ramp = True  # as published; False: the same decay at every step
     config.compute_dtype = "bfloat16"
-    config.remat = False
+    # What the layers of a transformer keep for the backward pass: "none" keeps all, "full" only their inputs.
+    config.remat = "none" if task == "maskgit_vqgan" else "dots"
+    config.scan_layers = True
     config.gradient_accumulation = 1
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1, "shard_optimizer": True})
     config.log_every, config.log_grad_norms = 50, False
@@ -145,7 +147,7 @@ def finish(config: ConfigDict, *, smoke: bool) -> ConfigDict:
 def shrink(config: ConfigDict) -> None:
     """Changes a recipe to a few steps on the digits, with 32 x 32 pixels."""
     config.num_steps = 150
-    config.compute_dtype = "float32"
+    config.compute_dtype, config.remat = "float32", "none"
     config.log_every = 10
     config.checkpoint_every = 75
     config.eval_every = 75

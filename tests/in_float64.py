@@ -10,4 +10,4 @@ from titok_jax import models  # noqa: E402
 
 _abstract = models.abstract
 # The computation dtype is told by its name.
-models.abstract = lambda config, dtype=None, remat=False: _abstract(config, dtype=jnp.float64, remat=remat)
+models.abstract = lambda config, dtype=None, **options: _abstract(config, dtype=jnp.float64, **options)

@@ -213,7 +213,7 @@ def test_what_is_wrong_with_a_configuration_is_one_line(arguments, tmp_path, mon
             "--config.data.batch_size=abc: invalid literal for int() with base 10: 'abc'",
         ),
         (l32, ["--config.data.batch_size", "1.5"], "--config.data.batch_size=1.5: invalid literal for int() with base 10"),
-        (l32, ["--config.remat=maybe"], "--config.remat=maybe: "),
+        (l32, ["--config.ema_ramp=maybe"], "--config.ema_ramp=maybe: "),
         (l32, ["--config.mesh=5"], "--config.mesh=5: Failed to parse '5' as a ConfigDict"),
         (l32, ["--config.num_steps"], "Missing value for flag --config.num_steps"),
         (l32, ["--steps=5"], "unknown argument --steps=5: expected --config.FIELD=VALUE; did you mean --config.num_steps?"),
@@ -241,9 +241,15 @@ def test_what_is_wrong_with_a_configuration_is_one_line(arguments, tmp_path, mon
 def test_a_configuration_is_read_with_its_changes(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT)
-    changes = ["--config.num_steps", "7", "--config.data.source.paths='x y'", "--config.remat", "--noconfig.ema_ramp"]
+    changes = [
+        "--config.num_steps",
+        "7",
+        "--config.data.source.paths='x y'",
+        "--config.log_grad_norms",
+        "--noconfig.ema_ramp",
+    ]
     config = recipes.read_config("configs/stage1.py:b64", [*changes, "--config.mesh.data=-1", "--config.num_steps=8"])
-    assert (config.num_steps, config.data.source.paths, config.remat, config.ema_ramp) == (8, "'x y'", True, False)
+    assert (config.num_steps, config.data.source.paths, config.log_grad_norms, config.ema_ramp) == (8, "'x y'", True, False)
     assert config.model.num_latent_tokens == 64
     assert config.is_locked
 

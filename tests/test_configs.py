@@ -156,6 +156,27 @@ def test_a_random_vqgan_is_for_small_recipes(file):
         build_task(parse_settings(found))
 
 
+def test_remat_is_a_policy_or_as_in_older_recipes():
+    for given, meant in (("dots", "dots"), ("True", "full"), ("False", "none")):
+        assert parse_settings(read_config("generator:l32", [f"--config.remat={given}"])).remat == meant
+    older = config("generator", "l32").to_dict()
+    assert parse_settings(ConfigDict({**older, "remat": False})).remat == "none"
+    with pytest.raises(ValueError, match=r"^config\.remat is 'maybe', expected 'none', 'dots' or 'full'$"):
+        parse_settings(ConfigDict({**older, "remat": "maybe"}))
+
+
+def test_what_a_training_keeps_of_an_image_is_what_the_documentation_says():
+    """Two entries of the table, which benchmarks/memory.py makes."""
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks/memory.py")
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    text = (ROOT / "docs/performance.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+:\w+)` \| ([\d,]+ \| [\d,]+ \| [\d,]+) \|$", text, re.MULTILINE))
+    assert list(rows) == memory.recipes()
+    for recipe, column, remat in (("stage1:l32", 1, "dots"), ("generator:l32", 0, "none")):
+        assert f"{memory.of_an_image(recipe, remat):,.0f}" == rows[recipe].split(" | ")[column]
+
+
 def test_a_budget_too_small_for_the_workers_is_refused():
     config = read_config("stage1:l32", ["--config.vqgan=maskgit_vqgan"])
     assert config.data.read_ahead_mib == 1024
@@ -184,8 +205,8 @@ def test_tokens_are_small_examples():
 # A run may set these fields freely. The tables of docs/recipes.md hold all other fields of a recipe.
 NOT_RECIPE = {
     "task", "init_from", "vqgan", "tokenizer", "perceptual_weights", "data.source", "data.eval_source",
-    "data.num_workers", "data.num_threads", "data.read_ahead_mib", "remat", "gradient_accumulation", "mesh", "log_every",
-    "checkpoint_every", "keep_checkpoints", "eval_every", "eval_images", "max_nonfinite_steps", "preview_every",
+    "data.num_workers", "data.num_threads", "data.read_ahead_mib", "remat", "scan_layers", "gradient_accumulation", "mesh",
+    "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_images", "max_nonfinite_steps", "preview_every",
     "preview_images", "preview_columns", "recipe", "log_grad_norms", "watchdog_minutes", "scale_with_batch",
     "compile_effort",
 }  # fmt: skip

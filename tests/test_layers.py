@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from titok_jax import models
 from titok_jax.models import layers
+from titok_jax.models.generator import GeneratorConfig, PostNormBlock
 
 RNG = np.random.default_rng(0)
 
@@ -67,12 +69,12 @@ def test_a_stack_is_its_layers_in_order_and_they_differ():
             outs.append(x)
         return x, jnp.stack(outs)
 
-    def scan(state, x, remat):
-        return layers.run_stack(nnx.merge(graphdef, state), x, remat=remat)
+    def run(state, x, scan):
+        return layers.run_stack(nnx.merge(graphdef, state), x, scan=scan)
 
     expected = jax.jit(loop)(stack, x)
-    for remat in (False, True):
-        for a, b in zip(jax.jit(scan, static_argnums=2)(stack, x, remat), expected, strict=True):
+    for scan in (True, False):
+        for a, b in zip(jax.jit(run, static_argnums=2)(stack, x, scan), expected, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -84,6 +86,61 @@ def kept(function, *arguments) -> list[tuple]:
         if (leaf.shape, leaf.dtype.name) in found:
             found.remove((leaf.shape, leaf.dtype.name))
     return found
+
+
+def post_norm_stack(num_layers=3, dtype=jnp.float32):
+    config = GeneratorConfig(hidden_size=16, num_heads=2, intermediate_size=32)
+    return layers.make_stack(lambda r: PostNormBlock(config, dtype=dtype, rngs=r), num_layers, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", ["pre-norm", "post-norm with dropout"])
+def test_what_is_kept_and_the_form_of_a_stack_change_neither_results_nor_gradients(kind):
+    make, key = (make_stack, None) if kind == "pre-norm" else (post_norm_stack, jax.random.key(5))
+    x, weights = normal(2, 5, 16), normal(2, 5, 16)
+    graphdef, params = nnx.split(make(num_layers=2))
+
+    def loss(params, x, remat, scan):
+        y, _ = layers.run_stack(nnx.merge(graphdef, params), x, key=key, remat=remat, scan=scan)
+        return jnp.sum(y * weights)
+
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
+    expected = gradients(params, x, "none", True)
+    for form in (("none", False), ("dots", True), ("dots", False), ("full", True)):
+        for a, b in zip(jax.tree.leaves(gradients(params, x, *form)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6 * max(1.0, float(jnp.abs(b).max())), err_msg=str(form))
+
+
+def test_a_stack_that_keeps_little_has_forward_derivatives_and_maps():
+    x, weights = normal(2, 5, 16), normal(2, 5, 16)
+    graphdef, params = nnx.split(make_stack(num_layers=2))
+
+    @jax.jit
+    def derivatives(x):
+        def loss(x):
+            return jnp.sum(layers.run_stack(nnx.merge(graphdef, params), x, remat="dots")[0] * weights)
+
+        return jax.grad(loss)(x), jax.jvp(loss, (x,), (weights,))[1], jax.vmap(jax.grad(loss))(jnp.stack([2 * x, x]))
+
+    slope, forward, rows = derivatives(x)
+    np.testing.assert_allclose(forward, jnp.sum(slope * weights), rtol=1e-4)
+    np.testing.assert_allclose(rows[1], slope, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_layer_keeps_what_the_policy_says(scan):
+    """In numbers of the width 16, for each of the 2 x 5 positions; the hidden width is 32, and there are 2 heads."""
+    graphdef, params = nnx.split(make_stack())
+    found = {}
+    for remat in layers.REMAT:
+
+        def run(params, x, remat=remat):
+            return layers.run_stack(nnx.merge(graphdef, params), x, remat=remat, scan=scan)[0]
+
+        sizes = [math.prod(shape) for shape, _ in kept(run, params, normal(2, 5, 16))]
+        found[remat] = sum(sizes) / 3 / (2 * 5 * 16)
+    assert found["full"] == 1  # its input
+    assert found["dots"] == 1 + 3 + 1 + 2  # query, key and value; the attention's output projection; the first of the MLP
+    assert found["none"] > 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -103,6 +160,11 @@ def test_gelu_has_the_derivatives_of_its_formula():
     bfloat16 = jax.vmap(jax.grad(layers.gelu))(x.astype(jnp.bfloat16))
     exact = jax.vmap(jax.grad(layers.gelu))(x.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_equal(bfloat16, exact.astype(jnp.bfloat16))  # rounded once
+
+
+def test_other_policies_are_refused():
+    with pytest.raises(ValueError, match="remat is True, expected 'none', 'dots' or 'full'"):
+        models.abstract(GeneratorConfig(), remat=True)
 
 
 def test_skips_enter_the_layers_in_order():

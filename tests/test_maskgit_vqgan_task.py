@@ -180,7 +180,7 @@ def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ValueError, match="no network is given"):
         make_task(perceptual=None)
     with pytest.raises(ValueError, match="remat"):
-        make_task(remat=True)
+        make_task(remat="full")
 
 
 def small(**changes):

@@ -255,7 +255,7 @@ def test_the_peak_of_a_chip_is_known_by_its_kind(kind, peak):
 def test_operations_are_those_of_the_model_whatever_is_computed_again(recipe, tflop):
     """The table of docs/tpu.md has the generator's, per device of 16."""
     found = []
-    for changes in ((), ("--config.remat=True", "--config.gradient_accumulation=2")):
+    for changes in ((), ("--config.remat=full", "--config.gradient_accumulation=2")):
         settings = parse_settings(read_config(recipe, list(changes)), abstract=True)
         found.append(flops.model_flops(settings, sharding.make_mesh()))
     assert found[0] == found[1] > 0

@@ -32,6 +32,7 @@ from titok_jax.data.loader import make_loader
 from titok_jax.data.records import token_writer
 from titok_jax.data.sources import make_source
 from titok_jax.evaluation import metrics
+from titok_jax.models import generator, layers, titok
 from titok_jax.runtime import locks
 from titok_jax.runtime.outputs import sha256
 from titok_jax.training import loop, same_run
@@ -197,7 +198,7 @@ def test_a_changed_configuration_is_refused_and_names_the_fields(tmp_path):
     ):
         loop.train(parse_settings(changed), tmp_path)
     # Settings that do not affect the result may change.
-    free = small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat=True)
+    free = small("tokenizer", num_steps=2, log_every=1, preview_images=8, gradient_accumulation=2, remat="full")
     free.data.read_ahead_mib = 1
     loop.train(parse_settings(free), tmp_path)
 
@@ -426,16 +427,23 @@ def test_the_flags_for_the_average_reach_it(ramp):
         np.testing.assert_allclose(state["ema"]["tokenizer"]["latent_tokens"], average, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
-def test_the_flag_for_rematerialisation_reaches_the_layers(kind):
-    """The tests of the layers check that rematerialisation does not change values and gradients."""
-    programs = []
-    for remat in (False, True):
-        config = small(kind, remat=remat)
+@pytest.mark.parametrize(("kind", "stacks"), [("tokenizer", 2), ("generator", 1)])
+def test_the_fields_for_the_layers_reach_them(kind, stacks, monkeypatch):
+    """The tests of the layers check what they do."""
+    module, found = titok if kind == "tokenizer" else generator, []  # a generator's tokenizer is frozen
+
+    def run_stack(*arguments, remat, scan, **options):
+        found.append((remat, scan))
+        return layers.run_stack(*arguments, **options)
+
+    monkeypatch.setattr(module, "run_stack", run_stack)
+    for changes in ({}, {"remat": "dots"}, {"remat": "full", "scan_layers": False}):
+        found.clear()
+        config = small(kind, **changes)
         task = build_task(parse_settings(config))
         state = jax.eval_shape(task.begin, jax.random.key(0))
-        programs.append(str(jax.make_jaxpr(task.step)(state, task.frozen, batches(config, 1)[0], jax.random.key(1))))
-    assert ["remat" in program or "checkpoint[" in program for program in programs] == [False, True]
+        jax.eval_shape(task.step, state, task.frozen, batches(config, 1)[0], jax.random.key(1))
+        assert found == [(config.remat, config.scan_layers)] * stacks
 
 
 def test_changed_weights_of_a_frozen_network_are_refused(tmp_path):

@@ -21,7 +21,7 @@ from titok_jax.training.recipes import read_config
 _EPILOG = """examples:
   python -m titok_jax.compile --config configs/stage1.py:l32 --slice v5e-16
       the training step of a recipe as it is
-  python -m titok_jax.compile --config configs/stage1.py:l32 --slice v5e-16 --config.mesh.fsdp=16 --config.remat=True
+  python -m titok_jax.compile --config configs/stage1.py:l32 --slice v5e-16 --config.mesh.fsdp=16 --config.remat=full
       with changes to its configuration, as for titok_jax.train
   python -m titok_jax.compile --sampler titok_l32 --slice v5e-16
       the sampler of a published generator, with its tokenizer's decoder

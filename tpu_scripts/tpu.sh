@@ -34,7 +34,7 @@ examples:
   cp tpu_scripts/config.sh.example tpu_scripts/config.sh    # and fill it in
   tpu_scripts/tpu.sh --dry-run create
   tpu_scripts/tpu.sh babysit --delete -- bash tpu_scripts/with_bucket.sh BUCKET python -m titok_jax.train \
-      --config configs/stage1.py:l32 --workdir gs://BUCKET/l32_stage1 --config.remat=True \
+      --config configs/stage1.py:l32 --workdir gs://BUCKET/l32_stage1 --config.remat=full \
       --config.data.source.paths='/tmp/BUCKET/imagenet/train-*' --config.vqgan=gs://BUCKET/maskgit_vqgan.safetensors
   tpu_scripts/tpu.sh logs 0
   ACCELERATOR_TYPE=v5e-16 ZONE=us-west4-a tpu_scripts/tpu.sh create

@@ -5,7 +5,7 @@ from typing import Any
 
 from titok_jax.compiler.slices import SLICES, slice_chip
 
-_REMAT, _FSDP8, _FSDP16 = "--config.remat=True", "--config.mesh.fsdp=8", "--config.mesh.fsdp=16"
+_REMAT, _FSDP8, _FSDP16 = "--config.remat=full", "--config.mesh.fsdp=8", "--config.mesh.fsdp=16"
 _BATCH = "--config.data.batch_size={}".format
 _ACCUMULATION = "--config.gradient_accumulation={}".format
 _LOWEST = "--effort=-1"

@@ -39,8 +39,8 @@ class Family:
       config: class of the configurations, a frozen dataclass. If models of this family are saved, it has `from_published`
         and `to_published`, which read and write the JSON of `config.json`. A tokenizer's class is TiTokConfig or derived
         from it, so that everything that takes a tokenizer takes it.
-      module: (config, *, dtype, remat, rngs) -> the module with new parameters. `dtype` is the computation dtype, `remat`
-        says whether to compute transformer blocks again in the backward pass; a module may ignore both.
+      module: (config, *, dtype, remat, scan_layers, rngs) -> the module with new parameters. `dtype` is the computation
+        dtype, `remat` and `scan_layers` are for `layers.run_stack`; a module may ignore them.
       table: config -> published names and layouts (`titok_jax.models.tables`).
       buffers: config -> {published name: constant} that files may hold beside the parameters.
       writes_buffers: whether the published state dict holds the buffers, so that they are written too.
@@ -135,7 +135,7 @@ def _generator_table(config: GeneratorConfig) -> tables.Table:
 
 
 def _taking(module: Callable[..., nnx.Module], *options: str) -> Callable[..., nnx.Module]:
-    """A `Family.module` from a module that takes only these of the options `dtype` and `remat`."""
+    """A `Family.module` from a module that takes only these of the options `dtype`, `remat` and `scan_layers`."""
 
     def make(config: Any, *, rngs: nnx.Rngs, **given: Any) -> nnx.Module:
         return module(config, rngs=rngs, **{name: given[name] for name in options})

@@ -208,8 +208,10 @@ class BertEmbeddings(nnx.Module):
 class ViTGenerator(nnx.Module):
     """The BERT-style generator."""
 
-    def __init__(self, config: GeneratorConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
-        self.config, self.remat = config, remat
+    def __init__(
+        self, config: GeneratorConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+    ):
+        self.config, self.remat, self.scan_layers = config, remat, scan_layers
         self.embeddings = BertEmbeddings(config, dtype=dtype, rngs=rngs)
         self.layers = make_stack(lambda rngs: PostNormBlock(config, dtype=dtype, rngs=rngs), config.num_layers, rngs)
         self.lm_head = nnx.Linear(config.hidden_size, config.codebook_size, kernel_init=normal_002, dtype=dtype, rngs=rngs)
@@ -220,15 +222,18 @@ class ViTGenerator(nnx.Module):
         keys = (None, None) if key is None else split_key(key)
         x = self.embeddings(with_class(ids, labels, self.config))
         x = dropout(x, self.config.dropout, keys[0])
-        x, _ = run_stack(self.layers, x, key=keys[1], remat=self.remat)
+        x, _ = run_stack(self.layers, x, key=keys[1], remat=self.remat, scan=self.scan_layers)
         return hint(self.lm_head(x[:, 1:]), "batch", None, "vocabulary").astype(jnp.float32)
 
 
 class UViTGenerator(nnx.Module):
     """The U-ViT generator: num_layers // 2 input blocks, a middle block, num_layers // 2 output blocks with long skips."""
 
-    def __init__(self, config: GeneratorConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
-        self.config, self.dtype, self.remat = config, dtype, remat
+    def __init__(
+        self, config: GeneratorConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype = config, dtype
+        self.remat, self.scan_layers = remat, scan_layers
         width = config.hidden_size
 
         def block(rngs, skip=False):
@@ -260,9 +265,9 @@ class UViTGenerator(nnx.Module):
         """See `make_generator`. The U-ViT has no dropout."""
         del key
         x = self.embed(with_class(ids, labels, self.config))
-        x, skips = run_stack(self.in_blocks, x, remat=self.remat)
+        x, skips = run_stack(self.in_blocks, x, remat=self.remat, scan=self.scan_layers)
         x = self.mid_block(x)
-        x, _ = run_stack(self.out_blocks, x, skips=jnp.flip(skips, 0), remat=self.remat)
+        x, _ = run_stack(self.out_blocks, x, skips=jnp.flip(skips, 0), remat=self.remat, scan=self.scan_layers)
         return hint(self.lm_head(self.norm(x[:, 1:])), "batch", None, "vocabulary").astype(jnp.float32)
 
 
@@ -272,7 +277,7 @@ def with_class(ids: jax.Array, labels: jax.Array, config: GeneratorConfig) -> ja
 
 
 def make_generator(
-    config: GeneratorConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
+    config: GeneratorConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
 ) -> ViTGenerator | UViTGenerator:
     """The generator that `config.model_type` names.
 
@@ -282,7 +287,7 @@ def make_generator(
 
     Args:
       dtype: computation dtype; parameters are float32.
-      remat: recompute each block's activations in the backward pass.
+      remat, scan_layers: how the blocks run, see `layers.run_stack`.
     """
     cls = ViTGenerator if config.model_type == "ViT" else UViTGenerator
-    return cls(config, dtype=dtype, remat=remat, rngs=rngs)
+    return cls(config, dtype=dtype, remat=remat, scan_layers=scan_layers, rngs=rngs)

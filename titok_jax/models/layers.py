@@ -183,14 +183,37 @@ def make_stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rn
     return create(rngs)
 
 
+# What a layer keeps of its forward pass for its backward pass ("remat"): all that JAX keeps; the results of the matrix
+# products with weights, and its input; or its input alone. It computes the rest again.
+REMAT = ("none", "dots", "full")
+_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def check_remat(remat: str, name: str = "remat") -> None:
+    """Raises ValueError unless `remat` is one of `REMAT`."""
+    if remat not in REMAT:
+        raise ValueError(f"{name} is {remat!r}, expected 'none', 'dots' or 'full'")
+
+
 def run_stack(
-    stack: nnx.Module, x: jax.Array, *, key: jax.Array | None = None, skips: jax.Array | None = None, remat: bool = False
+    stack: nnx.Module,
+    x: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    skips: jax.Array | None = None,
+    remat: str = "none",
+    scan: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scans x [B, L, D] through a stack of n blocks.
+    """Runs x [B, L, D] through a stack of n blocks.
 
     `key` is a dropout key, or one per row [B]; it is split into one for each layer. `skips` [n, B, L, D] holds a second
     input for each layer. Returns the last output and the outputs of all layers [n, B, L, D], which cost nothing if they are
     not used.
+
+    Args:
+      remat: what a layer keeps for the backward pass, one of `REMAT`.
+      scan: run the layers as one loop, which compiles like one layer. Otherwise the program repeats the layer n times: it is
+        faster, but takes longer to compile.
     """
     graphdef, params = nnx.split(stack)
     num_layers = jax.tree.leaves(params)[0].shape[0]
@@ -201,10 +224,10 @@ def run_stack(
         x = sharding.hint(nnx.merge(graphdef, params)(sharding.hint(x, "batch"), skip, key=key), "batch")
         return x, x
 
-    if remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+    if remat != "none":
+        body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])
     keys = None if key is None else split_key(key, num_layers)
-    return jax.lax.scan(body, x, (params, keys, skips))
+    return jax.lax.scan(body, x, (params, keys, skips), unroll=not scan)
 
 
 def group_norm_two_pass(x, scale, bias, *, groups: int, epsilon: float) -> jax.Array:

@@ -278,8 +278,11 @@ def legacy_reshape(latents: jax.Array) -> jax.Array:
 class Encoder(nnx.Module):
     """Maps images and latent tokens to latents."""
 
-    def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
-        self.config, self.dtype, self.remat = config, dtype, remat
+    def __init__(
+        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype = config, dtype
+        self.remat, self.scan_layers = remat, scan_layers
         size, grid = config.encoder, config.grid_size
         init = normal_init(size.width**-0.5)
         self.patch_embed = nnx.Linear(3 * config.patch_size**2, size.width, kernel_init=normal_002, dtype=dtype, rngs=rngs)
@@ -315,15 +318,18 @@ class Encoder(nnx.Module):
     def __call__(self, images: jax.Array, latent_tokens: jax.Array) -> jax.Array:
         """Returns float32 latents [B, N, token_size]; a VAE returns [B, N, 2 token_size] (mean, logvar)."""
         x = self.ln_pre(self.embed(images, latent_tokens))
-        x, _ = run_stack(self.transformer, x, remat=self.remat)
+        x, _ = run_stack(self.transformer, x, remat=self.remat, scan=self.scan_layers)
         return self.conv_out(self.readout(x)).astype(jnp.float32)
 
 
 class Decoder(nnx.Module):
     """Maps latents to a grid of 1024 logits per cell (legacy) or to pixels, by filling in mask tokens."""
 
-    def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
-        self.config, self.dtype, self.remat = config, dtype, remat
+    def __init__(
+        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype = config, dtype
+        self.remat, self.scan_layers = remat, scan_layers
         size, grid = config.decoder, config.grid_size
         init = normal_init(size.width**-0.5)
 
@@ -375,7 +381,7 @@ class Decoder(nnx.Module):
     def __call__(self, z: jax.Array) -> jax.Array:
         """Returns float32 logits [B, h, w, 1024] (legacy) or float32 images [B, H, W, 3], not clamped."""
         x = self.ln_pre(self.embed(z))
-        x, _ = run_stack(self.transformer, x, remat=self.remat)
+        x, _ = run_stack(self.transformer, x, remat=self.remat, scan=self.scan_layers)
         x = self.ffn(self.readout(x))
         if not self.config.is_legacy:
             x = self.conv_out(x)
@@ -392,15 +398,17 @@ class _PixelCodebook(nnx.Module):
 class TiTok(nnx.Module):
     """The tokenizer. Images are NHWC float32 in [0, 1], latents [B, N, C] float32, tokens [B, N] int32."""
 
-    def __init__(self, config: TiTokConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+    ):
         """
         Args:
           dtype: computation dtype. Parameters are float32, and the bottleneck always computes in float32.
-          remat: recompute each block's activations in the backward pass.
+          remat, scan_layers: how the blocks run, see `layers.run_stack`.
         """
         self.config = config
-        self.encoder = Encoder(config, dtype=dtype, remat=remat, rngs=rngs)
-        self.decoder = Decoder(config, dtype=dtype, remat=remat, rngs=rngs)
+        self.encoder = Encoder(config, dtype=dtype, remat=remat, scan_layers=scan_layers, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, remat=remat, scan_layers=scan_layers, rngs=rngs)
         width = config.encoder.width
         self.latent_tokens = nnx.Param(normal_init(width**-0.5)(rngs.params(), (config.num_latent_tokens, width)))
         if config.has_tokens:

@@ -36,6 +36,7 @@ def build_task(settings: Settings, *, abstract: bool = False) -> Task:
         "ema_decay": settings.ema_schedule,
         "compute_dtype": settings.compute_dtype,
         "remat": settings.remat,
+        "scan_layers": settings.scan_layers,
         "gradient_accumulation": settings.gradient_accumulation,
         "restart_codes": settings.restart_codes,
         "log_grad_norms": settings.log_grad_norms,

@@ -65,7 +65,7 @@ def model_flops(settings: Settings, mesh: Mesh) -> float:
     """The operations that a step of this training needs, over all devices: forward and backward, with frozen networks, a
     discriminator that may not have started yet, and nothing that is computed again to save memory. Nothing is computed."""
     # In float32 there is no kernel, whose operations are hidden (cuDNN) or computed twice (TPU).
-    plain = dataclasses.replace(settings, remat=False, gradient_accumulation=1, compute_dtype="float32")
+    plain = dataclasses.replace(settings, remat="none", gradient_accumulation=1, compute_dtype="float32")
     task = build_task(plain, abstract=True)
     state, key = jax.eval_shape(task.begin, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))
     with sharding.on_mesh(mesh):

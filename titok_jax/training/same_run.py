@@ -20,6 +20,7 @@ FREE_FIELDS = (
     "mesh",
     "compile_effort",
     "remat",
+    "scan_layers",
     "gradient_accumulation",
     "log_every",
     "log_grad_norms",

@@ -23,6 +23,7 @@ from titok_jax.inference import check_pair
 from titok_jax.inference.functions import PRECISIONS
 from titok_jax.models.discriminator import DiscriminatorConfig
 from titok_jax.models.generator import GeneratorConfig, SamplingConfig
+from titok_jax.models.layers import check_remat
 from titok_jax.models.maskgit_vqgan import MaskgitVQGANConfig
 from titok_jax.models.titok import TiTokConfig, transformer_size
 from titok_jax.runtime.arguments import MOST_THREADS
@@ -119,7 +120,8 @@ class Settings:
       vqgan_model: sizes of a VQGAN with random weights, used by the smoke recipes.
       ema_decay, ema_ramp: decay of the parameter averages. With ema_ramp, it follows the published ramp up to ema_decay;
         otherwise it is ema_decay at every step.
-      compute_dtype, discriminator_dtype, remat, gradient_accumulation, restart_codes, log_grad_norms: as in `TaskOptions`.
+      compute_dtype, discriminator_dtype, remat, scan_layers, gradient_accumulation, restart_codes, log_grad_norms: as in
+        `TaskOptions`. `remat` may also be True (full) or False (none), as in older recipes.
       token_precision: precision of the matrix products of the frozen network that makes tokens or codes from images, as in
         `titok_jax.inference.functions`.
       log_every, checkpoint_every, eval_every, preview_every: intervals in steps. eval_every and preview_every may be 0 for
@@ -149,7 +151,7 @@ class Settings:
     ema_decay: float
     ema_ramp: bool
     compute_dtype: str
-    remat: bool
+    remat: str
     gradient_accumulation: int
     log_every: int
     checkpoint_every: int
@@ -173,6 +175,7 @@ class Settings:
     restart_codes: bool = False
     log_grad_norms: bool = False
     compile_effort: float = 0.0
+    scan_layers: bool = True
     watchdog_minutes: float = 30.0
     token_precision: str = "highest"
     discriminator_dtype: str = "float32"
@@ -182,6 +185,8 @@ class Settings:
     def __post_init__(self):
         if self.token_precision not in PRECISIONS:
             raise ValueError(f"config.token_precision is {self.token_precision!r}, expected one of {PRECISIONS}")
+        object.__setattr__(self, "remat", {"True": "full", "False": "none"}.get(str(self.remat), self.remat))
+        check_remat(self.remat, "config.remat")
 
     @property
     def ema_schedule(self) -> float | Callable[[jax.Array], jax.Array]:

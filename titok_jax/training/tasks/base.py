@@ -98,15 +98,17 @@ def make_network(
     *,
     trained: tuple[str, ...] | None = None,
     compute_dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
+    scan_layers: bool = True,
 ) -> Network:
     """Makes a network with AdamW as in the published recipes.
 
     Args:
       num_steps: number of updates that the schedule spans.
       trained: see `Network`.
+      compute_dtype, remat, scan_layers: see `TaskOptions`.
     """
-    graphdef, abstract = models.abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat)
+    graphdef, abstract = models.abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat, scan_layers=scan_layers)
     schedule = optimizer.make_schedule(num_steps)
     decay_mask = convert.decay_mask(convert.table_for(config), abstract, NO_DECAY_WORDS)
     tx = adamw(
@@ -134,7 +136,7 @@ class TaskOptions:
         update.
       compute_dtype: "float32" or "bfloat16", of the model. Parameters, losses and the perceptual network are float32.
       discriminator_dtype: the same for the discriminator. As published it is float32, whatever the model's.
-      remat: recompute each transformer block in the backward pass.
+      remat, scan_layers: how the transformer's layers run, see `layers.run_stack`.
       gradient_accumulation: number of parts that a batch is split into. The gradient is that of the full batch.
       restart_codes: move unused codes of the codebook, see `quantizer.restart_codes`.
       log_grad_norms: also give the norm of the gradient of each group of parameters, see `group_norms`.
@@ -152,7 +154,8 @@ class TaskOptions:
     ema_decay: float | Callable[[jax.Array], jax.Array] = 0.999
     compute_dtype: str = "float32"
     discriminator_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
+    scan_layers: bool = True
     gradient_accumulation: int = 1
     restart_codes: bool = False
     log_grad_norms: bool = False
@@ -164,8 +167,8 @@ class TaskOptions:
 
     def network(self, config: models.Config, trained: tuple[str, ...] | None = None) -> Network:
         """The model of this training, with its optimizer."""
-        options = {"trained": trained, "compute_dtype": self.compute_dtype, "remat": self.remat}
-        return make_network(config, self.optimizer, self.num_steps, **options)
+        options = {name: getattr(self, name) for name in ("compute_dtype", "remat", "scan_layers")}
+        return make_network(config, self.optimizer, self.num_steps, trained=trained, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -129,12 +129,12 @@ def make_task(config: MaskgitVQGANConfig, loss: LossConfig, **options: Any) -> M
     """Makes the task. Options are as in `TaskOptions`, except that these networks do not support `remat`.
 
     Raises:
-      ValueError: if something that the loss needs is missing, or if `remat` is set.
+      ValueError: if something that the loss needs is missing, or if `remat` is not "none".
     """
     given = TaskOptions(**options)
     check_perceptual(loss.perceptual, given.perceptual)
-    if given.remat:
-        raise ValueError("remat is for transformers: to save memory here, raise gradient_accumulation")
+    if given.remat != "none":
+        raise ValueError("remat is for transformers, expected 'none': to save memory here, raise gradient_accumulation")
     adversary = make_adversary(loss, given, kind="non_saturating", gradient_penalty=loss.gradient_penalty)
     return MaskgitVQGANTask(
         networks={"vqgan": given.network(config)} | ({"discriminator": adversary.network} if adversary else {}),
