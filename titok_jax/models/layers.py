@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from titok_jax.models.attention import attention, setting
+from titok_jax.models.attention import CHECKPOINT_NAME, attention, setting
 from titok_jax.runtime import sharding
 from titok_jax.runtime.sharding import target_platform
 
@@ -183,10 +183,16 @@ def make_stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rn
     return create(rngs)
 
 
-# What a layer keeps of its forward pass for its backward pass ("remat"): all that JAX keeps; the results of the matrix
-# products with weights, and its input; or its input alone. It computes the rest again.
+# What a layer keeps of its forward pass for its backward pass ("remat"): all that JAX keeps; the results of attention and
+# of the matrix products with weights, and its input; or its input alone. It computes the rest again.
 REMAT = ("none", "dots", "full")
-_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+_keeps = jax.checkpoint_policies
+_POLICIES = {
+    "dots": _keeps.save_from_both_policies(
+        _keeps.dots_with_no_batch_dims_saveable, _keeps.save_only_these_names(CHECKPOINT_NAME)
+    ),
+    "full": None,
+}
 
 
 def check_remat(remat: str, name: str = "remat") -> None:
@@ -226,6 +232,8 @@ def run_stack(
 
     if remat != "none":
         body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])
+    elif sharding.gathers():  # otherwise each device would keep the kernels of all layers
+        body = jax.checkpoint(body, policy=_keeps.save_anything_except_these_names(sharding.GATHERED))
     keys = None if key is None else split_key(key, num_layers)
     return jax.lax.scan(body, x, (params, keys, skips), unroll=not scan)
 

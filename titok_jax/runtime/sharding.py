@@ -34,6 +34,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules, logical_axis_rules
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -41,6 +42,8 @@ AXES = ("data", "fsdp", "tensor")
 
 # The mesh axes of the logical axis names in `hint`.
 RULES = (("batch", ("data", "fsdp")), ("vocabulary", "tensor"), ("heads", "tensor"))
+
+GATHERED = "gathered"  # see `hint_gathered`
 
 # Smaller parameters are replicated: gathering them costs more than sharding saves. Of stacked layers, one layer counts,
 # because a step gathers one layer at a time.
@@ -234,15 +237,22 @@ def split(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
+def gathers() -> bool:
+    """Whether `hint_gathered` gathers anything here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(get_logical_axis_rules()) and not mesh.empty and mesh.shape.get("fsdp", 1) > 1
+
+
 def hint_gathered(params: Any, dtype: Any) -> Any:
     """Gathers those of a layer's parameters that are sharded along fsdp, in the dtype in which the layer computes with them.
 
-    The partitioner would otherwise multiply by one shard of a kernel at a time, which leaves a TPU's matrix units idle. Like
+    They have the name `GATHERED` for policies of `jax.checkpoint`, so that they are gathered again rather than kept. The
+    partitioner would otherwise multiply by one shard of a kernel at a time, which leaves a TPU's matrix units idle. Like
     `hint`, it does nothing in a program without our rules.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not get_logical_axis_rules() or mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+    if not gathers():
         return params
+    mesh = jax.sharding.get_abstract_mesh()
 
     def gather(path, leaf):
         name = jax.tree_util.keystr([key for key in path if hasattr(key, "key")], simple=True, separator="/")
@@ -250,7 +260,7 @@ def hint_gathered(params: Any, dtype: Any) -> Any:
         if "fsdp" not in spec:
             return leaf
         kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
-        return jax.lax.with_sharding_constraint(leaf.astype(dtype), kept)
+        return checkpoint_name(jax.lax.with_sharding_constraint(leaf.astype(dtype), kept), GATHERED)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
