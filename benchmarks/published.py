@@ -1,7 +1,6 @@
 """Runs the published PyTorch code for benchmarks/speed.py: `python published.py CLONE`.
 
-speed.py starts this script in an interpreter with torch. The script reads requests as lines of JSON, and writes each answer
-as a line of JSON after a marker.
+speed.py starts this script in an interpreter with torch, for one case at a time.
 
 Models have new weights, because the speed does not depend on them. Inference is that of the published scripts. A training
 step is what the published trainer does between two batches: forward under autocast, backward, clipping, AdamW and the moving
@@ -9,13 +8,10 @@ average. Its logging is left out, because it waits for the device at every loss.
 """
 
 import contextlib
-import gc
 import io
-import json
 import sys
-import time
 
-ANSWER = "@answer "
+from serving import Prepared, serve
 
 
 class Published:
@@ -197,39 +193,21 @@ class Published:
             self.torch.cuda.synchronize()
 
 
-def main() -> None:
+def prepare(request) -> Prepared:
     code = Published(sys.argv[1])
-    run = None
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # so that prints of the published code do not mix with the answers
     torch, cuda = code.torch, code.device.type == "cuda"
-    device_name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(ANSWER + json.dumps({"torch": torch.__version__, "device": device_name}), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if "make" in request:
-                run = None
-                gc.collect()
-                torch.cuda.empty_cache()
-                make = code.training if request["kind"] == "train" else code.inference
-                torch.manual_seed(0)
-                run = make(request, request["dtype"], request["make"])
-                run()
-                code.wait()
-                answer = {}
-            else:
-                code.wait()
-                began = time.perf_counter()
-                for _ in range(request["run"]):
-                    run()
-                code.wait()
-                answer = {"seconds": time.perf_counter() - began}
-        except Exception as error:  # the published code, torch and its compiler may raise anything
-            lines = str(error).strip().splitlines()
-            answer = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"}
-        print(ANSWER + json.dumps(answer), file=answers, flush=True)
+    torch.manual_seed(0)
+    make = code.training if request["kind"] == "train" else code.inference
+    run_once = make(request, request["dtype"], request["batch"])
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            run_once()
+        code.wait()
+
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return Prepared(f"{device}, torch {torch.__version__}", run, lambda: torch.cuda.max_memory_allocated() if cuda else None)
 
 
 if __name__ == "__main__":
-    main()
+    serve(prepare)
