@@ -206,15 +206,11 @@ def _auto_axes_of(name: str | None) -> tuple[str, ...]:
 
 
 def split_by_rules(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]] | None:
-    """How to split a computation that the partitioner cannot split by itself, with `split`.
+    """How to split a computation that the partitioner cannot split, with `split`: from {logical name of an axis: its size}
+    to {logical name: the mesh axes along which it is split}.
 
-    Args:
-      sizes: {logical name of an axis: its size}.
-
-    Returns:
-      {logical name: the mesh axes along which it is split}, without any where nothing has to be split: on one device, or
-      inside a `jax.shard_map` over all axes. None where it is not known how to split (several devices without rules), or
-      where a size is not divisible.
+    No mesh axes where nothing has to be split: on one device, or inside a `jax.shard_map` over all axes. None where it is
+    not known how to split (several devices without rules for these names), or where a size is not divisible.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -222,7 +218,7 @@ def split_by_rules(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]] | Non
     found = {name: _auto_axes_of(name) for name in sizes}
     if mesh.size == 1 or len(mesh.manual_axes) == len(mesh.axis_names):
         return dict.fromkeys(sizes, ())
-    unknown = not get_logical_axis_rules() or mesh.explicit_axes
+    unknown = not any(found.values()) or mesh.explicit_axes
     if unknown or any(sizes[name] % math.prod(mesh.shape[axis] for axis in axes) for name, axes in found.items()):
         return None
     return found
