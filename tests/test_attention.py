@@ -118,6 +118,21 @@ def test_the_kernel_with_every_published_shape(shape):
     check_in_bfloat16(in_rows, 2 if length < 600 else 1, length, 16 if head == 48 else 256 // head, head)
 
 
+@pytest.mark.parametrize("shape", shapes(), ids=str)
+def test_the_kernel_can_be_lowered_for_a_tpu(shape):
+    """With every published shape, forward and backward, to the form that the TPU compiler takes. tests/test_compile.py calls
+    that compiler."""
+    length, head = shape
+    qkv = jax.ShapeDtypeStruct((16, length, 3, 384 if head == 48 else 256), jnp.bfloat16)
+
+    def loss(qkv):
+        return attention.attention_rows(qkv, qkv.shape[-1] // head).astype(jnp.float32).sum()
+
+    lowered = jax.jit(jax.grad(loss)).trace(qkv).lower(lowering_platforms=("tpu",)).as_text()
+    assert lowered.count("tpu_custom_call") == 1  # the gradient of a sum needs no output
+    assert "flops" in lowered
+
+
 def test_published_shapes():
     assert {(33, 48), (65, 48), (129, 64), (289, 64), (321, 64), (385, 64), (513, 64)} < {*shapes()}
 

@@ -125,7 +125,7 @@ def _kernel_cycles(call: str, chip: Chip) -> float:
     what the compiler's own schedule of attention_rows takes for it on a v5e.
     """
     flops, exponentials, moved = (
-        float(found[1]) if (found := re.search(rf'"{key}":"?(\d+)', call)) else 0.0
+        float(found[1]) if (found := re.search(rf'"{key}": ?"?(\d+)', call)) else 0.0
         for key in ("flops", "transcendentals", "bytes_accessed")
     )
     hertz = chip.clock_ghz * 1e9
