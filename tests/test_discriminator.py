@@ -32,7 +32,7 @@ GRADIENT_TOLERANCE = 5e-5
 # million cases. Whatever is nearer is a near-tie.
 NEAR = 1.5e-6
 # What near-ties can change is allowed to differ. It must be few pixels: less than FEW may be open to more than OPEN of the
-# largest gradient (17 % seen).
+# largest gradient.
 OPEN, FEW = 1e-3, 0.3
 
 
