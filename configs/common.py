@@ -66,7 +66,7 @@ def base(task: str) -> ConfigDict:
     config.compute_dtype = "bfloat16"
     # What the layers of a transformer keep for the backward pass: "none" keeps all, "full" only their inputs.
     config.remat = "none" if task == "maskgit_vqgan" else "dots"
-    config.scan_layers = True
+    config.scan_layers = "auto"  # or "True": layers as a loop; "False": one after the other
     config.gradient_accumulation = 1
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1, "shard_optimizer": True})
     config.log_every, config.log_grad_norms = 50, False

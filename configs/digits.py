@@ -48,7 +48,7 @@ def base() -> ConfigDict:
     config.ema_decay = 0.999
     config.ema_ramp = True
     config.compute_dtype = "float32"
-    config.remat, config.scan_layers = "none", True
+    config.remat, config.scan_layers = "none", "auto"
     config.gradient_accumulation = 1
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1})
     config.log_every, config.log_grad_norms = 100, False

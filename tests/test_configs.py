@@ -165,6 +165,13 @@ def test_remat_is_a_policy_or_as_in_older_recipes():
         parse_settings(ConfigDict({**older, "remat": "maybe"}))
 
 
+def test_the_form_of_the_layers_is_said_or_that_of_the_platform():
+    for changes, meant in (([], None), (["--config.scan_layers=True"], True), (["--config.scan_layers=False"], False)):
+        assert parse_settings(read_config("generator:l32", changes)).scan_layers is meant
+    with pytest.raises(ValueError, match=r"^config\.scan_layers is 'on', expected 'auto', True or False$"):
+        parse_settings(read_config("generator:l32", ["--config.scan_layers=on"]))
+
+
 def test_what_a_training_keeps_of_an_image_is_what_the_documentation_says():
     """Two entries of the table, which benchmarks/memory.py makes."""
     spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks/memory.py")

@@ -126,6 +126,17 @@ def test_a_stack_that_keeps_little_has_forward_derivatives_and_maps():
     np.testing.assert_allclose(rows[1], slope, atol=1e-5)
 
 
+def test_the_form_of_a_stack_is_that_of_the_platform(monkeypatch):
+    graphdef, params = nnx.split(make_stack())
+    for scan, platform, unroll in ((None, "cpu", 1), (None, "gpu", 3), (True, "gpu", 1), (False, "cpu", 3)):
+        monkeypatch.setattr(layers, "target_platform", lambda platform=platform: platform)
+        program = jax.make_jaxpr(lambda x, scan=scan: layers.run_stack(nnx.merge(graphdef, params), x, scan=scan))(
+            normal(2, 5, 16)
+        )
+        (loop,) = [equation for equation in program.eqns if equation.primitive.name == "scan"]
+        assert loop.params["unroll"] == unroll
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_a_layer_keeps_what_the_policy_says(scan):
     """In numbers of the width 16, for each of the 2 x 5 positions; the hidden width is 32, and there are 2 heads."""

@@ -437,13 +437,14 @@ def test_the_fields_for_the_layers_reach_them(kind, stacks, monkeypatch):
         return layers.run_stack(*arguments, **options)
 
     monkeypatch.setattr(module, "run_stack", run_stack)
-    for changes in ({}, {"remat": "dots"}, {"remat": "full", "scan_layers": False}):
+    for changes in ({}, {"remat": "dots"}, {"remat": "full", "scan_layers": "False"}):
         found.clear()
         config = small(kind, **changes)
-        task = build_task(parse_settings(config))
+        settings = parse_settings(config)
+        task = build_task(settings)
         state = jax.eval_shape(task.begin, jax.random.key(0))
         jax.eval_shape(task.step, state, task.frozen, batches(config, 1)[0], jax.random.key(1))
-        assert found == [(config.remat, config.scan_layers)] * stacks
+        assert found == [(settings.remat, settings.scan_layers)] * stacks
 
 
 def test_changed_weights_of_a_frozen_network_are_refused(tmp_path):

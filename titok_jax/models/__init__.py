@@ -52,7 +52,7 @@ Config = Any  # a configuration of any registered family: a frozen dataclass
 
 
 def create(
-    config: Config, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+    config: Config, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool | None = True, rngs: nnx.Rngs
 ) -> nnx.Module:
     """Builds the module that a configuration describes, with newly initialised parameters.
 
@@ -69,13 +69,13 @@ def create(
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: Config, dtype: jnp.dtype, remat: str, scan_layers: bool) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(config: Config, dtype: jnp.dtype, remat: str, scan_layers: bool | None) -> tuple[nnx.GraphDef, nnx.State]:
     module = nnx.eval_shape(lambda: create(config, dtype=dtype, remat=remat, scan_layers=scan_layers, rngs=nnx.Rngs(0)))
     return nnx.split(module)
 
 
 def abstract(
-    config: Config, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True
+    config: Config, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool | None = True
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Returns (graphdef, parameters as a nested dict of ShapeDtypeStructs) without allocating any array.
 

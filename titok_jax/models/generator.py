@@ -209,7 +209,13 @@ class ViTGenerator(nnx.Module):
     """The BERT-style generator."""
 
     def __init__(
-        self, config: GeneratorConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+        self,
+        config: GeneratorConfig,
+        *,
+        dtype=jnp.float32,
+        remat: str = "none",
+        scan_layers: bool | None = True,
+        rngs: nnx.Rngs,
     ):
         self.config, self.remat, self.scan_layers = config, remat, scan_layers
         self.embeddings = BertEmbeddings(config, dtype=dtype, rngs=rngs)
@@ -230,7 +236,13 @@ class UViTGenerator(nnx.Module):
     """The U-ViT generator: num_layers // 2 input blocks, a middle block, num_layers // 2 output blocks with long skips."""
 
     def __init__(
-        self, config: GeneratorConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+        self,
+        config: GeneratorConfig,
+        *,
+        dtype=jnp.float32,
+        remat: str = "none",
+        scan_layers: bool | None = True,
+        rngs: nnx.Rngs,
     ):
         self.config, self.dtype = config, dtype
         self.remat, self.scan_layers = remat, scan_layers
@@ -277,7 +289,7 @@ def with_class(ids: jax.Array, labels: jax.Array, config: GeneratorConfig) -> ja
 
 
 def make_generator(
-    config: GeneratorConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+    config: GeneratorConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool | None = True, rngs: nnx.Rngs
 ) -> ViTGenerator | UViTGenerator:
     """The generator that `config.model_type` names.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from titok_jax.models.attention import CHECKPOINT_NAME, attention, setting
 from titok_jax.runtime import sharding
@@ -82,6 +83,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def product(x: jax.Array) -> jax.Array:
+    """Marks the result of a matrix product with weights, with its bias added. A layer keeps it if `remat` is "dots"."""
+    return checkpoint_name(x, "product")
+
+
 class LayerNorm(nnx.LayerNorm):
     """LayerNorm over the last axis with float32 statistics. The default epsilon is torch's, not flax's.
 
@@ -124,10 +130,10 @@ class Attention(nnx.Module):
         drop = None
         if key is not None and self.dropout_rate > 0.0:
             drop = functools.partial(dropout, rate=self.dropout_rate, key=key)
-        return attention(self.qkv(x), self.num_heads, drop=drop)
+        return attention(product(self.qkv(x)), self.num_heads, drop=drop)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        return self.proj(self.heads(x, key))
+        return product(self.proj(self.heads(x, key)))
 
 
 class MLP(nnx.Module):
@@ -138,7 +144,7 @@ class MLP(nnx.Module):
         self.fc2 = nnx.Linear(hidden, width, kernel_init=normal_002, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(gelu(product(self.fc1(x))))
 
 
 class PreNormBlock(nnx.Module):
@@ -167,7 +173,7 @@ class PreNormBlock(nnx.Module):
         """x, skip [B, L, D] -> [B, L, D]. `key` is unused (these blocks have no dropout); `run_stack` passes it."""
         del key
         if skip is not None:
-            x = self.skip_linear(jnp.concatenate([x, skip], axis=-1))
+            x = product(self.skip_linear(jnp.concatenate([x, skip], axis=-1)))
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -183,16 +189,14 @@ def make_stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rn
     return create(rngs)
 
 
-# What a layer keeps of its forward pass for its backward pass ("remat"): all that JAX keeps; the results of attention and
-# of the matrix products with weights, and its input; or its input alone. It computes the rest again.
+# What a layer keeps of its forward pass for its backward pass ("remat"): all that JAX keeps; what attention gives, what is
+# marked as `product`, and its input; or its input alone. It computes the rest again.
 REMAT = ("none", "dots", "full")
 _keeps = jax.checkpoint_policies
-_POLICIES = {
-    "dots": _keeps.save_from_both_policies(
-        _keeps.dots_with_no_batch_dims_saveable, _keeps.save_only_these_names(CHECKPOINT_NAME)
-    ),
-    "full": None,
-}
+_POLICIES = {"dots": _keeps.save_only_these_names(CHECKPOINT_NAME, "product"), "full": None}
+
+# Where layers are better run as a loop. docs/performance.md has what the other form takes to compile, and what it saves.
+SCANNED = ("cpu", "tpu")
 
 
 def check_remat(remat: str, name: str = "remat") -> None:
@@ -208,7 +212,7 @@ def run_stack(
     key: jax.Array | None = None,
     skips: jax.Array | None = None,
     remat: str = "none",
-    scan: bool = True,
+    scan: bool | None = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs x [B, L, D] through a stack of n blocks.
 
@@ -219,7 +223,7 @@ def run_stack(
     Args:
       remat: what a layer keeps for the backward pass, one of `REMAT`.
       scan: run the layers as one loop, which compiles like one layer. Otherwise the program repeats the layer n times: it is
-        faster, but takes longer to compile.
+        faster, but takes longer to compile. None is a loop on the platforms in `SCANNED`.
     """
     graphdef, params = nnx.split(stack)
     num_layers = jax.tree.leaves(params)[0].shape[0]
@@ -230,8 +234,11 @@ def run_stack(
         x = sharding.hint(nnx.merge(graphdef, params)(sharding.hint(x, "batch"), skip, key=key), "batch")
         return x, x
 
+    if scan is None:
+        scan = target_platform() in SCANNED
     if remat != "none":
-        body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])
+        # Outside a loop the compiler would find that both passes compute the same, and keep it.
+        body = jax.checkpoint(body, prevent_cse=not scan, policy=_POLICIES[remat])
     elif sharding.gathers():  # otherwise each device would keep the kernels of all layers
         body = jax.checkpoint(body, policy=_keeps.save_anything_except_these_names(sharding.GATHERED))
     keys = None if key is None else split_key(key, num_layers)

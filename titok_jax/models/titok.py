@@ -279,7 +279,7 @@ class Encoder(nnx.Module):
     """Maps images and latent tokens to latents."""
 
     def __init__(
-        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool | None = True, rngs: nnx.Rngs
     ):
         self.config, self.dtype = config, dtype
         self.remat, self.scan_layers = remat, scan_layers
@@ -326,7 +326,7 @@ class Decoder(nnx.Module):
     """Maps latents to a grid of 1024 logits per cell (legacy) or to pixels, by filling in mask tokens."""
 
     def __init__(
-        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool | None = True, rngs: nnx.Rngs
     ):
         self.config, self.dtype = config, dtype
         self.remat, self.scan_layers = remat, scan_layers
@@ -399,7 +399,7 @@ class TiTok(nnx.Module):
     """The tokenizer. Images are NHWC float32 in [0, 1], latents [B, N, C] float32, tokens [B, N] int32."""
 
     def __init__(
-        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool = True, rngs: nnx.Rngs
+        self, config: TiTokConfig, *, dtype=jnp.float32, remat: str = "none", scan_layers: bool | None = True, rngs: nnx.Rngs
     ):
         """
         Args:

@@ -121,7 +121,8 @@ class Settings:
       ema_decay, ema_ramp: decay of the parameter averages. With ema_ramp, it follows the published ramp up to ema_decay;
         otherwise it is ema_decay at every step.
       compute_dtype, discriminator_dtype, remat, scan_layers, gradient_accumulation, restart_codes, log_grad_norms: as in
-        `TaskOptions`. `remat` may also be True (full) or False (none), as in older recipes.
+        `TaskOptions`. Recipes may also write remat as True (full) or False (none), as older ones do. They write scan_layers
+        as "auto" (None), True or False.
       token_precision: precision of the matrix products of the frozen network that makes tokens or codes from images, as in
         `titok_jax.inference.functions`.
       log_every, checkpoint_every, eval_every, preview_every: intervals in steps. eval_every and preview_every may be 0 for
@@ -175,7 +176,7 @@ class Settings:
     restart_codes: bool = False
     log_grad_norms: bool = False
     compile_effort: float = 0.0
-    scan_layers: bool = True
+    scan_layers: bool | None = None
     watchdog_minutes: float = 30.0
     token_precision: str = "highest"
     discriminator_dtype: str = "float32"
@@ -187,6 +188,10 @@ class Settings:
             raise ValueError(f"config.token_precision is {self.token_precision!r}, expected one of {PRECISIONS}")
         object.__setattr__(self, "remat", {"True": "full", "False": "none"}.get(str(self.remat), self.remat))
         check_remat(self.remat, "config.remat")
+        forms = {"auto": None, "None": None, "True": True, "False": False}
+        if str(self.scan_layers) not in forms:
+            raise ValueError(f"config.scan_layers is {self.scan_layers!r}, expected 'auto', True or False")
+        object.__setattr__(self, "scan_layers", forms[str(self.scan_layers)])
 
     @property
     def ema_schedule(self) -> float | Callable[[jax.Array], jax.Array]:

@@ -99,7 +99,7 @@ def make_network(
     trained: tuple[str, ...] | None = None,
     compute_dtype: str = "float32",
     remat: str = "none",
-    scan_layers: bool = True,
+    scan_layers: bool | None = True,
 ) -> Network:
     """Makes a network with AdamW as in the published recipes.
 
@@ -155,7 +155,7 @@ class TaskOptions:
     compute_dtype: str = "float32"
     discriminator_dtype: str = "float32"
     remat: str = "none"
-    scan_layers: bool = True
+    scan_layers: bool | None = True
     gradient_accumulation: int = 1
     restart_codes: bool = False
     log_grad_norms: bool = False
