@@ -240,7 +240,7 @@ def run_stack(
         # Outside a loop the compiler would find that both passes compute the same, and keep it.
         body = jax.checkpoint(body, prevent_cse=not scan, policy=_POLICIES[remat])
     elif sharding.gathers():  # otherwise each device would keep the kernels of all layers
-        body = jax.checkpoint(body, policy=_keeps.save_anything_except_these_names(sharding.GATHERED))
+        body = jax.checkpoint(body, prevent_cse=not scan, policy=_keeps.save_anything_except_these_names(sharding.GATHERED))
     keys = None if key is None else split_key(key, num_layers)
     return jax.lax.scan(body, x, (params, keys, skips), unroll=not scan)
 
