@@ -171,7 +171,7 @@ import jax.numpy as jnp, numpy as np
 from titok_jax.models import attention
 from titok_jax.runtime import sharding
 
-attention.target_platform = lambda: "tpu"
+attention.target_platform, attention._SHORTEST = (lambda: "tpu"), 16
 calls, kernel = [], attention.attention_rows
 
 def rows(qkv, num_heads, spec):
@@ -242,6 +242,7 @@ def test_which_form_is_used(monkeypatch):
     assert used("tpu", dtype=jnp.float32) == []  # XLA's
     assert used("tpu", devices=4) == []
     assert used("tpu", shape=(2, 129, 3, 32)) == []  # 16 elements per head
+    assert used("tpu", shape=(2, 33, 3, 128)) == []
     assert used("tpu", drop=lambda p: p) == ["attention_plain"]
     assert used("gpu") == ["attention_flash"]
     assert used("gpu", devices=2) == []

@@ -101,8 +101,8 @@ def test_a_kernels_time_is_that_of_its_operations_and_exponentials_or_of_its_byt
         return hlo.program_cost(HLO.replace("KERNEL", text), chip).cycles - hlo.program_cost(HLO).cycles
 
     v5e, v5p = chips.CHIPS["v5e"], chips.CHIPS["v5p"]
-    assert cycles(KERNEL, v5e) == pytest.approx(1500 + 5 * 1000)
-    assert cycles(KERNEL, v5p) == pytest.approx(1.75e9 * 197e6 / 459e12 + 5 * 500)  # two cores
+    assert cycles(KERNEL, v5e) == pytest.approx(1500 + 2 * 1000)
+    assert cycles(KERNEL, v5p) == pytest.approx(1.75e9 * 197e6 / 459e12 + 2 * 500)  # two cores
     assert cycles(KERNEL.replace('"8190"', '"8190000"'), v5e) == pytest.approx(15_000)
     assert cycles(KERNEL + ',"window_config":{"estimated_cycles":"7"}', v5e) == 7
     assert cycles("", v5e) == 0
@@ -276,7 +276,7 @@ rows = 4 * mesh.shape["data"]
 for length, num_heads, width in (map(int, shape.split(",")) for shape in shapes):
     def loss(x, kernel):
         qkv = jnp.einsum("bld,dce->blce", x, kernel)
-        return attention(qkv, num_heads).astype(jnp.float32).sum()
+        return jnp.square(attention(qkv, num_heads).astype(jnp.float32)).sum()
 
     x = jax.ShapeDtypeStruct((rows, length, width), jnp.bfloat16, sharding=place)
     along_heads = jax.sharding.NamedSharding(mesh, jax.P(None, None, "tensor"))
@@ -296,7 +296,7 @@ for length, num_heads, width in (map(int, shape.split(",")) for shape in shapes)
 def test_the_kernel_of_attention_compiles_for_every_chip(name):
     """Forward and backward, with half of the heads on each device: a short sequence of narrow heads, usual ones, and the
     longest. The compiler copies no query, key or value into another layout."""
-    shapes = ("33,16,768", "289,16,1024", "321,12,768", "1153,12,768")
+    shapes = ("65,16,768", "289,16,1024", "321,12,768", "1153,12,768")
     done = subprocess.run([sys.executable, "-c", _KERNELS, name, *shapes], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [f"{shape.split(',')[0]} 2 True 0" for shape in shapes]

@@ -52,7 +52,7 @@ class _Instruction(NamedTuple):
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _LANES = 1024  # of a TensorCore's vector unit
-_VECTOR_CYCLES = 5.0
+_VECTOR_CYCLES = 2.0
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
 
 
@@ -121,8 +121,8 @@ def _kernel_cycles(call: str, chip: Chip) -> float:
     """Our estimate for a Pallas kernel, from the `pl.CostEstimate` that it was given: the time for its operations at the
     chip's peak and then for its exponentials, or for its bytes if that is longer.
 
-    An exponential stands for all that a softmax and its gradient compute per score outside of products. `_VECTOR_CYCLES` is
-    what the compiler's own schedule of attention_rows takes for it on a v5e.
+    An exponential stands for all that a softmax and its gradient compute per score outside of products. `_VECTOR_CYCLES`
+    fits the compiler's own schedules of attention's kernel for a v5e.
     """
     flops, exponentials, moved = (
         float(found[1]) if (found := re.search(rf'"{key}": ?"?(\d+)', call)) else 0.0

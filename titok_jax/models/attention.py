@@ -1,6 +1,6 @@
 """Multi-head self-attention, softmax(q k^T / sqrt(d)) v, in the form that is fastest on the platform:
 
-    TPU, bfloat16                                        a Pallas kernel, `attention_rows`
+    TPU, bfloat16, from 64 positions on                  a Pallas kernel, `attention_rows`
     one NVIDIA GPU, bfloat16, from 128 positions on      cuDNN's kernel, `attention_flash`
     one CPU, float32, from 128 positions on              one image at a time, `attention_by_image`
     otherwise, and with dropout                          XLA's operations
@@ -134,7 +134,8 @@ def _has_flash() -> bool:
 # spans all of L, so nothing is padded in memory; the compiler pads it to tiles inside the core, and masks sums and maxima.
 
 _LANES = 128
-_MOST_ROWS = 640  # of scores at a time; longer sequences are computed in parts
+_SHORTEST = 64  # by the compiler's schedules, XLA's operations take half of the kernel's time at 33 positions
+_MOST_SCORES = 640**2  # at a time, so that they fit in the 16 MiB of a v4's core; longer sequences are computed in parts
 _ROWS_OF_PROGRAM = 512  # of images: a program takes several short sequences, up to so many rows
 _LARGEST_BLOCK = 2**18  # elements of L x lanes; the core's memory holds seven blocks twice, and some float32 scores
 
@@ -149,7 +150,7 @@ def _split_of_rows(qkv: jax.Array, num_heads: int) -> PartitionSpec | None:
     if target_platform() != "tpu" or qkv.dtype != jnp.bfloat16 or setting() == "plain":
         return None
     axes, head = sharding.split_by_rules({"batch": b, "heads": num_heads}), width // num_heads
-    if axes is None or head not in range(32, 129, 16) or length < 16:
+    if axes is None or head not in range(32, 129, 16) or length < _SHORTEST:
         return None
     pieces = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes["heads"])
     if length * _lanes_of_block(width // pieces, head) > _LARGEST_BLOCK:
@@ -222,12 +223,13 @@ def _on_device(call: _Call, kernel: Callable, products: int, stacked_result: boo
         return pl.BlockSpec((images, length, lanes), lambda image, part: (image, 0, part))
 
     shape = (3, b, length, width) if stacked_result else (b, length, width)
-    # What the estimate counts (compiler/hlo.py): operations and exponentials on whole tiles.
-    rows, columns = -(-length // 8) * 8, -(-length // _LANES) * _LANES
-    scores = b * (width // call.head) * rows * columns
+    # What the estimate counts (compiler/hlo.py): operations and exponentials on whole tiles. The pauses between the steps of
+    # a head take as long as 50 more tiles, by the compiler's schedules.
+    rows, columns, heads = -(-length // 8) * 8, -(-length // _LANES) * _LANES, b * (width // call.head)
+    scores = heads * rows * columns
     cost = pl.CostEstimate(
         flops=2 * products * scores * _LANES,
-        transcendentals=scores,
+        transcendentals=scores + heads * 50 * 8 * _LANES,
         bytes_accessed=2 * (sum(array.size for array in arrays) + math.prod(shape)),
     )
     return pl.pallas_call(
@@ -251,33 +253,49 @@ def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
 
 def _parts(length: int) -> list[slice]:
     """The parts of a sequence whose queries are computed at a time."""
-    number = -(-length // _MOST_ROWS)
+    number = -(-(length**2) // _MOST_SCORES)
     size = length if number == 1 else -(-length // number // 16) * 16  # whole tiles
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _each_head(head: int, ref, compute: Callable) -> None:
-    """Calls compute(image, lanes of a head) for everything in a block [..., images, L, lanes]."""
+def _each_group(head: int, ref, compute: Callable) -> None:
+    """Calls compute(image, heads) for everything in a block [..., images, L, lanes]. `heads` are slices of the last axis,
+    which are computed together: while the matrix unit works for one, the vector unit works for another."""
+    length, lanes = ref.shape[-2:]
+    together = max(1, _MOST_SCORES // length**2) * head
 
     def one(image, _):
-        for start in range(0, ref.shape[-1], head):
-            compute(image, slice(start, start + head))
+        for start in range(0, lanes, together):
+            stop = min(start + together, lanes)
+            compute(image, [slice(i, i + head) for i in range(start, stop, head)])
 
     jax.lax.fori_loop(0, ref.shape[-3], one, None)
+
+
+def _each(function: Callable, *arguments: list) -> list:
+    """The function of each head's arguments."""
+    return [function(*each) for each in zip(*arguments, strict=True)]
+
+
+def _joined(heads: list, values: list, dtype) -> tuple[slice, jax.Array]:
+    """Where the values [rows, head] of neighbouring heads belong, and the values side by side."""
+    return slice(heads[0].start, heads[-1].stop), jnp.concatenate([value.astype(dtype) for value in values], axis=-1)
 
 
 def _forward_kernel(head: int, qkv_ref, out_ref) -> None:
     """Blocks [3, images, L, lanes] -> [images, L, lanes]."""
 
-    def compute(image, lanes):
-        q, k, v = (qkv_ref[i, image, :, lanes] for i in range(3))
-        for part in _parts(q.shape[0]):
-            scores = _product(q[part] * head**-0.5, k, (1, 1))
-            e = jnp.exp(scores - scores.max(-1, keepdims=True))
-            out = _product(e.astype(v.dtype), v, (1, 0)) * (1.0 / e.sum(-1, keepdims=True))
-            out_ref[image, part, lanes] = out.astype(out_ref.dtype)
+    def compute(image, heads):
+        q, k, v = ([qkv_ref[i, image, :, lanes] for lanes in heads] for i in range(3))
+        for part in _parts(out_ref.shape[1]):
+            scores = _each(lambda q, k, part=part: _product(q[part] * head**-0.5, k, (1, 1)), q, k)
+            e = [jnp.exp(s - s.max(-1, keepdims=True)) for s in scores]
+            inverse = [1.0 / e.sum(-1, keepdims=True) for e in e]
+            out = _each(lambda e, v, inverse: _product(e.astype(v.dtype), v, (1, 0)) * inverse, e, v, inverse)
+            lanes, out = _joined(heads, out, out_ref.dtype)
+            out_ref[image, part, lanes] = out
 
-    _each_head(head, qkv_ref, compute)
+    _each_group(head, qkv_ref, compute)
 
 
 def _backward_kernel(head: int, qkv_ref, gradient_ref, out_ref) -> None:
@@ -285,21 +303,26 @@ def _backward_kernel(head: int, qkv_ref, gradient_ref, out_ref) -> None:
 
     Here the scores are [keys, queries]. Only small matrices are then transposed for the products.
     """
+    dtype = out_ref.dtype
 
-    def compute(image, lanes):
-        q, k, v = (qkv_ref[i, image, :, lanes] for i in range(3))
-        dk = dv = 0.0
-        for part in _parts(q.shape[0]):
-            scaled, gradient = q[part] * head**-0.5, gradient_ref[image, part, lanes]
-            scores = _product(k, scaled, (1, 1))
-            e = jnp.exp(scores - scores.max(0, keepdims=True))
-            p = e * (1.0 / e.sum(0, keepdims=True))
-            dp = _product(v, gradient, (1, 1))
-            ds = (p * (dp - (dp * p).sum(0, keepdims=True))).astype(q.dtype)
-            dv += _product(p.astype(v.dtype), gradient, (1, 0))
-            dk += _product(ds, scaled, (1, 0))
-            out_ref[0, image, part, lanes] = (_product(k, ds, (0, 0)).T * head**-0.5).astype(out_ref.dtype)
-        out_ref[1, image, :, lanes] = dk.astype(out_ref.dtype)
-        out_ref[2, image, :, lanes] = dv.astype(out_ref.dtype)
+    def compute(image, heads):
+        q, k, v = ([qkv_ref[i, image, :, lanes] for lanes in heads] for i in range(3))
+        dk, dv = [0.0] * len(heads), [0.0] * len(heads)
+        for part in _parts(gradient_ref.shape[1]):
+            scaled = [q[part] * head**-0.5 for q in q]
+            gradient = [gradient_ref[image, part, lanes] for lanes in heads]
+            scores = _each(lambda k, q: _product(k, q, (1, 1)), k, scaled)
+            dp = _each(lambda v, g: _product(v, g, (1, 1)), v, gradient)
+            e = [jnp.exp(s - s.max(0, keepdims=True)) for s in scores]
+            p = [e * (1.0 / e.sum(0, keepdims=True)) for e in e]
+            dv = _each(lambda dv, p, g: dv + _product(p.astype(dtype), g, (1, 0)), dv, p, gradient)
+            ds = _each(lambda p, dp: (p * (dp - (dp * p).sum(0, keepdims=True))).astype(dtype), p, dp)
+            dq = _each(lambda k, ds: _product(k, ds, (0, 0)).T * head**-0.5, k, ds)
+            dk = _each(lambda dk, ds, q: dk + _product(ds, q, (1, 0)), dk, ds, scaled)
+            lanes, dq = _joined(heads, dq, dtype)
+            out_ref[0, image, part, lanes] = dq
+        for i, values in ((1, dk), (2, dv)):
+            lanes, values = _joined(heads, values, dtype)
+            out_ref[i, image, :, lanes] = values
 
-    _each_head(head, qkv_ref, compute)
+    _each_group(head, qkv_ref, compute)
