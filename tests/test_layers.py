@@ -11,6 +11,7 @@ from flax import nnx
 from titok_jax import models
 from titok_jax.models import layers
 from titok_jax.models.generator import GeneratorConfig, PostNormBlock
+from titok_jax.runtime import sharding
 
 RNG = np.random.default_rng(0)
 
@@ -195,3 +196,16 @@ def test_impossible_sizes_are_refused():
         layers.Attention(10, 3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="groups"):
         layers.GroupNorm(33, epsilon=1e-6, rngs=nnx.Rngs(0))
+
+
+def test_a_layer_runs_on_a_mesh_of_other_axes(monkeypatch):
+    """The mesh is another program's: it has an axis fsdp, along which kernels are gathered, and no axis tensor."""
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
+    graphdef, params = nnx.split(make_stack())
+    mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "other"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def run(params, x):
+        return layers.run_stack(nnx.merge(graphdef, params), x)[0]
+
+    with jax.sharding.use_abstract_mesh(mesh), sharding.logical_axis_rules((("batch", "fsdp"),)):
+        assert jax.eval_shape(run, params, normal(2, 5, 16)).shape == (2, 5, 16)

@@ -235,8 +235,13 @@ def split(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 def gathers() -> bool:
     """Whether `hint_gathered` gathers anything here."""
+    return bool(get_logical_axis_rules()) and _auto_sizes()["fsdp"] > 1
+
+
+def _auto_sizes() -> dict[str, int]:
+    """The sizes of our axes in the mesh that is set; 1 for those that it lacks or that are not of type Auto."""
     mesh = jax.sharding.get_abstract_mesh()
-    return bool(get_logical_axis_rules()) and not mesh.empty and mesh.shape.get("fsdp", 1) > 1
+    return {axis: mesh.shape[axis] if axis in mesh.auto_axes else 1 for axis in AXES}
 
 
 def hint_gathered(params: Any, dtype: Any) -> Any:
@@ -248,11 +253,11 @@ def hint_gathered(params: Any, dtype: Any) -> Any:
     """
     if not gathers():
         return params
-    mesh = jax.sharding.get_abstract_mesh()
+    sizes = _auto_sizes()
 
     def gather(path, leaf):
         name = jax.tree_util.keystr([key for key in path if hasattr(key, "key")], simple=True, separator="/")
-        spec = param_spec(name, leaf.shape, mesh.shape)
+        spec = param_spec(name, leaf.shape, sizes)
         if "fsdp" not in spec:
             return leaf
         kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
@@ -274,8 +279,7 @@ def apart_along_data(function: Callable, params: Any, rows: Any) -> tuple[Any, A
     Returns:
       (the means over the whole batch, the outputs [B, ...]).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") != AxisType.Auto or mesh.shape["data"] == 1:
+    if _auto_sizes()["data"] == 1:
         return function(params, rows)
 
     def local(params, rows):
