@@ -35,11 +35,15 @@ def put(tree: Any, shardings: Any, what: str = "params") -> Any:
     Raises:
       ValueError: as `check_same`.
     """
+    if jax.tree.leaves(tree):
+        check_same(tree, jax.tree.leaves(shardings)[0].mesh, what)
+    return put_checked(tree, shardings)
+
+
+def put_checked(tree: Any, shardings: Any) -> Any:
+    """The same for arrays that all processes have compared before."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
-    placed = jax.tree.leaves(shardings)
-    if placed:
-        check_same(tree, placed[0].mesh, what)
 
     def place(leaf, sharding):
         array = np.asarray(leaf)

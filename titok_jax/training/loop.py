@@ -270,8 +270,8 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
     abstract = jax.eval_shape(run.task.begin, key)
     shardings = sharding.state_shardings(run.mesh, abstract, shard_optimizer=run.settings.mesh.shard_optimizer)
     frozen = placement.put(run.task.frozen, sharding.replicated(run.mesh), same_run.frozen_fields(run.settings))
-    origin = f"config.init_from ({run.settings.init_from})"
-    placement.check_same(run.task.start, run.mesh, origin)  # here, because nothing is written yet
+    # Here, because nothing is written yet.
+    placement.check_same(run.task.start, run.mesh, f"config.init_from ({run.settings.init_from})")
     several = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     lock = held.enter_context(lock_run(run.workdir, what="workdir", **several))
     held.enter_context(compiler(run.mesh, run.settings.compile_effort, run.workdir / "compiled"))
@@ -288,7 +288,7 @@ def begin(run: Run, held: contextlib.ExitStack, *, accept_changes: bool = False)
 
     restored = checkpoints.restore_newest(abstract, shardings, check)
     if restored is None:
-        given = placement.put(run.task.start, sharding.state_shardings(run.mesh, run.task.start), origin)
+        given = placement.put_checked(run.task.start, sharding.state_shardings(run.mesh, run.task.start))
         step, state = 0, jax.jit(run.task.begin, out_shardings=shardings)(jax.random.fold_in(key, 0), given)
     else:
         step, state = restored
